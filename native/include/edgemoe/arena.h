@@ -1,0 +1,30 @@
+// Large anonymous memory regions: what weights, caches and sequence state live in.
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+namespace edgemoe {
+
+// One mapping, 2 MiB aligned (so that a GPU can register it later), zero-filled, charged page by page when touched.
+class Arena {
+  public:
+    Arena() = default;
+    explicit Arena(size_t bytes);
+    ~Arena();
+    Arena(Arena&& other) noexcept;
+    Arena& operator=(Arena&& other) noexcept;
+
+    std::byte* data() const { return data_; }
+    size_t size() const { return size_; }
+    // Gives the pages of [begin, end) back to the system; they read as zero afterwards.
+    void discard(size_t begin, size_t end);
+
+  private:
+    std::byte* data_ = nullptr;
+    size_t size_ = 0;
+    void* mapping_ = nullptr;
+    size_t mapped_ = 0;
+};
+
+}  // namespace edgemoe

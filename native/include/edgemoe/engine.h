@@ -1,0 +1,145 @@
+// The forward pass: tokens in, logits out.
+//
+//   embedding -> [ norm -> attention -> + -> norm -> dense FFN or (router -> experts) -> + ] x layers -> norm -> head
+//
+// A position's logits have the same bits for any number of threads, any chunking, any number of expert slots and any
+// order in which experts arrive (docs/architecture.md says what that takes).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "edgemoe/arena.h"
+#include "edgemoe/direct_file.h"
+#include "edgemoe/expert_store.h"
+#include "edgemoe/kernels.h"
+#include "edgemoe/model_spec.h"
+#include "edgemoe/pack_index.h"
+#include "edgemoe/sequence_state.h"
+#include "edgemoe/thread_pool.h"
+
+namespace edgemoe {
+
+struct EngineOptions {
+    int threads = 1;
+    int context = 0;  // positions a sequence may have
+    int chunk = 512;  // tokens computed together in a prompt
+    StoreOptions store;
+    KvType key_type = KvType::f16;
+    KvType value_type = KvType::f16;
+    std::string isa;  // empty: the best this processor has, or EDGEMOE_ISA
+};
+
+// What an engine with these options takes, in bytes.
+struct MemoryPlan {
+    size_t dense = 0;    // weights that are always in memory
+    size_t state = 0;    // one sequence of `context` positions
+    size_t scratch = 0;  // activations of one chunk
+    size_t slot = 0;     // one expert
+    int experts = 0;     // experts in the model: more slots are never used
+    int minimum_slots = 0;
+};
+
+struct EngineCounters {
+    uint64_t tokens = 0;
+    double seconds = 0;  // in forward passes, waiting included
+    StoreCounters store;
+};
+
+// What the routers chose, token by token, all layers' picks side by side (`width` in all); see Engine::record_routing.
+struct RoutingRecord {
+    static constexpr uint16_t kNoPrediction = 0xFFFF;
+
+    size_t width = 0;
+    std::vector<uint16_t> picks;  // [tokens, width], each layer's in descending weight
+    std::vector<float> weights;   // [tokens, width]
+    std::vector<uint16_t>
+        predicted;  // [tokens, width] what the look-ahead expected, kNoPrediction where it does not look
+};
+
+// A position beyond the context, or not the next one of its sequence.
+struct ContextError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+class Engine {
+  public:
+    Engine(ModelSpec spec, PackIndex index, EngineOptions options);
+    ~Engine();
+
+    static MemoryPlan plan(const ModelSpec& spec, const PackIndex& index, const EngineOptions& options);
+
+    // Computes all tokens and writes the logits of those at the indexes `wanted` (ascending, into `tokens`) to `logits`
+    // [wanted, vocab]. Token i stands at positions[i] of sequence sequence_ids[i]; the positions of a sequence go on
+    // where it ends. `check` is called between layers and may throw to give up: finished chunks stay in the state.
+    void forward(std::span<const int32_t> tokens, std::span<const int32_t> positions,
+                 std::span<const int32_t> sequence_ids, std::span<const int32_t> wanted, float* logits,
+                 const std::function<void()>& check);
+
+    // Sequence 0 exists from the start; more can be added (each takes MemoryPlan::state).
+    int add_sequence();
+    SequenceState& sequence(int id);
+
+    // While switched on, every finished chunk's routing is kept until it is taken.
+    void record_routing(bool on) { recording_ = on; }
+    RoutingRecord take_routing();
+
+    const ModelSpec& spec() const { return spec_; }
+    const EngineOptions& options() const { return options_; }
+    std::string_view isa() const { return kernels_.name; }
+    bool direct_io() const;
+    EngineCounters counters() const;
+
+  private:
+    struct Layer;
+    struct Scratch;
+
+    void load_dense();
+    Matrix matrix(const std::string& name, int rows, int cols) const;
+    const float* vector(const std::string& name, int size) const;
+
+    void forward_chunk(std::span<const int32_t> tokens, std::span<const int32_t> positions,
+                       std::span<const int32_t> sequence_ids, std::span<const int32_t> wanted, float* logits,
+                       const std::function<void()>& check);
+    void attention(int layer, int count, std::span<const int32_t> positions, std::span<const int32_t> sequence_ids);
+    void dense_ffn(int layer, int count);
+    void expert_ffn(int layer, int count);
+    void route(const LayerSpec& spec, const Layer& layer, int count);
+    void choose(const LayerSpec& spec, int count);
+    void predict(int layer, int count);
+    int routing_column(int layer) const;
+
+    template <class Body>
+    void each_token(int count, Body&& body);
+    // The input of products: `values` [count, cols] as it is for float layouts, as int8 codes for the others.
+    Activations prepare(const float* values, int count, int cols, std::span<const Matrix> users);
+    void product(std::span<const Matrix> matrices, const Activations& input, int count,
+                 std::span<float* const> outputs);
+
+    ModelSpec spec_;
+    PackIndex index_;
+    EngineOptions options_;
+    const Kernels& kernels_;
+    std::vector<std::unique_ptr<DirectFile>> files_;
+    Arena dense_;
+    std::vector<std::byte*> dense_sections_;  // [sections], null where it holds no dense tensor
+    Matrix embedding_{};
+    Matrix head_{};
+    const float* final_norm_ = nullptr;
+    std::vector<Layer> layers_;
+    std::unique_ptr<Scratch> scratch_;
+    std::vector<std::unique_ptr<SequenceState>> sequences_;
+    std::unique_ptr<ExpertStore> store_;  // absent where every layer is dense
+    ThreadPool pool_;
+    EngineCounters counters_;
+    bool recording_ = false;
+    RoutingRecord chunk_routing_;
+    RoutingRecord routing_;
+};
+
+}  // namespace edgemoe

@@ -1,0 +1,67 @@
+// Which expert leaves memory when another one needs its place.
+#pragma once
+
+#include <array>
+#include <compare>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+namespace edgemoe {
+
+enum class Eviction : uint8_t {
+    lru,          // least recently used
+    lfu,          // least often used, then least recently
+    least_stale,  // those untouched in this forward pass first, then least recently used (SpecMD)
+    next_use,     // least likely to be used when its layer comes again; among equals the layer that comes last
+};
+
+Eviction eviction_from_name(std::string_view name);  // throws std::invalid_argument
+
+// What is remembered about every expert, in memory or not, and the order of leaving that follows from it.
+//
+// next_use is local routing consistency put to work: consecutive tokens use similar experts, so how likely an expert is
+// at its layer's next turn follows from how recently and how often the layer's last tokens used it: a use counts
+// kDecay^n after n more tokens. Every layer has one turn in a pass; of two equally likely experts the one whose layer
+// was just computed is needed later and leaves.
+class EvictionRanking {
+  public:
+    EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_expert, int layers);
+
+    // Layer `layer` is about to compute `tokens` tokens.
+    void begin_turn(int layer, int tokens);
+    // The expert works in the current turn; `last_token` is the last of the turn's tokens that uses it, `uses` how
+    // many.
+    void use(int expert, int last_token, int uses);
+
+    // Smaller leaves first.
+    struct Rank {
+        double first = 0;
+        uint64_t second = 0;
+        auto operator<=>(const Rank&) const = default;
+    };
+    Rank rank(int expert) const;
+
+  private:
+    static constexpr double kDecay = 0.99;
+    static constexpr int kHorizon = 1024;  // tokens after which a use counts nothing
+
+    double likelihood(int expert) const;
+
+    Eviction policy_;
+    std::vector<int32_t> layer_of_;
+    std::vector<uint64_t> last_use_;  // clock of the last use, 0 for never
+    std::vector<uint32_t> uses_;
+    std::vector<uint64_t> last_pass_;
+    std::vector<double> score_;           // decayed uses as of last_token_
+    std::vector<uint64_t> last_token_;    // of the expert's layer
+    std::vector<uint64_t> layer_tokens_;  // tokens each layer has computed, those of its current turn included
+    std::array<double, kHorizon> decay_;
+    int layer_ = -1;
+    int layers_;
+    uint64_t turn_begin_ = 0;
+    uint64_t pass_ = 0;
+    uint64_t clock_ = 0;
+};
+
+}  // namespace edgemoe

@@ -1,0 +1,178 @@
+// The arithmetic of the engine: one table of function pointers per instruction set, chosen at run time.
+//
+// Every function gives the same bits on every instruction set and for every way of cutting its work into tokens or
+// rows:
+//  * a product has one float accumulator per output row (one row per lane); columns, or groups of columns, are added in
+//    ascending order with fused multiply-adds, whether one token is multiplied or a tile of them;
+//  * a reduction over a vector (norms, sums) runs in kLanes interleaved partial sums, folded by halves (8, 4, 2, 1);
+//  * exp is our own polynomial, never the C library's;
+//  * a result that is NaN is the one quiet NaN 0x7FC00000, because which operand's NaN an instruction passes on depends
+//    on the order a compiler puts the operands in.
+// The scalar table is the reference that the others are compared with, byte by byte.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+namespace edgemoe {
+
+inline constexpr int kRowBlock = 16;  // rows interleaved in a weight block
+inline constexpr int kGroup = 64;     // columns that share one scale and offset
+inline constexpr int kLanes = 16;     // partial sums of a reduction
+inline constexpr int kKvBlock = 64;   // positions per attention block; blocks start at absolute multiples of it
+inline constexpr int kKvGroup = 32;   // elements of a q8_0 key or value that share a scale
+
+// Weight layouts in memory; docs/format.md describes the bytes of the first five. The ggml_* layouts hold the blocks of
+// a GGUF file, permuted by interleave() below.
+enum class Layout : uint8_t {
+    f32,
+    bf16,
+    f16,
+    q8g64,
+    q4g64,
+    ggml_q4_0,
+    ggml_q4_1,
+    ggml_q5_0,
+    ggml_q5_1,
+    ggml_q8_0,
+    ggml_q2_k,
+    ggml_q3_k,
+    ggml_q4_k,
+    ggml_q5_k,
+    ggml_q6_k,
+    ggml_iq4_nl,
+    ggml_iq4_xs,
+    ggml_mxfp4,
+};
+
+bool is_ggml(Layout layout);
+
+// Whether products with this layout read the int8 codes of the activations; otherwise they read the float values.
+bool reads_codes(Layout layout);
+
+// A weight matrix [rows, cols] in memory, 64-byte aligned.
+struct Matrix {
+    Layout layout;
+    int rows;
+    int cols;
+    const std::byte* data;
+};
+
+// The inputs of a product, for up to `tokens` tokens. Float layouts read `values`; quantized layouts read the rest.
+struct Activations {
+    const float* values;  // [tokens, cols], row stride value_stride
+    ptrdiff_t value_stride;
+    const int8_t* codes;  // [tokens, groups * kGroup], zero-padded, 64-byte aligned rows
+    const float* scales;  // [tokens, groups]
+    const float* sums;    // [tokens, groups]: scale * (sum of the group's codes)
+};
+
+// Keys and values of one layer and head group are stored per block of kKvBlock positions (see SequenceState).
+enum class KvType : uint8_t { f32, f16, q8_0 };
+
+struct Kernels {
+    std::string_view name;
+
+    // out[i * out_stride + row] = matrix[row, :] . x[tokens[i], :] for all i and the rows of blocks [first, last).
+    // An empty `tokens` means tokens 0 .. count-1 in order; otherwise count == tokens.size().
+    // Rows beyond matrix.rows (padding of the last block) are not written. Float layouts: acc = fma(weight, x, acc).
+    // Quantized layouts, per group, with the exact integer dot product of the codes:
+    //     acc = fma(scale * x_scale, float(dot), acc); acc = fma(offset, x_sum, acc)
+    // ggml layouts, with signed codes (offsets subtracted, tables looked up) and exact integers; float() rounds half to
+    // even, which only q6_k and iq4_xs with extreme scales need (beyond 2^24):
+    //     blocks of 32 columns, one after the other:
+    //         acc = fma(d * x_scale, float(dot), acc); with minimum: acc = fma(m * x_scale, float(x_code_sum), acc)
+    //     blocks of 256 columns, per group of 64, with the integer scales and minimums of its sub-blocks:
+    //         acc = fma(d * x_scale, float(sum of scale * dot), acc); with minimums:
+    //         acc = fma(-(dmin * x_scale), float(sum of minimum * x_code_sum), acc)
+    void (*matmul)(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,
+                   int first_block, int last_block, float* out, ptrdiff_t out_stride);
+
+    // x [cols] -> codes [groups * kGroup], scales [groups], sums [groups]. scale = max|x| / 127,
+    // code = round-half-even(x * (127 / max|x|)); a group of zeros, or of values so small that 127 / max|x| overflows,
+    // has scale 0 and codes 0. A group with a NaN or infinity gets scale NaN and codes 0, so that it stays visible in
+    // the output. Padding columns count as 0.
+    void (*quantize)(std::span<const float> x, int8_t* codes, float* scales, float* sums);
+
+    // out = (x * (1 / sqrt(mean(x^2) + epsilon))) * weight. out may be x.
+    void (*rms_norm)(std::span<const float> x, const float* weight, float epsilon, float* out);
+
+    // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. out may be gate.
+    void (*silu_multiply)(std::span<const float> gate, const float* up, float* out);
+
+    // In place: x[i] = exp(x[i] - max) / sum.
+    void (*softmax)(std::span<float> x);
+
+    // y[i] += a * x[i] (one fused multiply-add each).
+    void (*add_scaled)(float a, const float* x, std::span<float> y);
+
+    // Rotates pairs (i, i + pairs) of one head in place by cosine[i], sine[i]; elements beyond 2 * pairs stay.
+    // out[i] = x[i] c - x[i+p] s ; out[i+p] = x[i+p] c + x[i] s, each as the rounded product with s and one fused
+    // multiply-add.
+    void (*rope)(float* head, const float* cosine, const float* sine, int pairs);
+
+    // Stores one position's key (or value) vector of `dim` elements into a block: `slot` is its place 0..kKvBlock-1.
+    // Keys lie transposed, [dim][kKvBlock] (q8_0: codes [dim][kKvBlock], then float16 scales [dim/kKvGroup][kKvBlock]),
+    // so that attention has one position per lane. Values lie [kKvBlock][dim] (q8_0: codes, then float16 scales
+    // [kKvBlock][dim/kKvGroup]). q8_0 needs dim % kKvGroup == 0; per group, scale = float16(max|x| / 127) and code =
+    // round-half-even(x / scale) limited to +-127, with the scale as it is stored. A group whose scale rounds to zero
+    // has codes 0; one with a NaN or infinity, or whose scale overflows, has scale NaN and codes 0.
+    void (*store_key)(KvType type, std::span<const float> key, int slot, std::byte* block);
+    void (*store_value)(KvType type, std::span<const float> value, int slot, std::byte* block);
+
+    // One step of the online softmax for `heads` query heads that share a key/value head, over one block, positions
+    // [begin, end) of it. State per head: maximum[h], sum[h], accumulator[h * dim .. ] (not yet divided by sum).
+    // Start: maximum = -infinity, sum = 0, accumulator = 0. Scores are scale * (q . k), d ascending, one lane each.
+    // With m the new maximum: p = exp(score - m), c = exp(old maximum - m) (0 at the start), sum = fma(sum, c,
+    // reduction of p over all kKvBlock slots, 0 outside [begin, end)), accumulator = accumulator * c, then fma(p,
+    // value, accumulator) with positions ascending. An element of a q8_0 key or value is the rounded product code *
+    // scale. The block must be allocated in full; slots outside [begin, end) may hold anything.
+    void (*attend)(KvType key_type, KvType value_type, const float* queries, int heads, int dim, float scale,
+                   const std::byte* keys, const std::byte* values, int begin, int end, float* maximum, float* sum,
+                   float* accumulator);
+};
+
+// Bytes of one row block of a layout, of a whole matrix, and of one key or value block. Throws std::invalid_argument if
+// cols is not a multiple of the layout's block (32 or 256 columns of the ggml layouts).
+size_t block_bytes(Layout layout, int cols);
+size_t matrix_bytes(Layout layout, int rows, int cols);
+size_t kv_block_bytes(KvType type, int dim);
+
+// Matrices as files store them: the layouts above as they are, or row after row as in GGUF (`row_major`), which must be
+// interleaved once they are in memory. Names of row-major ones are "ggml.f32", "ggml.f16", "ggml.bf16" (their layouts
+// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4".
+struct StoredLayout {
+    Layout layout;
+    bool row_major;
+};
+StoredLayout stored_layout(std::string_view name);  // throws std::invalid_argument
+// Bytes of the file: rows beyond the last are not stored in row-major matrices, so that this may be less than
+// matrix_bytes; it is the same if rows is a multiple of kRowBlock.
+size_t stored_bytes(StoredLayout stored, int rows, int cols);
+
+// Permutes a row-major matrix: source [stored_bytes] -> target [matrix_bytes, 64-byte aligned]. The two may overlap in
+// any way or be the same; source needs no alignment. Rows that fill up the last block become zeros. scratch:
+// block_bytes(layout, cols), of its own, for every thread that interleaves.
+//
+// A row block of a ggml layout: the blocks' 32-bit words [block][word][16 rows] first, then their remaining parameters
+// [block][parameter][16 rows], which are float16 numbers (iq4_xs: the second is scales_h; mxfp4: one byte, the
+// exponent).
+void interleave(Layout layout, int rows, int cols, const std::byte* source, std::byte* target, std::byte* scratch);
+
+// Row `row` of the matrix as float32 [cols] (embedding lookup); ggml layouts with ggml's own products and their order.
+void dequantize_row(const Matrix& matrix, int row, float* out);
+
+Layout layout_from_name(std::string_view name);  // throws std::invalid_argument
+std::string_view layout_name(Layout layout);
+
+// The tables this build has and this processor can run, best last; scalar is always first.
+std::vector<std::string_view> available_isas();
+
+// The table called `name`; empty: EDGEMOE_ISA if set, otherwise the best. Throws std::invalid_argument naming those
+// that are available.
+const Kernels& select_kernels(std::string_view name = {});
+
+}  // namespace edgemoe

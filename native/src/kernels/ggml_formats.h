@@ -1,0 +1,80 @@
+// What the blocks of ggml's formats consist of. In an unnamed namespace because files with different instruction sets
+// include it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "edgemoe/kernels.h"
+
+namespace edgemoe {
+
+// At least `size` bytes of this thread, 64-byte aligned, for the activations that a matmul call packs.
+std::byte* packed_scratch(size_t size);
+
+size_t ggml_block_bytes(Layout layout, int cols);
+void ggml_dequantize_row(const Matrix& matrix, int row, float* out);
+void ggml_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,
+                        int first_block, int last_block, float* out, ptrdiff_t out_stride);
+
+namespace {
+
+// A block in a file: `words` 32-bit words from byte `words_at` on, and parameters that are no words.
+struct GgmlFormat {
+    int cols;
+    int words;
+    int words_at;
+    int parameters;
+    int parameter_bytes;  // of one
+    int parameters_at;
+
+    constexpr int bytes() const { return words * 4 + parameters * parameter_bytes; }
+};
+
+[[maybe_unused]] constexpr GgmlFormat ggml_format(Layout layout) {
+    switch (layout) {
+        case Layout::ggml_q4_0:  // d | nibbles
+        case Layout::ggml_iq4_nl:
+            return {32, 4, 2, 1, 2, 0};
+        case Layout::ggml_q4_1:  // d m | nibbles
+            return {32, 4, 4, 2, 2, 0};
+        case Layout::ggml_q5_0:  // d | high bits, nibbles
+            return {32, 5, 2, 1, 2, 0};
+        case Layout::ggml_q5_1:  // d m | high bits, nibbles
+            return {32, 5, 4, 2, 2, 0};
+        case Layout::ggml_q8_0:  // d | codes
+            return {32, 8, 2, 1, 2, 0};
+        case Layout::ggml_q2_k:  // scales 4, crumbs 16 | d dmin
+            return {256, 20, 0, 2, 2, 80};
+        case Layout::ggml_q3_k:  // high bits 8, crumbs 16, scales 3 | d
+            return {256, 27, 0, 1, 2, 108};
+        case Layout::ggml_q4_k:  // d dmin | scales 3, nibbles 32
+            return {256, 35, 4, 2, 2, 0};
+        case Layout::ggml_q5_k:  // d dmin | scales 3, high bits 8, nibbles 32
+            return {256, 43, 4, 2, 2, 0};
+        case Layout::ggml_q6_k:  // nibbles 32, high crumbs 16, scales 4 | d
+            return {256, 52, 0, 1, 2, 208};
+        case Layout::ggml_iq4_xs:  // d scales_h | scales_l 1, nibbles 32
+            return {256, 33, 4, 2, 2, 0};
+        case Layout::ggml_mxfp4:  // exponent | nibbles
+            return {32, 4, 1, 1, 1, 0};
+        default:
+            return {};
+    }
+}
+
+[[maybe_unused]] constexpr bool ggml_has_minimum(Layout layout) {
+    return layout == Layout::ggml_q4_1 || layout == Layout::ggml_q5_1 || layout == Layout::ggml_q2_k ||
+           layout == Layout::ggml_q4_k || layout == Layout::ggml_q5_k;
+}
+
+// Columns that share an integer scale, in blocks of 256.
+[[maybe_unused]] constexpr int ggml_sub_block(Layout layout) {
+    return layout == Layout::ggml_q2_k || layout == Layout::ggml_q3_k || layout == Layout::ggml_q6_k ? 16 : 32;
+}
+
+constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t kFp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // doubled
+
+}  // namespace
+}  // namespace edgemoe

@@ -1,0 +1,20 @@
+// The tables of the instruction sets compiled into this build. The vector ones may only be used after the processor
+// was asked (dispatch.cpp).
+#pragma once
+
+#include "edgemoe/kernels.h"
+
+namespace edgemoe {
+
+extern const Kernels kScalarKernels;
+#if defined(EDGEMOE_X86)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512VnniKernels;
+#endif
+
+// Bytes of one group (kGroup columns) of a row block: codes, then kRowBlock scales, then kRowBlock offsets (float16).
+inline constexpr size_t kQ8Codes = size_t{kRowBlock} * kGroup;
+inline constexpr size_t kQ4Codes = kQ8Codes / 2;
+inline constexpr size_t kGroupParameters = size_t{2} * kRowBlock * sizeof(uint16_t);
+
+}  // namespace edgemoe

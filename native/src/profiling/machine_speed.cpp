@@ -1,0 +1,88 @@
+#include "edgemoe/machine_speed.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "edgemoe/arena.h"
+#include "edgemoe/direct_file.h"
+
+namespace edgemoe {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+// Runs body(thread) on so many threads at the same time and gives the time from the common start to the last end.
+// The first exception of a body is thrown here.
+template <class Body>
+double run_together(int threads, const Body& body) {
+    std::atomic<bool> go{false};
+    std::mutex mutex;
+    std::exception_ptr error;
+    std::vector<std::thread> workers;
+    const auto work = [&](int thread) {
+        while (!go.load(std::memory_order_acquire)) std::this_thread::yield();
+        try {
+            body(thread);
+        } catch (...) {
+            const std::lock_guard lock(mutex);
+            error = std::current_exception();
+        }
+    };
+    for (int thread = 1; thread < threads; ++thread) workers.emplace_back(work, thread);
+    const auto begin = Clock::now();
+    go.store(true, std::memory_order_release);
+    work(0);
+    for (std::thread& worker : workers) worker.join();
+    if (error) std::rethrow_exception(error);
+    return seconds_since(begin);
+}
+
+}  // namespace
+
+Throughput memory_read_speed(size_t size, int threads, double seconds) {
+    constexpr size_t kWords = 512;  // read between looks at the clock's answer
+    const size_t part = std::max<size_t>(size / sizeof(uint64_t) / threads / kWords, 1) * kWords;
+    std::vector<uint64_t> memory(part * threads, 1);
+    std::atomic<uint64_t> bytes{0};
+    std::atomic<uint64_t> sink{0};
+    const auto begin = Clock::now();
+    const double taken = run_together(threads, [&](int thread) {
+        const uint64_t* data = memory.data() + part * thread;
+        uint64_t sum = 0, rounds = 0;
+        do {
+            for (size_t i = 0; i < part; i += kWords)
+                for (size_t j = 0; j < kWords; ++j) sum += data[i + j];
+            ++rounds;
+        } while (seconds_since(begin) < seconds);
+        sink += sum;  // keeps the loop from being dropped
+        bytes += rounds * part * sizeof(uint64_t);
+    });
+    return {bytes, taken};
+}
+
+Throughput disk_read_speed(const std::string& path, size_t block, int depth, double seconds, uint64_t limit) {
+    const DirectFile file(path);
+    const uint64_t places = file.size() / block;
+    if (places == 0) throw IoError(path + ": is shorter than a block of " + std::to_string(block) + " bytes");
+    const Arena buffers(block * depth);
+    std::atomic<uint64_t> bytes{0};
+    const auto begin = Clock::now();
+    const double taken = run_together(depth, [&](int thread) {
+        uint64_t random = 0x9E3779B97F4A7C15u * (thread + 1);
+        do {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            const uint64_t place = (random >> 20) % places;
+            file.read(place * block, {buffers.data() + block * thread, block}, block);
+        } while ((bytes += block) < limit && seconds_since(begin) < seconds);
+    });
+    return {bytes, taken};
+}
+
+}  // namespace edgemoe

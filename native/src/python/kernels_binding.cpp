@@ -1,0 +1,350 @@
+// edgemoe._core.kernels: every kernel by itself, for tests and benchmarks. Sizes are checked, inputs are copied into
+// aligned memory; nothing here is on the engine's path.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "edgemoe/kernels.h"
+
+namespace py = pybind11;
+
+void bind_kernels(py::module_& module);
+
+namespace {
+
+using edgemoe::Activations;
+using edgemoe::Kernels;
+using edgemoe::kGroup;
+using edgemoe::kKvBlock;
+using edgemoe::kKvGroup;
+using edgemoe::kRowBlock;
+using edgemoe::KvType;
+using edgemoe::Layout;
+using edgemoe::Matrix;
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Integers = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+constexpr std::align_val_t kAlignment{64};
+
+struct AlignedDelete {
+    void operator()(std::byte* data) const { ::operator delete[](data, kAlignment); }
+};
+
+// `size` bytes, 64-byte aligned, copied from `source` if there is one. Padded to whole vectors with a NaN pattern.
+class Buffer {
+  public:
+    explicit Buffer(size_t size, const void* source = nullptr)
+        : data_(static_cast<std::byte*>(::operator new[](size + 64, kAlignment))) {
+        std::memset(data_.get(), 0xFF, size + 64);
+        if (source && size) std::memcpy(data_.get(), source, size);
+    }
+    template <class T>
+    T* as() const {
+        return reinterpret_cast<T*>(data_.get());
+    }
+
+  private:
+    std::unique_ptr<std::byte[], AlignedDelete> data_;
+};
+
+void require(bool condition, const std::string& message) {
+    if (!condition) throw py::value_error(message);
+}
+
+void require_dimensions(const py::array& array, int dimensions, const char* name) {
+    require(array.ndim() == dimensions, std::string(name) + " must have " + std::to_string(dimensions) +
+                                            " dimensions, it has " + std::to_string(array.ndim()));
+}
+
+void require_length(const py::array& array, py::ssize_t length, const char* name) {
+    require_dimensions(array, 1, name);
+    require(array.shape(0) == length, std::string(name) + " must have " + std::to_string(length) +
+                                          " elements, it has " + std::to_string(array.shape(0)));
+}
+
+size_t size_of(const py::array& array) { return static_cast<size_t>(array.size()); }
+
+std::span<const float> span_of(const Floats& array) { return {array.data(), size_of(array)}; }
+
+KvType kv_type(const std::string& name) {
+    if (name == "f32") return KvType::f32;
+    if (name == "f16") return KvType::f16;
+    if (name == "q8_0") return KvType::q8_0;
+    throw py::value_error("unknown cache type '" + name + "'; known: f32, f16, q8_0");
+}
+
+Matrix make_matrix(const std::string& layout, const Bytes& data, int rows, int cols, const Buffer& buffer) {
+    require(rows > 0 && cols > 0, "rows and cols must be positive");
+    require_dimensions(data, 1, "data");
+    const Layout found = edgemoe::layout_from_name(layout);
+    const size_t bytes = edgemoe::matrix_bytes(found, rows, cols);
+    require(size_of(data) == bytes, "data must have " + std::to_string(bytes) + " bytes for " + layout + " [" +
+                                        std::to_string(rows) + ", " + std::to_string(cols) + "], it has " +
+                                        std::to_string(data.size()));
+    return {found, rows, cols, buffer.as<std::byte>()};
+}
+
+py::tuple quantize(const std::string& isa, const Floats& x) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(x, 1, "x");
+    const auto groups = (x.size() + kGroup - 1) / kGroup;
+    Buffer codes(static_cast<size_t>(groups) * kGroup);
+    Floats scales(groups);
+    Floats sums(groups);
+    kernels.quantize(span_of(x), codes.as<int8_t>(), scales.mutable_data(), sums.mutable_data());
+    py::array_t<int8_t> result(groups * kGroup);
+    std::memcpy(result.mutable_data(), codes.as<int8_t>(), size_of(result));
+    return py::make_tuple(result, scales, sums);
+}
+
+Floats matmul(const std::string& isa, const std::string& layout, const Bytes& data, int rows, int cols, const Floats& x,
+              const std::optional<Integers>& tokens, int first_block, std::optional<int> last_block) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    const Buffer weights(size_of(data), data.data());
+    const Matrix matrix = make_matrix(layout, data, rows, cols, weights);
+    require_dimensions(x, 2, "x");
+    require(x.shape(1) == cols,
+            "x must have " + std::to_string(cols) + " columns, it has " + std::to_string(x.shape(1)));
+    const int blocks = (rows + kRowBlock - 1) / kRowBlock;
+    const int end = last_block.value_or(blocks);
+    require(0 <= first_block && first_block <= end && end <= blocks, "blocks must lie in 0.." + std::to_string(blocks));
+    auto count = static_cast<int>(x.shape(0));
+    std::span<const int32_t> indices;
+    if (tokens) {
+        require_dimensions(*tokens, 1, "tokens");
+        require(tokens->size() > 0, "tokens must not be empty; None takes all of them");
+        indices = {tokens->data(), size_of(*tokens)};
+        for (const int32_t token : indices)
+            require(token >= 0 && token < count,
+                    "token " + std::to_string(token) + " is not one of the " + std::to_string(count) + " rows of x");
+        count = static_cast<int>(indices.size());
+    }
+
+    const size_t groups = (static_cast<size_t>(cols) + kGroup - 1) / kGroup;
+    const auto all = static_cast<size_t>(x.shape(0));
+    const Buffer values(size_of(x) * sizeof(float), x.data());
+    const Buffer codes(all * groups * kGroup);
+    const Buffer scales(all * groups * sizeof(float));
+    const Buffer sums(all * groups * sizeof(float));
+    for (size_t i = 0; i < all; ++i)
+        kernels.quantize({values.as<float>() + i * cols, static_cast<size_t>(cols)},
+                         codes.as<int8_t>() + i * groups * kGroup, scales.as<float>() + i * groups,
+                         sums.as<float>() + i * groups);
+    const Activations activations{values.as<float>(), cols, codes.as<int8_t>(), scales.as<float>(), sums.as<float>()};
+    Floats out({py::ssize_t{count}, py::ssize_t{rows}});
+    std::memset(out.mutable_data(), 0, size_of(out) * sizeof(float));
+    kernels.matmul(matrix, activations, indices, count, first_block, end, out.mutable_data(), rows);
+    return out;
+}
+
+// `shift`: the target begins so many bytes behind the source (before it, if negative) in one buffer; otherwise in
+// another one.
+Bytes interleave(const std::string& name, const Bytes& data, int rows, int cols, std::optional<int> shift) {
+    require(rows > 0 && cols > 0, "rows and cols must be positive");
+    require_dimensions(data, 1, "data");
+    const edgemoe::StoredLayout stored = edgemoe::stored_layout(name);
+    require(stored.row_major, "layout " + name + " is interleaved as it is stored");
+    const size_t bytes = edgemoe::stored_bytes(stored, rows, cols);
+    require(size_of(data) == bytes,
+            "data must have " + std::to_string(bytes) + " bytes, it has " + std::to_string(data.size()));
+    const size_t size = edgemoe::matrix_bytes(stored.layout, rows, cols);
+    const Buffer scratch(edgemoe::block_bytes(stored.layout, cols));
+    const size_t distance = static_cast<size_t>(std::abs(shift.value_or(static_cast<int>(bytes))));
+    const Buffer buffer(size + distance);
+    std::byte* source = buffer.as<std::byte>() + (shift.value_or(1) < 0 ? distance : 0);
+    std::byte* target = buffer.as<std::byte>() + (shift.value_or(1) < 0 ? 0 : distance);
+    std::memcpy(source, data.data(), bytes);
+    edgemoe::interleave(stored.layout, rows, cols, source, target, scratch.as<std::byte>());
+    Bytes out(static_cast<py::ssize_t>(size));
+    std::memcpy(out.mutable_data(), target, size);
+    return out;
+}
+
+Floats dequantize_row(const std::string& layout, const Bytes& data, int rows, int cols, int row) {
+    const Buffer weights(size_of(data), data.data());
+    const Matrix matrix = make_matrix(layout, data, rows, cols, weights);
+    require(row >= 0 && row < rows, "row " + std::to_string(row) + " is not one of " + std::to_string(rows));
+    Floats out(cols);
+    edgemoe::dequantize_row(matrix, row, out.mutable_data());
+    return out;
+}
+
+Floats rms_norm(const std::string& isa, const Floats& x, const Floats& weight, float epsilon) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(x, 1, "x");
+    require(x.size() > 0, "x must not be empty");
+    require_length(weight, x.size(), "weight");
+    Floats out(x.size());
+    kernels.rms_norm(span_of(x), weight.data(), epsilon, out.mutable_data());
+    return out;
+}
+
+Floats silu_multiply(const std::string& isa, const Floats& gate, const Floats& up) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(gate, 1, "gate");
+    require_length(up, gate.size(), "up");
+    Floats out(gate.size());
+    kernels.silu_multiply(span_of(gate), up.data(), out.mutable_data());
+    return out;
+}
+
+Floats copy_of(const Floats& x) {
+    Floats out(std::vector<py::ssize_t>(x.shape(), x.shape() + x.ndim()));
+    std::memcpy(out.mutable_data(), x.data(), size_of(x) * sizeof(float));
+    return out;
+}
+
+Floats softmax(const std::string& isa, const Floats& x) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(x, 1, "x");
+    Floats out = copy_of(x);
+    kernels.softmax({out.mutable_data(), size_of(out)});
+    return out;
+}
+
+Floats add_scaled(const std::string& isa, float a, const Floats& x, const Floats& y) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(y, 1, "y");
+    require_length(x, y.size(), "x");
+    Floats out = copy_of(y);
+    kernels.add_scaled(a, x.data(), {out.mutable_data(), size_of(out)});
+    return out;
+}
+
+Floats rope(const std::string& isa, const Floats& head, const Floats& cosine, const Floats& sine) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(head, 1, "head");
+    require_dimensions(cosine, 1, "cosine");
+    require_length(sine, cosine.size(), "sine");
+    require(2 * cosine.size() <= head.size(), "head is shorter than the pairs to rotate");
+    Floats out = copy_of(head);
+    kernels.rope(out.mutable_data(), cosine.data(), sine.data(), static_cast<int>(cosine.size()));
+    return out;
+}
+
+void require_kv(KvType type, py::ssize_t dim) {
+    require(dim > 0, "vectors must not be empty");
+    require(type != KvType::q8_0 || dim % kKvGroup == 0, "q8_0 needs a dimension that is a multiple of " +
+                                                             std::to_string(kKvGroup) + ", not " + std::to_string(dim));
+}
+
+// Blocks of keys (or values) for positions `start` ... of `vectors`; what is not stored keeps a NaN pattern.
+std::vector<Buffer> make_cache(const Kernels& kernels, KvType type, bool keys, const Floats& vectors, int start) {
+    const auto dim = static_cast<int>(vectors.shape(1));
+    const auto positions = static_cast<int>(vectors.shape(0));
+    std::vector<Buffer> blocks;
+    for (int position = 0; position < positions; ++position) {
+        if (position % kKvBlock == 0) blocks.emplace_back(edgemoe::kv_block_bytes(type, dim));
+        if (position < start) continue;
+        const std::span<const float> vector{vectors.data(position, 0), static_cast<size_t>(dim)};
+        (keys ? kernels.store_key : kernels.store_value)(type, vector, position % kKvBlock,
+                                                         blocks.back().as<std::byte>());
+    }
+    return blocks;
+}
+
+Bytes store(const std::string& isa, const std::string& type_name, bool keys, const Floats& vectors) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    const KvType type = kv_type(type_name);
+    require_dimensions(vectors, 2, "vectors");
+    require_kv(type, vectors.shape(1));
+    require(vectors.shape(0) >= 1 && vectors.shape(0) <= kKvBlock,
+            "a block holds 1.." + std::to_string(kKvBlock) + " positions, not " + std::to_string(vectors.shape(0)));
+    const std::vector<Buffer> blocks = make_cache(kernels, type, keys, vectors, 0);
+    Bytes out(static_cast<py::ssize_t>(edgemoe::kv_block_bytes(type, static_cast<int>(vectors.shape(1)))));
+    std::memcpy(out.mutable_data(), blocks[0].as<uint8_t>(), size_of(out));
+    return out;
+}
+
+py::tuple attend(const std::string& isa, const std::string& key_name, const std::string& value_name,
+                 const Floats& queries, const Floats& keys, const Floats& values, float scale, int start) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    const KvType key_type = kv_type(key_name);
+    const KvType value_type = kv_type(value_name);
+    require_dimensions(queries, 2, "queries");
+    require_dimensions(keys, 2, "keys");
+    require_dimensions(values, 2, "values");
+    const py::ssize_t heads = queries.shape(0);
+    const py::ssize_t dim = queries.shape(1);
+    require_kv(key_type, dim);
+    require_kv(value_type, dim);
+    require(keys.shape(1) == dim && values.shape(1) == dim, "queries, keys and values must have one dimension");
+    require(keys.shape(0) == values.shape(0), "keys and values must be as many");
+    const auto positions = static_cast<int>(keys.shape(0));
+    require(start >= 0 && start <= positions, "start must lie in 0.." + std::to_string(positions));
+
+    const std::vector<Buffer> key_blocks = make_cache(kernels, key_type, true, keys, start);
+    const std::vector<Buffer> value_blocks = make_cache(kernels, value_type, false, values, start);
+    Floats maximum(heads);
+    Floats sum(heads);
+    Floats accumulator({heads, dim});
+    for (py::ssize_t head = 0; head < heads; ++head) {
+        maximum.mutable_at(head) = -std::numeric_limits<float>::infinity();
+        sum.mutable_at(head) = 0.0f;
+    }
+    std::memset(accumulator.mutable_data(), 0, size_of(accumulator) * sizeof(float));
+    for (int block = 0; block < static_cast<int>(key_blocks.size()); ++block) {
+        const int first = block * kKvBlock;
+        const int begin = start > first ? start - first : 0;
+        const int end = positions - first < kKvBlock ? positions - first : kKvBlock;
+        kernels.attend(key_type, value_type, queries.data(), static_cast<int>(heads), static_cast<int>(dim), scale,
+                       key_blocks[block].as<std::byte>(), value_blocks[block].as<std::byte>(), begin, end,
+                       maximum.mutable_data(), sum.mutable_data(), accumulator.mutable_data());
+    }
+    return py::make_tuple(maximum, sum, accumulator);
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& module) {
+    using py::arg;
+    py::module_ kernels = module.def_submodule("kernels", "The arithmetic by itself; for tests and benchmarks.");
+    kernels.def("available_isas", [] {
+        std::vector<std::string> names;
+        for (const std::string_view name : edgemoe::available_isas()) names.emplace_back(name);
+        return names;
+    });
+    kernels.def(
+        "selected_isa", [](const std::string& name) { return std::string(edgemoe::select_kernels(name).name); },
+        arg("name") = "");
+    kernels.def(
+        "matrix_bytes",
+        [](const std::string& layout, int rows, int cols) {
+            return edgemoe::matrix_bytes(edgemoe::layout_from_name(layout), rows, cols);
+        },
+        arg("layout"), arg("rows"), arg("cols"));
+    kernels.def(
+        "kv_block_bytes", [](const std::string& type, int dim) { return edgemoe::kv_block_bytes(kv_type(type), dim); },
+        arg("type"), arg("dim"));
+    kernels.def("quantize", quantize, arg("isa"), arg("x"));
+    kernels.def("matmul", matmul, arg("isa"), arg("layout"), arg("data"), arg("rows"), arg("cols"), arg("x"),
+                arg("tokens") = py::none(), arg("first_block") = 0, arg("last_block") = py::none());
+    kernels.def(
+        "stored_bytes",
+        [](const std::string& name, int rows, int cols) {
+            return edgemoe::stored_bytes(edgemoe::stored_layout(name), rows, cols);
+        },
+        arg("name"), arg("rows"), arg("cols"));
+    kernels.def("interleave", interleave, arg("name"), arg("data"), arg("rows"), arg("cols"),
+                arg("shift") = py::none());
+    kernels.def("dequantize_row", dequantize_row, arg("layout"), arg("data"), arg("rows"), arg("cols"), arg("row"));
+    kernels.def("rms_norm", rms_norm, arg("isa"), arg("x"), arg("weight"), arg("epsilon"));
+    kernels.def("silu_multiply", silu_multiply, arg("isa"), arg("gate"), arg("up"));
+    kernels.def("softmax", softmax, arg("isa"), arg("x"));
+    kernels.def("add_scaled", add_scaled, arg("isa"), arg("a"), arg("x"), arg("y"));
+    kernels.def("rope", rope, arg("isa"), arg("head"), arg("cosine"), arg("sine"));
+    kernels.def("store", store, arg("isa"), arg("type"), arg("keys"), arg("vectors"));
+    kernels.def("attend", attend, arg("isa"), arg("key_type"), arg("value_type"), arg("queries"), arg("keys"),
+                arg("values"), arg("scale"), arg("start") = 0);
+}

@@ -1,0 +1,252 @@
+// The Python module edgemoe._core: checksums, the engine, and (for tests) the kernels.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "edgemoe/crc32c.h"
+#include "edgemoe/engine.h"
+
+namespace py = pybind11;
+
+void bind_kernels(py::module_& module);
+void bind_profiling(py::module_& module);
+
+namespace {
+
+using edgemoe::Engine;
+using edgemoe::EngineOptions;
+using edgemoe::MemoryPlan;
+using edgemoe::ModelSpec;
+using edgemoe::PackIndex;
+using Integers = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+template <class T>
+T field(const py::handle& map, const char* name) {
+    return map[py::str(name)].cast<T>();
+}
+
+// From ModelSpec.to_dict(); edgemoe/spec.py has checked every value.
+ModelSpec make_spec(const py::dict& data) {
+    ModelSpec spec;
+    spec.vocab_size = field<int>(data, "vocab_size");
+    spec.hidden_size = field<int>(data, "hidden_size");
+    spec.context = field<int>(data, "context");
+    spec.norm_epsilon = field<float>(data, "norm_epsilon");
+    spec.tied_embeddings = field<bool>(data, "tied_embeddings");
+    for (const py::handle item : data["layers"]) {
+        edgemoe::LayerSpec layer;
+        const py::handle attention = item["attention"];
+        layer.attention.heads = field<int>(attention, "heads");
+        layer.attention.kv_heads = field<int>(attention, "kv_heads");
+        layer.attention.head_dim = field<int>(attention, "head_dim");
+        layer.attention.scale = field<float>(attention, "scale");
+        layer.attention.head_norm = field<std::string>(attention, "qk_norm") == "head";
+        if (const py::handle rope = attention["rope"]; !rope.is_none()) {
+            const edgemoe::RopeSpec found{field<std::vector<float>>(rope, "inverse_frequencies"),
+                                          field<float>(rope, "attention_factor")};
+            const auto known = std::find(spec.ropes.begin(), spec.ropes.end(), found);
+            layer.attention.rope = static_cast<int>(known - spec.ropes.begin());
+            if (known == spec.ropes.end()) spec.ropes.push_back(found);
+        }
+        layer.ffn_dim = field<int>(item, "ffn_dim");
+        layer.experts = field<int>(item, "experts");
+        layer.top_k = field<int>(item, "top_k");
+        if (const py::handle router = item["router"]; !router.is_none())
+            layer.renormalize = field<bool>(router, "renormalize");
+        spec.layers.push_back(layer);
+    }
+    return spec;
+}
+
+// From edgemoe.model: the pack's index with everything checked and resolved.
+PackIndex make_index(const py::dict& data) {
+    PackIndex index;
+    index.files = field<std::vector<std::string>>(data, "files");
+    for (const py::handle item : data["sections"]) {
+        const auto pair = item.cast<py::tuple>();
+        edgemoe::Section section{{}, pair[1].cast<std::optional<uint32_t>>()};
+        for (const py::handle extent : pair[0]) {
+            const auto [file, offset, length] = extent.cast<std::tuple<uint32_t, uint64_t, uint64_t>>();
+            if (file >= index.files.size()) throw std::invalid_argument("an extent names an unknown file");
+            section.extents.push_back({file, offset, length});
+        }
+        if (section.extents.empty()) throw std::invalid_argument("a section without extents");
+        index.sections.push_back(std::move(section));
+    }
+    for (const auto& [name, value] : data["dense"].cast<py::dict>()) {
+        const auto [section, offset, layout, rows, cols] =
+            value.cast<std::tuple<uint32_t, uint64_t, std::string, int, int>>();
+        if (section >= index.sections.size()) throw std::invalid_argument("a tensor names an unknown section");
+        index.dense[name.cast<std::string>()] = {section, offset, layout, rows, cols};
+    }
+    for (const auto& [number, value] : data["experts"].cast<py::dict>()) {
+        edgemoe::ExpertLayer layer;
+        const auto parts = field<std::vector<std::tuple<std::string, uint32_t, uint64_t, int, int>>>(value, "parts");
+        if (parts.size() != layer.parts.size()) throw std::invalid_argument("an expert has three parts");
+        for (size_t i = 0; i < parts.size(); ++i) {
+            const auto& [layout, extent, offset, rows, cols] = parts[i];
+            layer.parts[i] = {edgemoe::stored_layout(layout), extent, offset, rows, cols};
+        }
+        layer.sections = field<std::vector<uint32_t>>(value, "sections");
+        for (const uint32_t section : layer.sections)
+            if (section >= index.sections.size()) throw std::invalid_argument("an expert names an unknown section");
+        index.experts[number.cast<int>()] = std::move(layer);
+    }
+    return index;
+}
+
+edgemoe::KvType make_kv_type(const std::string& name) {
+    if (name == "f32") return edgemoe::KvType::f32;
+    if (name == "f16") return edgemoe::KvType::f16;
+    if (name == "q8_0") return edgemoe::KvType::q8_0;
+    throw std::invalid_argument("cache type " + name + " is not one of f32, f16, q8_0");
+}
+
+EngineOptions make_options(const py::dict& data) {
+    EngineOptions options;
+    options.threads = field<int>(data, "threads");
+    options.context = field<int>(data, "context");
+    options.chunk = field<int>(data, "chunk");
+    options.store.slots = field<int>(data, "expert_slots");
+    options.store.readers = field<int>(data, "readers");
+    options.store.eviction = edgemoe::eviction_from_name(field<std::string>(data, "eviction"));
+    options.store.prefetch = field<bool>(data, "prefetch");
+    options.key_type = make_kv_type(field<std::string>(data, "cache_type_k"));
+    options.value_type = make_kv_type(field<std::string>(data, "cache_type_v"));
+    if (options.threads < 1 || options.context < 1 || options.chunk < 1 || options.store.readers < 1)
+        throw std::invalid_argument("threads, context, chunk and readers are at least 1");
+    return options;
+}
+
+std::span<const int32_t> view(const Integers& array) { return {array.data(), static_cast<size_t>(array.size())}; }
+
+std::span<const std::byte> bytes_of(const py::buffer_info& info) {
+    py::ssize_t stride = info.itemsize;
+    for (py::ssize_t axis = info.ndim; axis-- > 0; stride *= info.shape[axis])
+        if (info.shape[axis] > 1 && info.strides[axis] != stride) throw py::value_error("the buffer is not contiguous");
+    return {static_cast<const std::byte*>(info.ptr), static_cast<size_t>(info.size * info.itemsize)};
+}
+
+// Raises the Python class edgemoe.errors.<name>.
+void raise(const char* name, const std::exception& error) {
+    const py::object type = py::module_::import("edgemoe.errors").attr(name);
+    PyErr_SetString(type.ptr(), error.what());
+}
+
+py::array_t<float> forward(Engine& engine, const Integers& tokens, const Integers& positions,
+                           const Integers& sequence_ids, const Integers& wanted) {
+    py::array_t<float> logits({wanted.size(), static_cast<py::ssize_t>(engine.spec().vocab_size)});
+    float* out = logits.mutable_data();
+    const auto check_signals = [] {
+        const py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    };
+    const py::gil_scoped_release release;
+    engine.forward(view(tokens), view(positions), view(sequence_ids), view(wanted), out, check_signals);
+    return logits;
+}
+
+py::dict counters(const Engine& engine) {
+    const edgemoe::EngineCounters c = engine.counters();
+    py::dict result;
+    result["tokens"] = c.tokens;
+    result["seconds"] = c.seconds;
+    result["experts_requested"] = c.store.experts_requested;
+    result["experts_hit"] = c.store.experts_hit;
+    result["sections_read"] = c.store.sections_read;
+    result["bytes_read"] = c.store.bytes_read;
+    result["evictions"] = c.store.evictions;
+    result["prefetch_issued"] = c.store.prefetch_issued;
+    result["prefetch_used"] = c.store.prefetch_used;
+    result["prefetch_late"] = c.store.prefetch_late;
+    result["prefetch_wasted"] = c.store.prefetch_wasted;
+    result["stall_seconds"] = c.store.stall_seconds;
+    result["read_seconds"] = c.store.read_seconds;
+    return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+    module.attr("__version__") = EDGEMOE_VERSION;
+
+    py::register_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) std::rethrow_exception(pointer);
+        } catch (const edgemoe::IoError& error) {
+            raise("ReadError", error);
+        } catch (const edgemoe::ContextError& error) {
+            raise("ContextLengthError", error);
+        }
+    });
+
+    module.def(
+        "crc32c",
+        [](const py::buffer& buffer, uint32_t crc) {
+            const py::buffer_info info = buffer.request();
+            const auto bytes = bytes_of(info);
+            const py::gil_scoped_release release;
+            return edgemoe::crc32c(bytes, crc);
+        },
+        py::arg("buffer"), py::arg("crc") = 0);
+
+    module.def("plan", [](const py::dict& spec, const py::dict& index, const py::dict& options) {
+        const MemoryPlan plan = Engine::plan(make_spec(spec), make_index(index), make_options(options));
+        py::dict result;
+        result["dense"] = plan.dense;
+        result["state"] = plan.state;
+        result["scratch"] = plan.scratch;
+        result["slot"] = plan.slot;
+        result["experts"] = plan.experts;
+        result["minimum_slots"] = plan.minimum_slots;
+        return result;
+    });
+
+    py::class_<Engine>(module, "Engine")
+        .def(py::init([](const py::dict& spec, const py::dict& index, const py::dict& options) {
+            ModelSpec model = make_spec(spec);
+            PackIndex pack = make_index(index);
+            EngineOptions engine = make_options(options);
+            const py::gil_scoped_release release;
+            return std::make_unique<Engine>(std::move(model), std::move(pack), std::move(engine));
+        }))
+        .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("sequence_ids"), py::arg("wanted"))
+        .def("add_sequence", &Engine::add_sequence)
+        .def("length", [](Engine& engine, int id) { return engine.sequence(id).length(); })
+        .def("truncate", [](Engine& engine, int id, int length) { engine.sequence(id).truncate(length); })
+        .def("snapshot",
+             [](Engine& engine, int id) {
+                 const edgemoe::SequenceState& state = engine.sequence(id);
+                 py::array_t<uint8_t> target(static_cast<py::ssize_t>(state.snapshot_bytes()));
+                 state.snapshot({reinterpret_cast<std::byte*>(target.mutable_data()), state.snapshot_bytes()});
+                 return target;
+             })
+        .def("restore",
+             [](Engine& engine, int id, const py::buffer& source) {
+                 const py::buffer_info info = source.request();
+                 engine.sequence(id).restore(bytes_of(info));
+             })
+        .def("record_routing", &Engine::record_routing)
+        .def("take_routing",
+             [](Engine& engine) {
+                 const edgemoe::RoutingRecord record = engine.take_routing();
+                 const auto width = static_cast<py::ssize_t>(record.width);
+                 const auto tokens = width ? static_cast<py::ssize_t>(record.picks.size()) / width : 0;
+                 const std::vector<py::ssize_t> shape{tokens, width};
+                 return py::make_tuple(py::array_t<uint16_t>(shape, record.picks.data()),
+                                       py::array_t<float>(shape, record.weights.data()),
+                                       py::array_t<uint16_t>(shape, record.predicted.data()));
+             })
+        .def("counters", &counters)
+        .def_property_readonly("isa", [](const Engine& engine) { return std::string(engine.isa()); })
+        .def_property_readonly("direct_io", &Engine::direct_io);
+
+    bind_kernels(module);
+    bind_profiling(module);
+}

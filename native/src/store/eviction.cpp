@@ -1,0 +1,74 @@
+#include "edgemoe/eviction.h"
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace edgemoe {
+
+Eviction eviction_from_name(std::string_view name) {
+    if (name == "lru") return Eviction::lru;
+    if (name == "lfu") return Eviction::lfu;
+    if (name == "least_stale") return Eviction::least_stale;
+    if (name == "next_use") return Eviction::next_use;
+    throw std::invalid_argument("eviction policy " + std::string(name) +
+                                " is not one of lru, lfu, least_stale, next_use");
+}
+
+EvictionRanking::EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_expert, int layers)
+    : policy_(policy),
+      layer_of_(std::move(layer_of_expert)),
+      last_use_(layer_of_.size()),
+      uses_(layer_of_.size()),
+      last_pass_(layer_of_.size()),
+      score_(layer_of_.size()),
+      last_token_(layer_of_.size()),
+      layer_tokens_(layers),
+      layers_(layers) {
+    double value = 1;
+    for (double& factor : decay_) {
+        factor = value;
+        value *= kDecay;
+    }
+}
+
+void EvictionRanking::begin_turn(int layer, int tokens) {
+    if (layer <= layer_) ++pass_;
+    layer_ = layer;
+    turn_begin_ = layer_tokens_[layer];
+    layer_tokens_[layer] += static_cast<uint64_t>(tokens);
+}
+
+double EvictionRanking::likelihood(int expert) const {
+    const uint64_t age = layer_tokens_[layer_of_[expert]] - last_token_[expert];
+    return age < kHorizon ? score_[expert] * decay_[age] : 0;
+}
+
+void EvictionRanking::use(int expert, int last_token, int uses) {
+    last_use_[expert] = ++clock_;
+    last_pass_[expert] = pass_;
+    uses_[expert] += static_cast<uint32_t>(uses);
+    // Uses before the last one of a turn lie anywhere in it; only the last is counted, at its own time.
+    const uint64_t now = turn_begin_ + static_cast<uint64_t>(last_token) + 1;
+    const uint64_t age = now - last_token_[expert];
+    score_[expert] = 1 + (age < kHorizon ? score_[expert] * decay_[age] : 0);
+    last_token_[expert] = now;
+}
+
+EvictionRanking::Rank EvictionRanking::rank(int expert) const {
+    switch (policy_) {
+        case Eviction::lru:
+            return {0, last_use_[expert]};
+        case Eviction::lfu:
+            return {static_cast<double>(uses_[expert]), last_use_[expert]};
+        case Eviction::least_stale:
+            return {last_pass_[expert] == pass_ && last_use_[expert] ? 1.0 : 0.0, last_use_[expert]};
+        case Eviction::next_use:
+            break;
+    }
+    // Layers until its turn: 1 for the next layer, `layers` for the current one.
+    const int away = (layer_of_[expert] - layer_ - 1 + layers_) % layers_ + 1;
+    return {likelihood(expert), static_cast<uint64_t>(layers_ - away)};
+}
+
+}  // namespace edgemoe
