@@ -1,0 +1,540 @@
+"""A Hugging Face folder or a GGUF file becomes an `.emoe` pack: section by section, with a few matrices in memory at a
+time.
+
+What goes where is planned from the headers alone; then every section is read, quantized, interleaved and written. The
+bytes depend on the source, the options and the version only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgemoe._core import __version__
+from edgemoe.errors import OptionError, PackError, SourceError, UnsupportedModelError
+from edgemoe.families import TensorSource, family_for
+from edgemoe.formats.ggml_blocks import READABLE, TYPES, BlockType
+from edgemoe.formats.gguf import GgufModel, is_gguf
+from edgemoe.formats.gguf_index import GgufSource
+from edgemoe.formats.layouts import BLOCK as ROWS_AT_ONCE
+from edgemoe.formats.layouts import QUANTIZED, ROW_MAJOR, bf16_to_f32, bits_of, pack
+from edgemoe.formats.pack import (
+    ALIGNMENT,
+    BLOCK,
+    MAX_BLOB,
+    MAX_SECTION,
+    PARTS,
+    Blob,
+    Bytes,
+    DenseTensor,
+    ExpertLayer,
+    Level,
+    PackContents,
+    PackWriter,
+    Part,
+    align,
+    partial_path,
+    tensor_size,
+)
+from edgemoe.formats.safetensors import SafetensorsFolder, TensorInfo, read_bytes, read_json
+from edgemoe.quantize.rtn import quantize
+from edgemoe.spec import ModelSpec
+from edgemoe.text.gguf_tokenizer import tokenizer_files
+
+BITS = (32, 16, 8, 4)
+# Of the experts of a folder of original weights, unless they are asked for.
+_FOLDER_BITS = 4
+
+BLOBS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+# Weights converted at once, and bytes of finished expert sections that may wait for the disk.
+_WEIGHTS_AT_ONCE = 1 << 20
+_WAITING_BYTES = 256 << 20
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    bits: int | None = None,
+    dense_bits: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes the pack `target` from the folder, or the GGUF file, `source`.
+
+    bits: of the experts. 32: float32; 16: as the source has them (bfloat16, float16; float32, and what a GGUF file has
+    quantized, is float32); 8 and 4: groups of 64 weights with a scale and an offset each. None: the blocks of a GGUF
+    file as they are, and 4 for a folder. dense_bits: of embedding, attention, dense feed-forward parts and output head;
+    unless given, 8 or `bits` if that is more, and as they are if the experts are. Routers and vectors are float32, the
+    routers of a GGUF file whose weights are kept excepted.
+    progress: called with (bytes written, bytes in all).
+
+    The target appears when it is complete. An interrupted conversion (KeyboardInterrupt, a killed process) leaves
+    `target.partial` and `target.journal`, and the same call continues it; any other failure leaves nothing.
+    Raises SourceError, UnsupportedModelError, OptionError, PackError (the target exists, the disk is too small) and
+    OSError.
+    """
+    source, target = Path(source), Path(target)
+    if target.is_dir():
+        raise PackError(f"{target}: is a folder")
+    if target.exists() and not overwrite:
+        raise PackError(f"{target}: exists already")
+    if not target.parent.is_dir():
+        raise PackError(f"{target.parent}: no such folder")
+    plan = _plan(source, bits, dense_bits)
+    _require_space(target, plan.size)
+    with PackWriter.create(target, plan.fingerprint) as writer:
+
+        def report() -> None:
+            if progress is not None:
+                progress(writer.bytes_done, plan.size - BLOCK)
+
+        report()
+        with contextlib.closing(plan.build(writer.done)) as sections:
+            for section in sections:
+                writer.add(section)
+                report()
+        writer.finish(plan.contents)
+
+
+def estimate_size(source: str | Path, bits: int | None = None, dense_bits: int | None = None) -> int:
+    """Bytes that the pack of this conversion takes, its index (some 100 KB) left out. Raises as `convert`."""
+    return _plan(Path(source), bits, dense_bits).size
+
+
+def requantized_types(source: str | Path, bits: int | None = None, dense_bits: int | None = None) -> list[str]:
+    """The quantized types of a GGUF file that this conversion turns into others; none for a folder. Raises as `convert`
+    does for the source."""
+    source = Path(source)
+    if (bits is None and dense_bits is None) or not is_gguf(source):
+        return []
+    gguf = GgufSource.open(source)
+    kinds = {
+        TYPES[gguf.model.info(tensor.name).type]
+        for name, tensor in gguf.sources.items()
+        if bits is not None or ".experts." not in name
+    }
+    return sorted(kind.name for kind in kinds if kind.weights > 1)
+
+
+# -- the source -----------------------------------------------------------------------------------------------------
+
+
+class TensorFiles(Protocol):
+    """What a conversion asks of its source; `SafetensorsFolder` describes it."""
+
+    folder: Path
+
+    def names(self) -> list[str]: ...
+    def info(self, name: str) -> TensorInfo: ...
+    def nbytes(self) -> int: ...
+    def fingerprint(self) -> str: ...
+    def read(self, name: str, rows: tuple[int, int] | None = None, index: int | None = None) -> npt.NDArray[Any]: ...
+
+
+class GgufTensors:
+    """A GGUF file's tensors in the types of a folder's: what is quantized is read as float32."""
+
+    def __init__(self, model: GgufModel) -> None:
+        self.folder = model.path
+        self._model = model
+
+    def names(self) -> list[str]:
+        return self._model.names()
+
+    def info(self, name: str) -> TensorInfo:
+        info = self._model.info(name)
+        if info.type not in READABLE:
+            return TensorInfo(info.type, info.shape)
+        return TensorInfo(info.type if info.type in ("f16", "bf16") else "f32", info.shape)
+
+    def nbytes(self) -> int:
+        return self._model.nbytes()
+
+    def fingerprint(self) -> str:
+        return self._model.fingerprint()
+
+    def read(self, name: str, rows: tuple[int, int] | None = None, index: int | None = None) -> npt.NDArray[Any]:
+        values = self._model.read(name, index, rows)
+        dtype = self._model.info(name).type
+        if dtype == "f16":
+            return values.astype("<f2")
+        return (values.view(np.uint32) >> 16).astype("<u2") if dtype == "bf16" else values
+
+    def block_type(self, name: str) -> BlockType:
+        return TYPES[self._model.info(name).type]
+
+    def read_blocks(self, name: str, rows: tuple[int, int] | None = None, index: int | None = None) -> bytearray:
+        """As `read`, in the file's own blocks."""
+        return self._model.read_bytes(name, index, rows)
+
+
+@dataclass(slots=True)
+class SourceModel:
+    """A model folder or a GGUF file, read as far as its headers.
+
+    form: "safetensors" or "gguf". sources: of every engine tensor; unused: the tensors left over. blobs: makes the
+    contents of the tokenizer's files.
+    """
+
+    form: str
+    folder: TensorFiles
+    spec: ModelSpec
+    sources: dict[str, TensorSource]
+    generation: dict[str, Any]
+    unused: list[str]
+    blobs: Callable[[], dict[str, bytes]]
+
+    @classmethod
+    def open(cls, path: Path) -> SourceModel:
+        """Raises SourceError, UnsupportedModelError and, for a GGUF file, TokenizerError."""
+        if is_gguf(path):
+            return cls._open_gguf(path)
+        if not path.is_dir():
+            raise SourceError(f"{path}: {'not a model folder' if path.exists() else 'no such folder'}")
+        config = read_json(path / "config.json")
+        folder = SafetensorsFolder.open(path)
+        try:
+            family = family_for(config)
+            spec = family.spec(config)
+            # Before a list of all expert tensors is made: a hostile configuration may speak of millions.
+            experts = sum(layer.experts for layer in spec.layers)
+            if 3 * experts > folder.nbytes():
+                raise SourceError(f"{experts} experts, but only {folder.nbytes()} bytes of tensors")
+            sources = family.tensor_sources(spec, config, folder.names())
+        except (UnsupportedModelError, SourceError) as error:
+            raise type(error)(f"{path / 'config.json'}: {error}") from None
+        generation_file = path / "generation_config.json"
+        generation = _generation(config, read_json(generation_file) if generation_file.exists() else {}, path)
+        used = {tensor.name for tensor in sources.values()}
+        unused = [name for name in folder.names() if name not in used]
+
+        def blobs() -> dict[str, bytes]:
+            return {name: read_bytes(path / name, MAX_BLOB) for name in BLOBS if (path / name).exists()}
+
+        return cls("safetensors", folder, spec, sources, generation, unused, blobs)
+
+    @classmethod
+    def _open_gguf(cls, path: Path) -> SourceModel:
+        gguf = GgufSource.open(path)
+
+        def blobs() -> dict[str, bytes]:
+            return tokenizer_files(gguf.model.metadata, str(path))
+
+        return cls("gguf", GgufTensors(gguf.model), gguf.spec, gguf.sources, gguf.generation, gguf.unused, blobs)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and source type of every engine tensor. Raises as `open` for one that does not fit."""
+        shapes = self.spec.dense_tensors()
+        for name, source in self.sources.items():
+            shape = shapes.get(name)
+            if shape is None:
+                _, layer, _, _, part = name.split(".")
+                shape = self.spec.expert_tensors(int(layer))[part]
+            yield name, shape, _checked_dtype(self.folder, name, source, shape)
+
+
+# -- the plan -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor on its way: shape [output, input], offset within its section."""
+
+    name: str
+    source: TensorSource
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+    offset: int
+
+
+@dataclass(slots=True)
+class _Plan:
+    """sections: the tensors, or the bytes, of each one."""
+
+    folder: TensorFiles
+    contents: PackContents
+    sections: list[list[_Tensor] | bytes] = field(default_factory=list)
+    size: int = BLOCK
+    fingerprint: str = ""
+
+    def add(self, section: list[_Tensor] | bytes) -> int:
+        length = len(section) if isinstance(section, bytes) else _length(section)
+        if length > MAX_SECTION:
+            name = "a blob" if isinstance(section, bytes) else section[0].name
+            raise SourceError(f"{self.folder.folder}: {name} takes {length} bytes (at most {MAX_SECTION} are possible)")
+        self.size += align(length, BLOCK)
+        self.sections.append(section)
+        return len(self.sections) - 1
+
+    def build(self, first: int) -> Generator[Iterable[Bytes], None, None]:
+        """The chunks of every section from number `first` on.
+
+        Large sections are made while they are written; small ones, the experts, by several threads ahead of the disk.
+        The order and the bytes are the same.
+        """
+        pending: deque[Future[list[Bytes]]] = deque()
+        waiting = 0
+        threads = max(1, min(8, os.cpu_count() or 1))
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                ahead = first
+                for number in range(first, len(self.sections)):
+                    while (
+                        ahead < len(self.sections)
+                        and self._is_small(ahead)
+                        and len(pending) < 2 * threads
+                        and waiting < _WAITING_BYTES
+                    ):
+                        pending.append(pool.submit(self._finished, ahead))
+                        waiting += self._bytes(ahead)
+                        ahead += 1
+                    if ahead > number:
+                        yield pending.popleft().result()
+                        waiting -= self._bytes(number)
+                    else:
+                        yield self._chunks(number)
+                        ahead = number + 1
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _bytes(self, number: int) -> int:
+        section = self.sections[number]
+        return len(section) if isinstance(section, bytes) else _length(section)
+
+    def _is_small(self, number: int) -> bool:
+        return self._bytes(number) <= _WAITING_BYTES // 4
+
+    def _finished(self, number: int) -> list[Bytes]:
+        return list(self._chunks(number))
+
+    def _chunks(self, number: int) -> Iterator[Bytes]:
+        section = self.sections[number]
+        if isinstance(section, bytes):
+            yield section
+            return
+        end = 0
+        for tensor in section:
+            yield bytes(tensor.offset - end)
+            yield from _packed_rows(self.folder, tensor)
+            end = tensor.offset + tensor_size(tensor.layout, tensor.shape)
+
+
+def _plan(source: Path, bits: int | None, dense_bits: int | None) -> _Plan:
+    for name, value in (("bits", bits), ("dense_bits", dense_bits)):
+        if value is not None and value not in BITS:
+            raise OptionError(f"{name} = {value} is not one of {', '.join(map(str, BITS))}")
+    model = SourceModel.open(source)
+    if bits is None and model.form != "gguf":
+        bits = _FOLDER_BITS
+    if dense_bits is None and bits is not None:
+        dense_bits = max(bits, 8)
+    provenance: dict[str, Any] = {
+        "source": source.resolve().name,
+        "source_format": model.form,
+        "edgemoe_version": __version__,
+    }
+    # None where the weights are the source's own.
+    provenance |= {name: value for name, value in (("bits", bits), ("dense_bits", dense_bits)) if value is not None}
+    contents = PackContents(model.spec, model.generation, provenance, {}, {}, {}, model.unused)
+    plan = _Plan(model.folder, contents)
+    _plan_dense(plan, model.sources, dense_bits)
+    blobs = model.blobs()
+    for name in BLOBS:
+        if blobs.get(name):
+            plan.contents.blobs[name] = Blob(plan.add(blobs[name]), len(blobs[name]))
+    for number, layer in enumerate(model.spec.layers):
+        if layer.experts:
+            _plan_experts(plan, number, model.sources, bits)
+    plan.fingerprint = _fingerprint(plan)
+    return plan
+
+
+def _plan_dense(plan: _Plan, sources: Mapping[str, TensorSource], bits: int | None) -> None:
+    """One section for each layer, and for each of the tensors outside the layers and of those that must be alone."""
+    spec, groups = plan.contents.spec, dict[str, list[str]]()
+    shapes, layouts, dtypes = spec.dense_tensors(), dict[str, str](), dict[str, str]()
+    for name, shape in shapes.items():
+        dtypes[name] = _checked_dtype(plan.folder, name, sources[name], shape)
+        if len(shape) == 1:
+            layouts[name] = "vector"
+        elif bits is not None and name.endswith(".router"):
+            layouts[name] = "f32"
+        else:
+            layouts[name] = _layout(plan.folder, bits, {name: sources[name]}, {dtypes[name]})
+        alone = not name.startswith("layers.") or (layouts[name] in ROW_MAJOR and shape[0] % ROWS_AT_ONCE)
+        groups.setdefault(name if alone else ".".join(name.split(".")[:2]), []).append(name)
+    for names in groups.values():
+        section: list[_Tensor] = []
+        for name in names:
+            dtype, layout = dtypes[name], layouts[name]
+            section.append(
+                _Tensor(name, sources[name], dtype, shapes[name], layout, align(_length(section), ALIGNMENT))
+            )
+        number = plan.add(section)
+        for tensor in section:
+            plan.contents.dense[tensor.name] = DenseTensor(number, tensor.offset, tensor.layout, tensor.shape)
+
+
+def _plan_experts(plan: _Plan, number: int, sources: Mapping[str, TensorSource], bits: int | None) -> None:
+    """One section for each expert: gate, up and down. All experts of the layer have the same layouts."""
+    experts = plan.contents.spec.layers[number].experts
+    shapes = plan.contents.spec.expert_tensors(number)
+    prefixes = [f"layers.{number}.experts.{expert}." for expert in range(experts)]
+    layouts = {}
+    dtypes: dict[str, str] = {}
+    for part in PARTS:
+        for prefix in prefixes:
+            name = prefix + part
+            dtypes[name] = _checked_dtype(plan.folder, name, sources[name], shapes[part])
+        same = {prefix + part: sources[prefix + part] for prefix in prefixes}
+        layouts[part] = _layout(plan.folder, bits, same, {dtypes[name] for name in same})
+        if layouts[part] in ROW_MAJOR and shapes[part][0] % ROWS_AT_ONCE:
+            raise UnsupportedModelError(
+                f"{plan.folder.folder}: tensor {sources[prefixes[0] + part].name}: {shapes[part][0]} rows of an expert"
+                f" are no multiple of {ROWS_AT_ONCE}; a pack can hold them requantized (--bits 8, 4) only"
+            )
+    sections = []
+    for prefix in prefixes:
+        section: list[_Tensor] = []
+        for part in PARTS:
+            name, offset = prefix + part, align(_length(section), ALIGNMENT)
+            section.append(_Tensor(name, sources[name], dtypes[name], shapes[part], layouts[part], offset))
+        sections.append((plan.add(section),))
+    parts = {
+        part: Part(tensor.layout, 0, tensor.offset, shapes[part]) for part, tensor in zip(PARTS, section, strict=True)
+    }
+    if bits is None:
+        bits = max(bits_of(layout) for layout in layouts.values())
+    plan.contents.experts[number] = ExpertLayer((Level(bits, parts),), tuple(sections))
+
+
+def _length(section: list[_Tensor]) -> int:
+    return section[-1].offset + tensor_size(section[-1].layout, section[-1].shape) if section else 0
+
+
+def _layout(folder: TensorFiles, bits: int | None, sources: Mapping[str, TensorSource], dtypes: set[str]) -> str:
+    """The layout of a matrix, or of matrices that must share one: engine name -> source, and the types of these."""
+    if bits is None:
+        assert isinstance(folder, GgufTensors)
+        kinds = {folder.block_type(source.name) for source in sources.values()}
+        if len(kinds) > 1:
+            names = ", ".join(sorted(kind.name for kind in kinds))
+            raise UnsupportedModelError(f"{folder.folder}: {next(iter(sources))} and its like differ in type ({names})")
+        (kind,) = kinds
+        return kind.name if kind.weights == 1 else f"ggml.{kind.name}"
+    if bits == 16 and len(dtypes) == 1:
+        return next(iter(dtypes))
+    return {32: "f32", 16: "f32", 8: "q8g64", 4: "q4g64"}[bits]
+
+
+def _checked_dtype(folder: TensorFiles, name: str, source: TensorSource, shape: tuple[int, ...]) -> str:
+    """The type of the source of engine tensor `name`, once its type and shape are known to be right."""
+    info = folder.info(source.name)
+    where = f"{folder.folder}: tensor {source.name}"
+    if info.dtype not in ("f32", "bf16", "f16"):
+        raise UnsupportedModelError(f"{where}: dtype {info.dtype} is not supported (f32, bf16 and f16 are)")
+    found = info.shape
+    if source.index is not None:
+        found = found[1:] if found and source.index < found[0] else ()
+    if source.rows is not None:
+        found = (source.rows[1] - source.rows[0], *found[1:]) if found and source.rows[1] <= found[0] else ()
+    if source.transpose:
+        found = found[::-1]
+    if found != shape:
+        raise SourceError(f"{where}: shape {list(info.shape)} does not give {name} {list(shape)}")
+    return info.dtype
+
+
+def _generation(config: Mapping[str, Any], generation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Token ids as lists, and the sampling defaults under their names in generation_config.json."""
+    result: dict[str, Any] = {}
+    for name in ("bos_token_id", "eos_token_id"):
+        ids = generation.get(name, config.get(name))
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if any(type(token) is not int or not 0 <= token < 1 << 31 for token in ids):
+            raise SourceError(f"{folder}: {name} = {ids!r} is not a token id or a list of them"[:500])
+        result[name + "s"] = ids
+    for name in _SAMPLING:
+        value = generation.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+            raise SourceError(f"{folder / 'generation_config.json'}: {name} = {value!r} is not a number"[:500])
+        result[name] = value
+    return result
+
+
+def _fingerprint(plan: _Plan) -> str:
+    """Of everything the bytes depend on, the contents of the tensors aside: for those stands the files' time."""
+    contents = plan.contents
+    digest = hashlib.sha256(plan.folder.fingerprint().encode())
+    digest.update(json.dumps([contents.spec.to_dict(), contents.generation, contents.provenance]).encode())
+    for section in plan.sections:
+        digest.update(section if isinstance(section, bytes) else repr(section).encode())
+    return digest.hexdigest()
+
+
+def _require_space(target: Path, size: int) -> None:
+    partial = partial_path(target)
+    free = shutil.disk_usage(target.parent).free + (partial.stat().st_size if partial.exists() else 0)
+    if size > free:
+        raise PackError(f"{target}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+
+
+# -- the weights ----------------------------------------------------------------------------------------------------
+
+
+def _packed_rows(folder: TensorFiles, tensor: _Tensor) -> Iterator[Bytes]:
+    """The tensor's bytes, some blocks of rows at a time."""
+    source = tensor.source
+    if tensor.layout == "vector":
+        values = folder.read(source.name, source.rows, source.index)
+        yield pack("vector", _float32(values, tensor.dtype)).data
+        return
+    rows, columns = tensor.shape
+    whole = folder.read(source.name, source.rows, source.index).T if source.transpose else None
+    step = max(1, _WEIGHTS_AT_ONCE // (columns * ROWS_AT_ONCE)) * ROWS_AT_ONCE
+    first = source.rows[0] if source.rows else 0
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        if tensor.layout in ROW_MAJOR:
+            assert isinstance(folder, GgufTensors)
+            yield memoryview(folder.read_blocks(source.name, (first + start, first + end), source.index))
+            continue
+        values = (
+            whole[start:end]
+            if whole is not None
+            else folder.read(source.name, (first + start, first + end), source.index)
+        )
+        if tensor.layout == tensor.dtype:
+            yield pack(tensor.layout, values).data
+        elif tensor.layout in QUANTIZED:
+            try:
+                codes, scales, offsets = quantize(_float32(values, tensor.dtype), QUANTIZED[tensor.layout])
+            except ValueError as error:
+                raise SourceError(f"{folder.folder}: tensor {source.name}, rows {start}-{end}: {error}") from None
+            yield pack(tensor.layout, codes, scales, offsets).data
+        else:
+            yield pack("f32", _float32(values, tensor.dtype)).data
+
+
+def _float32(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    return bf16_to_f32(values) if dtype == "bf16" else values.astype(np.float32, copy=False)

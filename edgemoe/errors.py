@@ -1,0 +1,44 @@
+"""One exception class for each kind of failure.
+
+Every message names the file, the tensor or section, and the wrong number.
+"""
+
+
+class EdgemoeError(Exception):
+    """Base of every error that edgemoe raises on purpose; the command line prints it on one line."""
+
+
+class PackError(EdgemoeError):
+    """An `.emoe` file is missing, truncated, damaged, or asks for a feature this version does not have."""
+
+
+class SourceError(EdgemoeError):
+    """A model folder or one of its files (config, safetensors, tokenizer) cannot be used."""
+
+
+class UnsupportedModelError(EdgemoeError):
+    """The model's family, or an option its configuration asks for, is not known."""
+
+
+class MemoryBudgetError(EdgemoeError):
+    """The memory budget is too small; the message names the least that works."""
+
+
+class ContextLengthError(EdgemoeError):
+    """A prompt or generation does not fit into the context."""
+
+
+class TokenizerError(EdgemoeError):
+    """The tokenizer or the chat template is missing, broken, or does not belong to the model."""
+
+
+class OptionError(EdgemoeError):
+    """An option has a value that makes no sense."""
+
+
+class ReadError(EdgemoeError):
+    """Weights could not be read, or what was read has the wrong checksum; the model stays usable."""
+
+
+class TraceError(EdgemoeError):
+    """A routing trace is missing, truncated, or not one."""

@@ -1,0 +1,88 @@
+"""Model families: one file each, named after the `model_type` of its configurations.
+
+A family turns a configuration, or the metadata of a GGUF file, into a `ModelSpec` and says which source tensor every
+engine tensor comes from. Adding a
+file to this package adds the family; there is no other list to edit (a leading underscore marks a file of helpers).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from edgemoe.errors import UnsupportedModelError
+from edgemoe.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """Where an engine tensor lies in the source.
+
+    name: the source tensor. index: the slice of its first axis, for stacked tensors. rows: the range (first, end) of
+    the rows that remain, for fused tensors. transpose: the source is [input, output]. They apply in this order.
+    """
+
+    name: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    transpose: bool = False
+
+
+class Family(Protocol):
+    """What a family's module offers."""
+
+    MODEL_TYPE: str
+    GGUF_ARCHITECTURE: str | None
+    """`general.architecture` of its GGUF files; None where there are none."""
+
+    def spec(self, config: Mapping[str, Any]) -> ModelSpec:
+        """The model of a config.json. Raises UnsupportedModelError for what a ModelSpec cannot express."""
+        ...
+
+    def tensor_sources(
+        self, spec: ModelSpec, config: Mapping[str, Any], names: Collection[str]
+    ) -> dict[str, TensorSource]:
+        """Engine tensor name -> source. `names` are the source's tensors: some families have been saved in two forms.
+
+        The keys are those of `ModelSpec.dense_tensors` and `layers.N.experts.E.{gate,up,down}`.
+        """
+        ...
+
+    def spec_from_gguf(self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
+        """The model of a GGUF file; `shapes` are those of its tensors, rows first. Raises as `spec`."""
+        ...
+
+    def gguf_tensor_sources(self, spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
+        """As `tensor_sources`, for a GGUF file."""
+        ...
+
+
+def family_names() -> list[str]:
+    """The known model types, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def family_for(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises UnsupportedModelError that names the known ones."""
+    model_type, known = config.get("model_type"), family_names()
+    if model_type not in known:
+        raise UnsupportedModelError(f"model_type = {model_type!r} is not supported (known: {', '.join(known)})")
+    return _family(str(model_type))
+
+
+def gguf_family_for(metadata: Mapping[str, Any]) -> Family:
+    """The family of a GGUF file's metadata. Raises UnsupportedModelError that names the known ones."""
+    architecture = metadata.get("general.architecture")
+    families = {getattr(family, "GGUF_ARCHITECTURE", None): family for family in map(_family, family_names())}
+    families.pop(None, None)
+    if not isinstance(architecture, str) or architecture not in families:
+        known = ", ".join(sorted(filter(None, families)))
+        raise UnsupportedModelError(f"general.architecture = {architecture!r:.80} is not supported (known: {known})")
+    return families[architecture]
+
+
+def _family(name: str) -> Family:
+    return cast(Family, importlib.import_module(f"{__name__}.{name}"))

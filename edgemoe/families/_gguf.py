@@ -1,0 +1,137 @@
+"""How a family's models are named in GGUF files, as tables, and what follows from them.
+
+A GGUF file describes a model with its own names for what a config.json says. A family gives one `GgufNames`; its
+metadata become a configuration of that family, so that there is one place that makes a `ModelSpec` of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edgemoe.errors import SourceError, UnsupportedModelError
+from edgemoe.families import TensorSource
+from edgemoe.spec import MAX_LAYERS, ModelSpec
+
+# What changes a model's arithmetic, if a family does not know it.
+_MEANINGFUL = ("attention.", "rope.", "expert_", "ssm.", "shortconv.", "altup.")
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufNames:
+    """The names of one family. Keys stand without the architecture in front ("block_count").
+
+    architecture: value of `general.architecture`.
+    config: name in config.json -> key. constants: configuration values that no file states.
+    allowed: keys that a file may have, with the only values that are supported (an empty tuple: any, it has no effect).
+    layer: every engine tensor that a layer may have -> tensor, after "blk.N.". experts: part -> tensor of all experts
+    of a layer.
+    """
+
+    architecture: str
+    config: Mapping[str, str]
+    layer: Mapping[str, str]
+    experts: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    model: Mapping[str, str] = field(
+        default_factory=lambda: {"embedding": _EMBEDDING, "final_norm": "output_norm.weight", "head": _HEAD}
+    )
+
+    def configuration(self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The metadata as a config.json. shapes: of all tensors, rows first.
+
+        Raises UnsupportedModelError for keys that would change the model in a way the family does not know.
+        """
+        prefix = self.architecture + "."
+        values = {key[len(prefix) :]: _plain(key, value) for key, value in metadata.items() if key.startswith(prefix)}
+        rope = values.pop("rope.scaling.type", "none")
+        if rope != "none":
+            raise UnsupportedModelError(f"{prefix}rope.scaling.type = {_short(rope)} is not supported (only none is)")
+        known = set(self.config.values())
+        heads = values.get("attention.key_length")
+        allowed = {
+            "rope.scaling.finetuned": (),
+            "rope.scaling.original_context_length": (),
+            "attention.value_length": (heads,),
+            "rope.dimension_count": (heads,),
+            "attention.causal": (True,),
+            **self.allowed,
+        }
+        for key, value in values.items():
+            if key in known:
+                continue
+            if key in allowed:
+                if allowed[key] and value not in allowed[key]:
+                    raise UnsupportedModelError(f"{prefix}{key} = {_short(value)} is not supported")
+            elif key.startswith(_MEANINGFUL):
+                raise UnsupportedModelError(f"{prefix}{key} = {_short(value)} is not supported")
+        config = dict(self.constants)
+        for name, key in self.config.items():
+            if key in values:
+                config[name] = _single(prefix + key, values[key])
+        if _EMBEDDING not in shapes:
+            raise SourceError(f"tensor {_EMBEDDING} is missing")
+        config["vocab_size"] = shapes[_EMBEDDING][0]
+        config["tie_word_embeddings"] = _HEAD not in shapes
+        return config
+
+    def sources(self, spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
+        """Engine tensor name -> tensor of the file. `names` are all tensors of the file.
+
+        Raises UnsupportedModelError for a tensor of a layer that the model has no use for: a bias, say, that would be
+        left out without a word.
+        """
+        sources = {}
+        for name in spec.dense_tensors():
+            if name in self.model:
+                sources[name] = TensorSource(self.model[name])
+            else:
+                _, layer_number, part = name.split(".", 2)
+                sources[name] = TensorSource(f"blk.{layer_number}.{self.layer[part]}")
+        for number, layer in enumerate(spec.layers):
+            for expert in range(layer.experts):
+                for part, tensor in self.experts.items():
+                    engine_name = f"layers.{number}.experts.{expert}.{part}"
+                    sources[engine_name] = TensorSource(f"blk.{number}.{tensor}", index=expert)
+        used = {source.name for source in sources.values()}
+        for name in names:
+            if name not in used and (_layer(name) < len(spec.layers) or name.startswith("rope_")):
+                raise UnsupportedModelError(
+                    f"tensor {_short(name)} is not part of {self.architecture} as it is known here"
+                )
+        return sources
+
+
+def _layer(name: str) -> int:
+    """The layer of a tensor; a number beyond all layers for one outside of them."""
+    first, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    return int(number) if first == "blk" and number.isdecimal() and len(number) < 6 else MAX_LAYERS
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Arrays of numbers as lists."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if len(value) > MAX_LAYERS:
+        raise UnsupportedModelError(f"{key} has {len(value)} entries (at most {MAX_LAYERS} layers are supported)")
+    return value.tolist()
+
+
+def _single(key: str, value: Any) -> Any:
+    """A value given for every layer, where it is the same for all."""
+    if not isinstance(value, list):
+        return value
+    if not value or any(item != value[0] for item in value):
+        raise UnsupportedModelError(f"{key} = {_short(value)}: layers that differ are not supported")
+    return value[0]
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."

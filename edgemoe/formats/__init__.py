@@ -1,0 +1,1 @@
+"""Files that hold weights: readers, and the writer of the pack."""

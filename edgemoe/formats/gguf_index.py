@@ -1,0 +1,176 @@
+"""A GGUF file as a model that runs where it lies: the index a pack would have, with no copy of the weights.
+
+Matrices keep their blocks, row after row ("ggml.q4_k" and so on). An expert is a section of three extents, because GGUF
+stacks the gates of all experts of a layer in one tensor, and so their ups and downs; every other tensor is a section of
+its own. There are no checksums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgemoe.errors import SourceError, UnsupportedModelError
+from edgemoe.families import TensorSource, gguf_family_for
+from edgemoe.formats.ggml_blocks import READABLE
+from edgemoe.formats.gguf import GgufModel
+from edgemoe.formats.layouts import bits_of
+from edgemoe.formats.pack import PARTS, DenseTensor, ExpertLayer, Extent, Level, Part
+from edgemoe.spec import ModelSpec
+from edgemoe.text.gguf_tokenizer import read_special_ids
+
+MAX_EXPERTS = 1 << 17
+"""Experts in all layers; the largest models have 25 000."""
+
+# Sampling defaults under their names in generation_config.json.
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufSource:
+    """What a GGUF file says about its model. sources: of every engine tensor; unused: the tensors left over."""
+
+    model: GgufModel
+    spec: ModelSpec
+    sources: dict[str, TensorSource]
+    generation: dict[str, Any]
+    unused: list[str]
+
+    @classmethod
+    def open(cls, path: str | Path) -> GgufSource:
+        """Raises SourceError, UnsupportedModelError and TokenizerError."""
+        model = GgufModel.open(path)
+        shapes = {name: info.shape for name, info in model.tensors.items()}
+        try:
+            family = gguf_family_for(model.metadata)
+            spec = family.spec_from_gguf(model.metadata, shapes)
+            # Before a list of all expert tensors is made: a hostile file may speak of millions.
+            experts = sum(layer.experts for layer in spec.layers)
+            if experts > MAX_EXPERTS:
+                raise SourceError(f"{experts} experts in all layers (at most {MAX_EXPERTS})")
+            sources = family.gguf_tensor_sources(spec, shapes)
+            _check_shapes(model, spec, sources)
+        except (UnsupportedModelError, SourceError) as error:
+            raise type(error)(f"{model.path}: {error}") from None
+        used = {source.name for source in sources.values()}
+        generation = gguf_generation(model.metadata, str(model.path))
+        return cls(model, spec, sources, generation, [name for name in model.names() if name not in used])
+
+
+@dataclass(frozen=True, slots=True)
+class RawSection:
+    """What is read at once: extents, one after the other; GGUF has no checksums."""
+
+    extents: tuple[Extent, ...]
+    checksum: None = None
+
+    @property
+    def length(self) -> int:
+        return sum(extent.length for extent in self.extents)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufIndex:
+    """The fields of `pack.Pack`, except that sections have no checksum and there are no blobs: the tokenizer is made
+    from the metadata."""
+
+    path: Path
+    files: list[str]
+    spec: ModelSpec
+    generation: dict[str, Any]
+    provenance: dict[str, Any]
+    sections: list[RawSection]
+    dense: dict[str, DenseTensor]
+    experts: dict[int, ExpertLayer]
+    unused: list[str]
+
+
+def build_index(source: GgufSource) -> GgufIndex:
+    """Raises UnsupportedModelError for a type of tensor that the engine has no products for."""
+    model, spec = source.model, source.spec
+    sections: list[RawSection] = []
+
+    def extent(name: str) -> Extent:
+        tensor = source.sources[name]
+        return Extent(*model.extent(tensor.name, tensor.index, tensor.rows))
+
+    dense = {}
+    for name, shape in spec.dense_tensors().items():
+        dense[name] = DenseTensor(len(sections), 0, _layout(source, name), shape)
+        sections.append(RawSection((extent(name),)))
+    experts = {}
+    for number, layer in enumerate(spec.layers):
+        if not layer.experts:
+            continue
+        shapes, here = spec.expert_tensors(number), f"layers.{number}.experts."
+        layouts = {part: _layout(source, f"{here}0.{part}") for part in PARTS}
+        for expert in range(layer.experts):
+            for part in PARTS:
+                if _layout(source, f"{here}{expert}.{part}") != layouts[part]:
+                    raise UnsupportedModelError(f"{model.path}: experts of layer {number} differ in their types")
+        first = len(sections)
+        sections += [
+            RawSection(tuple(extent(f"{here}{expert}.{part}") for part in PARTS)) for expert in range(layer.experts)
+        ]
+        parts = {part: Part(layouts[part], place, 0, shapes[part]) for place, part in enumerate(PARTS)}
+        bits = max(bits_of(layout) for layout in layouts.values())
+        experts[number] = ExpertLayer(
+            (Level(bits, parts),), tuple((first + expert,) for expert in range(layer.experts))
+        )
+    provenance = {"source": model.path.name, "source_format": "gguf"}
+    files = [str(file) for file in model.files]
+    return GgufIndex(model.path, files, spec, source.generation, provenance, sections, dense, experts, source.unused)
+
+
+def gguf_generation(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Token ids as lists, and the sampling defaults, as a pack has them. Raises TokenizerError."""
+    bos, eos = read_special_ids(metadata, name)
+    generation: dict[str, Any] = {"bos_token_ids": list(bos), "eos_token_ids": list(eos)}
+    for key, ours in _SAMPLING.items():
+        value = metadata.get(f"general.sampling.{key}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+            generation[ours] = value
+    return generation
+
+
+def _check_shapes(model: GgufModel, spec: ModelSpec, sources: Mapping[str, TensorSource]) -> None:
+    for name, shape in spec.dense_tensors().items():
+        _check_shape(model, name, sources[name], shape)
+    for number, layer in enumerate(spec.layers):
+        for part, shape in spec.expert_tensors(number).items():
+            for expert in range(layer.experts):
+                name = f"layers.{number}.experts.{expert}.{part}"
+                _check_shape(model, name, sources[name], shape)
+
+
+def _check_shape(model: GgufModel, name: str, source: TensorSource, shape: tuple[int, ...]) -> None:
+    info = model.tensors.get(source.name)
+    if info is None:
+        raise SourceError(f"tensor {source.name} is missing")
+    found = info.shape
+    if source.index is not None:
+        found = found[1:] if len(found) > 1 and source.index < found[0] else ()
+    if source.rows is not None:
+        found = (source.rows[1] - source.rows[0], *found[1:]) if found and source.rows[1] <= found[0] else ()
+    if found != shape:
+        raise SourceError(f"tensor {source.name}: shape {list(info.shape)} does not give {name} {list(shape)}")
+
+
+def _layout(source: GgufSource, name: str) -> str:
+    tensor = source.sources[name]
+    kind = source.model.info(tensor.name).type
+    vector = len(source.model.info(tensor.name).shape) == 1
+    if kind not in READABLE or (vector and kind != "f32"):
+        what = "a vector" if vector else "a tensor"
+        raise UnsupportedModelError(
+            f"{source.model.path}: tensor {tensor.name}: {what} of type {kind} is not supported"
+        )
+    return "vector" if vector else f"ggml.{kind}"

@@ -1,0 +1,1 @@
+"""Weights to codes, scales and offsets."""
