@@ -1,0 +1,63 @@
+"""edgemoe runs Mixture-of-Experts language models that are larger than the memory they may use.
+
+import edgemoe
+
+with edgemoe.load("model.emoe", memory="4GB") as model:
+    for text in model.generate("Once upon a time", max_tokens=100):
+        print(text, end="", flush=True)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgemoe._core import __version__
+    from edgemoe.errors import (
+        ContextLengthError,
+        EdgemoeError,
+        MemoryBudgetError,
+        OptionError,
+        PackError,
+        ReadError,
+        SourceError,
+        TokenizerError,
+        UnsupportedModelError,
+    )
+    from edgemoe.model import Model, load
+    from edgemoe.spec import ModelSpec
+    from edgemoe.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "ContextLengthError",
+    "EdgemoeError",
+    "MemoryBudgetError",
+    "Model",
+    "ModelSpec",
+    "OptionError",
+    "PackError",
+    "ReadError",
+    "SourceError",
+    "Tokenizer",
+    "TokenizerError",
+    "UnsupportedModelError",
+    "__version__",
+    "load",
+    "load_tokenizer",
+]
+
+_HOMES = {
+    "__version__": "edgemoe._core",
+    "Model": "edgemoe.model",
+    "load": "edgemoe.model",
+    "ModelSpec": "edgemoe.spec",
+    "Tokenizer": "edgemoe.text.tokenizer",
+    "load_tokenizer": "edgemoe.text.tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what is asked for when it is asked for: a command line that only prints its help need not wait."""
+    import importlib
+
+    if name not in __all__:
+        raise AttributeError(f"module 'edgemoe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "edgemoe.errors")), name)

@@ -1,0 +1,149 @@
+"""One number for memory: reading it, finding it, and dividing it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from edgemoe import _core
+from edgemoe.errors import MemoryBudgetError, OptionError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{prefix: 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+}
+
+# What Python's heap may still grow by after loading (strings, lists of tokens, samplers' arrays).
+RESERVE = 32 * 1000**2
+# Left to the rest of the system by `auto`.
+MARGIN = 1000**3
+# A prompt is computed in chunks of as many tokens as leave the experts at least three quarters of what is left.
+CHUNKS = (512, 256, 128, 64, 32)
+
+
+def parse_size(text: str | int) -> int | None:
+    """Bytes of "8GB" (10^9), "6GiB" (2^30), "500M" or a plain number; None for "auto". Raises OptionError."""
+    if isinstance(text, str):
+        if text.strip().lower() == "auto":
+            return None
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
+        if not match or match[2].upper() not in _UNITS:
+            raise OptionError(f"memory {text!r} is not a size such as 8GB, 6GiB or auto")
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    else:
+        size = text
+    if not 0 < size < 1 << 62:
+        raise OptionError(f"memory {text!r} is not between 1 byte and 4 EiB")
+    return size
+
+
+def format_size(size: float) -> str:
+    """A size for people: 1.86 GB, 512 MB."""
+    for unit, name in ((1000**4, "TB"), (1000**3, "GB"), (1000**2, "MB"), (1000, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:.0f} {name}"
+    return f"{size:.0f} B"
+
+
+def cgroup_headroom() -> int | None:
+    """Bytes this process's memory cgroup may still be charged; None without a limit. Reads cgroup v2 and v1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    best: int | None = None
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            root, limit_name, usage_name = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit_name, usage_name = (
+                Path("/sys/fs/cgroup/memory"),
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
+        else:
+            continue
+        folder = root / group.lstrip("/")
+        for place in (folder, *folder.parents):  # the tightest limit on the way up counts
+            try:
+                limit = int((place / limit_name).read_text())
+                headroom = limit - int((place / usage_name).read_text())
+            except (OSError, ValueError):
+                limit = 1 << 62
+            if limit < 1 << 60 and (best is None or headroom < best):
+                best = headroom
+            if place == root:
+                break
+    return best
+
+
+def used_now() -> int:
+    """Bytes of memory this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def automatic_budget() -> int:
+    """What `auto` means: what this process holds and what is free, less a margin for the rest of the system."""
+    available = int(psutil.virtual_memory().available)
+    headroom = cgroup_headroom()
+    if headroom is not None:
+        available = min(available, headroom)
+    return used_now() + available - min(MARGIN, available // 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How the memory is divided, in bytes.
+
+    limit: the budget. base: what the process held before weights were loaded, plus a reserve. dense, state, scratch:
+    weights always in memory, one sequence's state, activations of a chunk. expert_slots: experts that fit beside them,
+    slot_bytes each. chunk: tokens of a prompt computed together.
+    """
+
+    limit: int
+    base: int
+    dense: int
+    state: int
+    scratch: int
+    slot_bytes: int
+    expert_slots: int
+    chunk: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.expert_slots * self.slot_bytes
+
+
+def plan_budget(
+    limit: int | None, spec: dict[str, Any], index: dict[str, Any], options: dict[str, Any], path: str
+) -> Budget:
+    """Divides `limit` bytes (None: automatic). Raises MemoryBudgetError that names the least that would do."""
+    automatic = limit is None
+    limit = automatic_budget() if limit is None else limit
+    base = used_now() + RESERVE
+    for chunk in CHUNKS:
+        plan = _core.plan(spec, index, {**options, "chunk": chunk, "expert_slots": 1})
+        fixed = base + plan["dense"] + plan["state"] + plan["scratch"]
+        room = limit - fixed
+        everything = plan["experts"] * plan["slot"]
+        if room >= everything or plan["scratch"] * 4 <= room + plan["scratch"] or chunk == CHUNKS[-1]:
+            break
+    least = fixed + plan["minimum_slots"] * plan["slot"]
+    if limit < least:
+        raise MemoryBudgetError(
+            f"{path}: {'the memory that is free' if automatic else 'a memory budget'} of {format_size(limit)} is too "
+            f"small: {format_size(base)} for the program, {format_size(plan['dense'])} dense weights, "
+            f"{format_size(plan['state'])} state for {options['context']} positions, {format_size(plan['scratch'])} "
+            f"activations, {format_size(plan['minimum_slots'] * plan['slot'])} for one token's experts; "
+            f"the least that works is {-(-least // 1000**2)}MB"
+        )
+    slots = plan["experts"] if room >= everything else room // plan["slot"]
+    return Budget(limit, base, plan["dense"], plan["state"], plan["scratch"], plan["slot"], slots, chunk)

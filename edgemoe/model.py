@@ -1,0 +1,594 @@
+"""The embedding API: `load` a model, `generate` text, ask for `logits`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+from numpy.typing import ArrayLike, NDArray
+
+from edgemoe import _core
+from edgemoe.errors import ContextLengthError, EdgemoeError, OptionError, SourceError, TokenizerError
+from edgemoe.formats.gguf import is_gguf
+from edgemoe.formats.gguf_index import GgufIndex, GgufSource, build_index
+from edgemoe.formats.pack import PARTS, Pack
+from edgemoe.memory import Budget, parse_size, plan_budget
+from edgemoe.spec import ModelSpec
+from edgemoe.text.reasoning import Part, ReasoningSplitter, check_format, end_of_thoughts, mark_ids
+from edgemoe.text.sampling import Sampler, SamplingOptions
+from edgemoe.text.stream import StopStrings, TextStream
+from edgemoe.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+if TYPE_CHECKING:
+    from edgemoe.profiling.trace import TraceWriter
+
+DEFAULT_CONTEXT = 4096
+# A folder of a model's original weights is converted at this width when it is run.
+DEFAULT_BITS = 8
+CACHE_TYPES = ("f32", "f16", "q8_0")
+EVICTION_POLICIES = ("lru", "lfu", "least_stale", "next_use")
+READERS = 2
+
+Progress = Callable[[int, int], None]
+
+
+def default_cache_dir() -> Path:
+    """Where converted models are kept: EDGEMOE_CACHE, or ~/.cache/edgemoe."""
+    return Path(os.environ.get("EDGEMOE_CACHE") or Path.home() / ".cache" / "edgemoe")
+
+
+def bundled_model() -> Path:
+    """The demonstration model: EDGEMOE_MODEL, or the pack installed with the package. Raises SourceError."""
+    chosen = os.environ.get("EDGEMOE_MODEL")
+    if chosen:
+        return Path(chosen)
+    here = Path(__file__).resolve().parent
+    for folder in (here / "models", here.parent / "models"):  # installed; in a checkout
+        for pack in sorted(folder.glob("*.emoe")):
+            return pack
+    raise SourceError(f"no model was named and {here / 'models'} holds no bundled one")
+
+
+def cached_pack(folder: Path) -> Path:
+    """Where the conversion of a Hugging Face folder is kept; the name changes with the folder's files."""
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".json", ".safetensors", ".jinja"):
+                status = file.stat()
+                digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    except OSError as error:
+        raise SourceError(f"{folder}: {error.strerror}") from error
+    return default_cache_dir() / f"{folder.resolve().name}-{DEFAULT_BITS}bit-{digest.hexdigest()[:12]}.emoe"
+
+
+def resolve(
+    path: str | os.PathLike[str] | None,
+    *,
+    announce: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The pack behind a model argument: None (the bundled one), a pack, or a Hugging Face folder.
+
+    A folder is converted once, into the cache; `announce` gets a line that says so and how much disk it takes,
+    `progress` is called with (bytes done, bytes in all).
+    """
+    source = bundled_model() if path is None else Path(path)
+    if not source.exists():
+        raise SourceError(f"{source}: no such file or folder")
+    if not source.is_dir():
+        return source
+    from edgemoe.convert import convert, estimate_size
+
+    pack = cached_pack(source)
+    if not pack.exists():
+        pack.parent.mkdir(parents=True, exist_ok=True)
+        if announce:
+            size = estimate_size(source, DEFAULT_BITS)
+            announce(f"converting {source} at {DEFAULT_BITS} bits, once: {size / 1e9:.2f} GB in {pack}")
+        convert(source, pack, DEFAULT_BITS, progress=progress)
+    return pack
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    context: int | None = None,
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
+    eviction: str = "next_use",
+    prefetch: bool = True,
+    announce: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Opens a model for generation.
+
+    path: an `.emoe` pack, a Hugging Face folder (converted once into the cache), or None for the bundled model.
+    memory: bytes, "8GB" (10^9), "6GiB" or "auto" (default): what the process may take in all.
+    threads: default: the processors this process may use. context: positions of a sequence, default 4096 or what the
+    model was made for, if that is less; 0 for all the model was made for.
+    cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
+    eviction: which expert leaves memory first, one of EVICTION_POLICIES. prefetch: read the experts that the next layer
+    will probably want while the disk is idle. Neither changes a bit of the result.
+
+    Raises SourceError, PackError, UnsupportedModelError, TokenizerError, MemoryBudgetError, OptionError.
+    """
+    return Model(
+        resolve(path, announce=announce, progress=progress),
+        memory=memory,
+        threads=threads,
+        context=context,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+        eviction=eviction,
+        prefetch=prefetch,
+    )
+
+
+class Model:
+    """A model that is ready to generate. Use `load`; close it, or use it in a `with` statement.
+
+    Usable from several threads: one generation runs at a time, the others wait for their turn.
+    """
+
+    tokenizer: Tokenizer
+    spec: ModelSpec
+    generation_defaults: dict[str, Any]
+    context: int
+    budget: Budget
+    last_stop_reason: str
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        memory: str | int | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+        eviction: str = "next_use",
+        prefetch: bool = True,
+    ) -> None:
+        pack = build_index(GgufSource.open(path)) if is_gguf(path) else Pack.open(path)
+        self.path = path
+        self.spec = pack.spec
+        self.generation_defaults = dict(pack.generation)
+        self.tokenizer = load_tokenizer(path)
+        check_vocabulary(self.tokenizer, self.spec)
+        self.context = _context(context, self.spec)
+        threads = len(psutil.Process().cpu_affinity()) if threads is None and sys.platform == "linux" else threads
+        threads = threads or os.cpu_count() or 1
+        if not 1 <= threads <= 1024:
+            raise OptionError(f"{threads} threads are not between 1 and 1024")
+        for name in (cache_type_k, cache_type_v):
+            if name not in CACHE_TYPES:
+                raise OptionError(f"cache type {name!r} is not one of {', '.join(CACHE_TYPES)}")
+        if eviction not in EVICTION_POLICIES:
+            raise OptionError(f"eviction policy {eviction!r} is not one of {', '.join(EVICTION_POLICIES)}")
+        for layer in self.spec.layers:
+            if "q8_0" in (cache_type_k, cache_type_v) and layer.attention.head_dim % 32:
+                raise OptionError(f"cache type q8_0 needs heads of a multiple of 32, not {layer.attention.head_dim}")
+
+        spec, index = self.spec.to_dict(), _engine_index(pack)
+        options: dict[str, Any] = {
+            "threads": threads,
+            "context": self.context,
+            "readers": READERS,
+            "cache_type_k": cache_type_k,
+            "cache_type_v": cache_type_v,
+            "eviction": eviction,
+            "prefetch": prefetch,
+        }
+        self.budget = plan_budget(None if memory is None else parse_size(memory), spec, index, options, str(path))
+        options |= {"chunk": self.budget.chunk, "expert_slots": self.budget.expert_slots}
+        try:
+            self._engine: _core.Engine | None = _core.Engine(spec, index, options)
+        except ValueError as error:  # what only the engine can know: EDGEMOE_ISA, sizes of tensors in the file
+            raise OptionError(f"{path}: {error}") from error
+        self._turns = _Turns()
+        self._tokens: list[int] = []  # what sequence 0 holds
+        self._trace: tuple[TraceWriter, str] | None = None
+        self._before: dict[str, float] = self._engine.counters()
+        self._times: dict[str, float] = {}
+        # The last conversation as text and as the tokens that the model read and wrote.
+        self._spoken: tuple[str, list[int]] = ("", [])
+        self.last_stop_reason = ""
+
+    # -- text ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        add_special: bool = True,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Yields the continuation of `prompt` in pieces of text, as they come.
+
+        prompt: text (BOS is added where the model wants it, unless add_special is False) or token ids.
+        max_tokens: at most this many; None until the model ends or the context is full.
+        stop: strings that end the text and are not part of it.
+        sampling: fields of SamplingOptions (temperature, top_k, ..., ignore_eos, grammar, json_schema, seed).
+        Afterwards `last_stop_reason` is "eos", "stop" or "length", and `stats()` describes the run.
+
+        Raises ContextLengthError, OptionError, ReadError.
+        """
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt, add_special=add_special, limit=self.context)
+        else:
+            tokens = list(prompt)
+        stream = TextStream(self.tokenizer)
+        return self._start(tokens, isinstance(prompt, str), stream, max_tokens, stop, sampling)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Yields the answer to a conversation, `[{"role": "user", "content": ...}, ...]`, by the model's own template.
+
+        What the model thinks before it answers is part of the text, with the marks around it; `chat_parts` takes it
+        apart. A conversation that goes on costs its new tokens only.
+        chat_template_kwargs: further variables of the template, such as enable_thinking.
+        The other options are those of `generate`. Raises TokenizerError where the model has no chat template.
+        """
+        text = self._chat_prompt(messages, chat_template_kwargs)
+        return self._answer(text, max_tokens, stop, sampling)
+
+    def chat_parts(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        reasoning_format: str = "auto",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[Part]:
+        """As `chat`, in parts (kind, text): kind is "reasoning" for what the model thinks and "content" for its answer.
+
+        reasoning_format: "auto" or "deepseek" to tell them apart; "none": all is content, with its marks.
+        """
+        check_format(reasoning_format)
+        text = self._chat_prompt(messages, chat_template_kwargs)
+        splitter = ReasoningSplitter(text, reasoning_format)
+        return splitter.split(self._answer(text, max_tokens, stop, sampling))
+
+    def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> str:
+        if self.tokenizer.chat_template is None:
+            raise TokenizerError(f"{self.path}: the model has no chat template; use generate()")
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, variables=variables)
+
+    def _answer(
+        self, prompt: str, max_tokens: int | None, stop: str | Sequence[str], sampling: Mapping[str, Any]
+    ) -> Iterator[str]:
+        # The model's own words need not be the tokens that their text becomes: where the conversation goes on, they
+        # stay what they were. What follows begins with a special token, so nothing joins at the seam.
+        text, tokens = self._spoken
+        if text and prompt.startswith(text):
+            rest = self.tokenizer.encode(prompt[len(text) :], limit=self.context)
+            tokens = [*tokens, *rest] if rest and self.tokenizer.is_special(rest[0]) else []
+        else:
+            tokens = []
+        tokens = tokens or self.tokenizer.encode(prompt, limit=self.context)
+        stream = TextStream(self.tokenizer, spelled=mark_ids(self.tokenizer))
+        return self._start(tokens, True, stream, max_tokens, stop, sampling, prompt)
+
+    def _start(
+        self,
+        tokens: list[int],
+        cut: bool,
+        stream: TextStream,
+        max_tokens: int | None,
+        stop: str | Sequence[str],
+        sampling: Mapping[str, Any],
+        prompt: str | None = None,
+    ) -> Iterator[str]:
+        """cut: whether there may be more tokens than these, if there are too many; prompt: of a conversation."""
+        # Not a generator itself: wrong options are refused here and now, not when the first piece is asked for.
+        explicit = {name: value for name, value in sampling.items() if value is not None}
+        options = SamplingOptions.merged(explicit, self.generation_defaults)
+        if max_tokens is not None and max_tokens < 0:
+            raise OptionError(f"max_tokens = {max_tokens} is negative")
+        if not tokens:
+            tokens = list(self.tokenizer.bos_ids[:1])
+        if not tokens:
+            raise OptionError("the prompt is empty and the model has no token to begin with")
+        if len(tokens) > self.context:
+            raise ContextLengthError(
+                f"a prompt of {'more than ' if cut else ''}{self.context if cut else len(tokens)} tokens does not fit "
+                f"into the context of {self.context} (-c / context=)"
+            )
+        for token, _ in options.logit_bias:
+            if token >= self.spec.vocab_size:
+                raise OptionError(f"logit_bias: token {token}, but the vocabulary has {self.spec.vocab_size}")
+        # A grammar is for the answer, not for thoughts that the prompt has begun.
+        sampler = Sampler(options, self.tokenizer, self.tokenizer.token_id(end_of_thoughts(prompt or "")))
+        return self._generate(tokens, stream, max_tokens, StopStrings(stop), sampler, prompt)
+
+    def _generate(
+        self,
+        tokens: list[int],
+        stream: TextStream,
+        max_tokens: int | None,
+        stop_strings: StopStrings,
+        sampler: Sampler,
+        prompt: str | None,
+    ) -> Iterator[str]:
+        with self._turns.take():
+            engine = self._open()
+            history, generated = list(tokens), 0
+            spoken: list[str] = []
+            begin = time.perf_counter()
+            self._before = engine.counters()
+            self._times = {"prompt_tokens": len(tokens), "generated_tokens": 0}
+            self.last_stop_reason = "length"
+            while max_tokens is None or generated < max_tokens:
+                logits = self._next_logits(history)
+                if generated == 0:
+                    self._times["computed_prompt_tokens"] = engine.counters()["tokens"] - self._before["tokens"]
+                token = sampler.sample(logits, history)
+                now = time.perf_counter()
+                if generated == 0:
+                    first = now
+                    self._times["ttft_ms"] = 1e3 * (now - begin)
+                generated += 1
+                self._times |= {"generated_tokens": generated, "generation_seconds": now - first}
+                if token in self.tokenizer.end_ids:
+                    self.last_stop_reason = "eos"
+                    break
+                history.append(token)
+                piece, stopped = stop_strings.push(stream.push(token))
+                if piece:
+                    spoken.append(piece)
+                    yield piece
+                if stopped:
+                    self.last_stop_reason = "stop"
+                    return
+                if sampler.finished:
+                    self.last_stop_reason = "eos"
+                    break
+                if len(history) > self.context:
+                    break
+            piece, stopped = stop_strings.push(stream.finish())
+            if stopped:
+                self.last_stop_reason = "stop"
+            else:
+                piece += stop_strings.finish()
+                if prompt is not None:
+                    self._spoken = ("".join([prompt, *spoken, piece]), history)
+            if piece:
+                yield piece
+
+    # -- numbers ------------------------------------------------------------------------------------------------
+
+    def logits(self, tokens: ArrayLike, first: int = 0) -> NDArray[np.float32]:
+        """float32 [tokens - first, vocab]: the logits after each token of a sequence of its own, from `first` on."""
+        ids = np.asarray(tokens, np.int32).reshape(-1)
+        with self._turns.take():
+            self._open().truncate(0, 0)
+            self._tokens = []
+            return self._forward(ids, np.arange(first, len(ids), dtype=np.int32))
+
+    def forward(
+        self, tokens: ArrayLike, positions: ArrayLike, sequence_ids: ArrayLike, wanted: ArrayLike
+    ) -> NDArray[np.float32]:
+        """One pass of the engine: logits float32 [wanted, vocab] after those tokens whose indexes are in `wanted`.
+
+        Token i stands at positions[i] of sequence sequence_ids[i]; a sequence goes on where it ends. Sequence 0 is the
+        one that generate() and logits() use. Raises ContextLengthError, ReadError, ValueError.
+        """
+        arrays = [np.asarray(array, np.int32).reshape(-1) for array in (tokens, positions, sequence_ids, wanted)]
+        with self._turns.take():
+            self._tokens = []  # not known any more what sequence 0 holds
+            return self._open().forward(*arrays)
+
+    def _next_logits(self, history: list[int]) -> NDArray[np.float32]:
+        """float32 [vocab] after `history`, of which only what sequence 0 does not hold yet is computed."""
+        engine = self._open()
+        held = min(len(self._tokens), len(history) - 1)
+        if self._tokens[:held] != history[:held]:
+            held = next(i for i in range(held) if self._tokens[i] != history[i])
+        engine.truncate(0, min(held, engine.length(0)))
+        held = engine.length(0)
+        del self._tokens[held:]
+        new = np.asarray(history[held:], np.int32)
+        logits: NDArray[np.float32] = self._forward(new, np.asarray([len(new) - 1], np.int32))[0]
+        return logits
+
+    def _forward(self, tokens: NDArray[np.int32], wanted: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Appends `tokens` to sequence 0. If it fails, what was finished is kept and known."""
+        engine = self._open()
+        begin = engine.length(0)
+        positions = np.arange(begin, begin + len(tokens), dtype=np.int32)
+        try:
+            return engine.forward(tokens, positions, np.zeros(len(tokens), np.int32), wanted)
+        finally:
+            done = engine.length(0) - begin
+            self._tokens += tokens[:done].tolist()
+            if self._trace is not None:
+                writer, part = self._trace
+                picks, weights, predicted = engine.take_routing()
+                writer.extend([part] * done, positions[:done], picks, weights, predicted)
+
+    @contextmanager
+    def trace(self, path: str | os.PathLike[str], part: str = "text") -> Iterator[None]:
+        """While this context lasts, what the routers choose for every token that is computed goes to a trace file.
+
+        Tokens of a prompt that were known from the previous one are not computed, and not in it. The file has its name
+        when the context ends; after an error there is none. `part` names the kind of text (docs/trace.md).
+        """
+        from edgemoe.profiling.trace import TraceWriter
+
+        layers = self.spec.layers
+        experts, top_k = [layer.experts for layer in layers], [layer.top_k for layer in layers]
+        engine = self._open()
+        with TraceWriter(path, self.path.name, experts, top_k, self.spec.family, predictions=True) as writer:
+            self._trace = (writer, part)
+            engine.record_routing(True)
+            try:
+                yield
+            finally:
+                self._trace = None
+                engine.record_routing(False)
+                engine.take_routing()
+
+    def snapshot(self) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
+        """The state of the current sequence, for `restore`: its tokens and an opaque uint8 array."""
+        with self._turns.take():
+            return tuple(self._tokens), self._open().snapshot(0)
+
+    def restore(self, snapshot: tuple[tuple[int, ...], NDArray[np.uint8]]) -> None:
+        """Goes back to a state that `snapshot` of a model with the same options gave. Raises ValueError."""
+        with self._turns.take():
+            self._tokens = []
+            self._open().restore(0, snapshot[1])
+            self._tokens = list(snapshot[0])
+
+    def stats(self) -> dict[str, float]:
+        """Counters of the last generation (docs/architecture.md lists them); memory figures are of the process."""
+        engine, times = self._open(), self._times
+        now = engine.counters()
+        run = {name: now[name] - self._before.get(name, 0) for name in now}
+        computed = max(run["tokens"], 1)
+        prompt_seconds = times.get("ttft_ms", 0.0) / 1e3
+        generation_seconds = times.get("generation_seconds", 0.0)
+        later_tokens = max(times.get("generated_tokens", 0) - 1, 0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "prompt_tokens": times.get("prompt_tokens", 0),
+            "computed_prompt_tokens": times.get("computed_prompt_tokens", 0),
+            "generated_tokens": times.get("generated_tokens", 0),
+            "prompt_tps": times.get("computed_prompt_tokens", 0) / prompt_seconds if prompt_seconds else 0.0,
+            "generation_tps": later_tokens / generation_seconds if generation_seconds else 0.0,
+            "ttft_ms": times.get("ttft_ms", 0.0),
+            "experts_requested": run["experts_requested"],
+            "experts_hit": run["experts_hit"],
+            "hit_rate": run["experts_hit"] / run["experts_requested"] if run["experts_requested"] else 0.0,
+            "sections_read": run["sections_read"],
+            "bytes_read": run["bytes_read"],
+            "bytes_read_per_token": run["bytes_read"] / computed,
+            "stall_ms": 1e3 * run["stall_seconds"],
+            "compute_ms": 1e3 * (run["seconds"] - run["stall_seconds"]),
+            "evictions": run["evictions"],
+            "prefetch_issued": run["prefetch_issued"],
+            "prefetch_used": run["prefetch_used"],
+            "prefetch_late": run["prefetch_late"],
+            "prefetch_wasted": run["prefetch_wasted"],
+            "cache_bytes": self.budget.cache_bytes,
+            "memory_limit_bytes": self.budget.limit,
+            "memory_peak_bytes": peak,
+            "disk_mb_s": run["bytes_read"] / run["read_seconds"] / 1e6 if run["read_seconds"] else 0.0,
+        }
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether weights are read past the page cache."""
+        return self._open().direct_io
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._open().isa
+
+    # -- lifetime -----------------------------------------------------------------------------------------------
+
+    def _open(self) -> _core.Engine:
+        if self._engine is None:
+            raise EdgemoeError("the model is closed")
+        return self._engine
+
+    def close(self) -> None:
+        """Gives the memory back. A generation that is under way elsewhere ends first."""
+        with self._turns.take():
+            self._engine = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Turns:
+    """One user of the engine at a time. The thread whose turn it is may start something else meanwhile (a generator
+    that it has not run to its end must not lock it out), and a turn may end on any thread (a generator is closed by
+    whoever drops it)."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._holders: list[tuple[object, int]] = []
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        turn, thread = object(), threading.get_ident()
+        with self._free:
+            self._free.wait_for(lambda: all(holder == thread for _, holder in self._holders))
+            self._holders.append((turn, thread))
+        try:
+            yield
+        finally:
+            with self._free:
+                self._holders = [held for held in self._holders if held[0] is not turn]
+                self._free.notify_all()
+
+
+def _context(asked: int | None, spec: ModelSpec) -> int:
+    if asked is None:
+        return min(spec.context, DEFAULT_CONTEXT)
+    if not 0 <= asked <= spec.context:
+        raise OptionError(f"a context of {asked} positions: the model was made for 1 to {spec.context}")
+    return asked or spec.context
+
+
+def _engine_index(pack: Pack | GgufIndex) -> dict[str, Any]:
+    """The pack's index in the form the engine takes (native/include/edgemoe/pack_index.h)."""
+    experts: dict[int, dict[str, Any]] = {}
+    for number, layer in pack.experts.items():
+        if len(layer.levels) != 1:
+            raise OptionError(f"{pack.path}: layer {number} has {len(layer.levels)} levels; this version runs one")
+        parts = layer.levels[0].parts
+        experts[number] = {
+            "parts": [(part.layout, part.extent, part.offset, *part.shape) for part in (parts[name] for name in PARTS)],
+            "sections": [levels[0] for levels in layer.sections],
+        }
+    return {
+        "files": [str(file) for file in pack.files],
+        "sections": [
+            ([(extent.file, extent.offset, extent.length) for extent in section.extents], section.checksum)
+            for section in pack.sections
+        ],
+        "dense": {
+            name: (
+                tensor.section,
+                tensor.offset,
+                tensor.layout,
+                *tensor.shape,
+                *([1] if len(tensor.shape) == 1 else []),
+            )
+            for name, tensor in pack.dense.items()
+        },
+        "experts": experts,
+    }
