@@ -1,0 +1,319 @@
+"""What this machine can do: instruction sets, memory, memory and disk bandwidth, and what stands in the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from edgemoe import _core
+from edgemoe.memory import cgroup_headroom, format_size
+from edgemoe.model import default_cache_dir
+
+BLOCK_SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes of a read
+DEPTHS = (1, 2, 4, 8)  # reads under way at once
+TEST_FILE = 256 << 20  # bytes of the temporary file, less where the disk is short of room
+_LEAST_FILE = 16 << 20
+_SECONDS = 0.25  # of one measurement
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. state: "ok", "note" (works, but slower than it could) or "problem" (must be mended)."""
+
+    topic: str
+    state: str
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    block: int  # bytes of a read
+    depth: int  # reads under way at once
+    bytes_per_second: float
+
+
+@dataclass(slots=True)
+class Machine:
+    """Everything `examine` found. Bandwidths in bytes per second; None where it was not measured or does not apply.
+
+    memory_bandwidth: by number of threads. memory_headroom: what this process may still take (the system's free memory,
+    or less in a memory cgroup). direct: direct reads are taken by the filesystem; bypasses_cache: and leave no page
+    cache behind (None: cannot be told).
+    """
+
+    system: str
+    processors: int
+    isas: list[str]
+    isa: str
+    memory_total: int
+    memory_headroom: int
+    memory_limited: bool
+    memory_bandwidth: dict[int, float] = field(default_factory=dict)
+    cache_folder: str = ""
+    filesystem: str = ""
+    free_space: int | None = None
+    direct: bool | None = None
+    bypasses_cache: bool | None = None
+    read_ahead: int | None = None
+    rotational: bool | None = None
+    disk: list[DiskSpeed] = field(default_factory=list)
+    build: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        return all(finding.state != PROBLEM for finding in self.findings)
+
+    @property
+    def best_disk(self) -> DiskSpeed | None:
+        return max(self.disk, key=lambda speed: speed.bytes_per_second, default=None)
+
+
+def examine(*, folder: Path | None = None, measure: bool = True, announce: Announce | None = None) -> Machine:
+    """Looks at the machine; takes a few seconds where it measures, and leaves nothing behind.
+
+    folder: where models lie (default: the cache folder). measure: bandwidths too. announce: gets what is done next.
+    """
+    say = announce or (lambda _: None)
+    machine = _processor()
+    _memory(machine)
+    place = folder or default_cache_dir()
+    machine.cache_folder = str(place)
+    usable = _cache_folder(machine, place)
+    if measure:
+        say("measuring memory")
+        _memory_bandwidth(machine)
+        if usable:
+            say(f"measuring the disk under {place}")
+            _disk(machine, place)
+    return machine
+
+
+def _processor() -> Machine:
+    isas = [str(name) for name in _core.kernels.available_isas()]
+    wanted = os.environ.get("EDGEMOE_ISA", "")
+    machine = Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        isas=isas,
+        isa=wanted or isas[-1],
+        memory_total=0,
+        memory_headroom=0,
+        memory_limited=False,
+        build={"edgemoe": _core.__version__, "python": platform.python_version()},
+    )
+    add = machine.findings.append
+    if wanted and wanted not in isas:
+        add(
+            Finding(
+                "processor",
+                PROBLEM,
+                f"EDGEMOE_ISA={wanted} is not available here ({', '.join(isas)})",
+                "unset EDGEMOE_ISA",
+            )
+        )
+    elif machine.isa == "scalar":
+        remedy = "unset EDGEMOE_ISA" if wanted else "a processor with AVX2 is many times faster"
+        add(Finding("processor", NOTE, f"{machine.processors} processors, no vector instructions in use", remedy))
+    else:
+        add(Finding("processor", OK, f"{machine.processors} processors, {machine.isa}"))
+    return machine
+
+
+def _memory(machine: Machine) -> None:
+    memory = psutil.virtual_memory()
+    headroom = cgroup_headroom()
+    machine.memory_total = int(memory.total)
+    machine.memory_limited = headroom is not None and headroom < memory.available
+    machine.memory_headroom = int(memory.available if headroom is None else min(headroom, memory.available))
+    text = f"{format_size(machine.memory_headroom)} free of {format_size(machine.memory_total)}"
+    if machine.memory_limited:
+        text += ", held down by a memory cgroup"
+    if machine.memory_headroom < 500_000_000:
+        remedy = "raise the cgroup's limit" if machine.memory_limited else "close other programs"
+        machine.findings.append(Finding("memory", PROBLEM, f"only {text}", remedy))
+    else:
+        machine.findings.append(Finding("memory", OK, text))
+    swap = psutil.swap_memory()
+    if swap.used > machine.memory_total // 20:
+        machine.findings.append(
+            Finding(
+                "memory",
+                NOTE,
+                f"{format_size(swap.used)} of swap in use: the system is short of memory already",
+                "close other programs, or give a smaller --memory",
+            )
+        )
+
+
+def _memory_bandwidth(machine: Machine) -> None:
+    size = min(256 << 20, machine.memory_headroom // 4)
+    if size < 8 << 20:
+        return
+    threads = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < machine.processors] + [machine.processors]
+    for count in threads:
+        done, seconds = _core.profiling.memory_read_speed(size, count, _SECONDS)
+        machine.memory_bandwidth[count] = done / seconds
+    best = max(machine.memory_bandwidth.items(), key=lambda item: item[1])
+    machine.findings.append(
+        Finding("memory speed", OK, f"{best[1] / 1e9:.1f} GB/s with {best[0]} thread{'s' if best[0] > 1 else ''}")
+    )
+
+
+def _cache_folder(machine: Machine, folder: Path) -> bool:
+    add = machine.findings.append
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        machine.free_space = psutil.disk_usage(str(folder)).free
+    except OSError as error:
+        add(
+            Finding(
+                "cache folder",
+                PROBLEM,
+                f"{folder} cannot be written: {error.strerror or error}",
+                "set EDGEMOE_CACHE to a folder that can",
+            )
+        )
+        return False
+    machine.filesystem = _filesystem(folder)
+    text = f"{folder} ({machine.filesystem or 'unknown filesystem'}), {format_size(machine.free_space)} free"
+    if machine.free_space < 5_000_000_000:
+        add(Finding("cache folder", NOTE, text, "free some space, or set EDGEMOE_CACHE to a larger disk"))
+    else:
+        add(Finding("cache folder", OK, text))
+    if machine.filesystem in ("tmpfs", "ramfs"):
+        add(
+            Finding(
+                "cache folder",
+                NOTE,
+                f"{folder} is kept in memory: models there take the memory that they are to save",
+                "set EDGEMOE_CACHE to a folder on a disk",
+            )
+        )
+    machine.read_ahead, machine.rotational = _block_device(folder)
+    return True
+
+
+def _filesystem(folder: Path) -> str:
+    try:
+        place = folder.resolve()
+        mounts = [part for part in psutil.disk_partitions(all=True) if place.is_relative_to(part.mountpoint)]
+    except (OSError, ValueError):
+        return ""
+    return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+
+
+def _block_device(folder: Path) -> tuple[int | None, bool | None]:
+    """(read-ahead in bytes, whether it turns) of the disk under a folder; None where the system does not say."""
+    try:
+        device = folder.stat().st_dev
+        node = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve(strict=True)
+    except OSError:
+        return None, None
+    for place in (node, node.parent):  # a partition's queue is its disk's
+        try:
+            ahead = int((place / "queue" / "read_ahead_kb").read_text()) << 10
+            return ahead, (place / "queue" / "rotational").read_text().strip() == "1"
+        except (OSError, ValueError):
+            continue
+    return None, None
+
+
+def _disk(machine: Machine, folder: Path) -> None:
+    add = machine.findings.append
+    size = min(TEST_FILE, (machine.free_space or 0) // 8) >> 20 << 20
+    if size < _LEAST_FILE:
+        add(Finding("disk speed", NOTE, "not measured: too little free space", "free some space in the cache folder"))
+        return
+    try:
+        with _test_file(folder, size) as file:
+            machine.direct = bool(_core.profiling.reads_directly(str(file)))
+            machine.bypasses_cache = _bypasses_cache(file) if machine.direct else False
+            for block in BLOCK_SIZES:
+                for depth in DEPTHS:
+                    done, seconds = _core.profiling.disk_read_speed(str(file), block, depth, _SECONDS, 4 * size)
+                    machine.disk.append(DiskSpeed(block, depth, done / seconds))
+    except (OSError, RuntimeError) as error:
+        add(Finding("disk speed", PROBLEM, f"{folder}: {error}", "check the disk, or set EDGEMOE_CACHE to another one"))
+        return
+    if not machine.direct:
+        add(
+            Finding(
+                "direct reads",
+                NOTE,
+                f"{machine.filesystem or 'the filesystem'} refuses them: reads go through the page cache",
+                "keep models on a filesystem such as ext4, xfs, btrfs or apfs",
+            )
+        )
+    elif machine.bypasses_cache is False:
+        add(
+            Finding(
+                "direct reads",
+                NOTE,
+                "taken, but what is read stays in the page cache",
+                "keep models on a local disk; a virtual or network filesystem caches on its own",
+            )
+        )
+    else:
+        add(Finding("direct reads", OK, "taken, and they leave no page cache behind"))
+    best = machine.best_disk
+    assert best is not None
+    text = (
+        f"{best.bytes_per_second / 1e9:.2f} GB/s in blocks of {best.block >> 10} KiB, {best.depth} at a time "
+        "(random places of a fresh file)"
+    )
+    if best.bytes_per_second < 200e6:
+        add(Finding("disk speed", NOTE, text, "keep models on an NVMe disk"))
+    else:
+        add(Finding("disk speed", OK, text))
+    # Virtual disks often claim to turn; one that does is slow in small pieces.
+    if machine.rotational and machine.disk[0].bytes_per_second < 30e6:
+        add(Finding("disk", NOTE, "the disk turns: every missing expert costs a seek", "keep models on an SSD"))
+
+
+@contextmanager
+def _test_file(folder: Path, size: int) -> Iterator[Path]:
+    """A file of random bytes on the disk (not only in its cache), gone afterwards."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="doctor-", suffix=".tmp") as stream:
+        chunk = os.urandom(1 << 20)
+        for number in range(size >> 20):
+            # No two megabytes alike, in case the disk looks for what it has already.
+            stream.write(number.to_bytes(8, "little") + chunk[8:])
+        stream.flush()
+        os.fsync(stream.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        yield Path(stream.name)
+
+
+def _bypasses_cache(file: Path) -> bool | None:
+    """Whether a direct read of the file leaves it out of the page cache."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    block = 1 << 20
+    _core.profiling.disk_read_speed(str(file), block, 1, 0.05, 16 << 20)
+    with file.open("rb") as stream:
+        cached = 0
+        for place in range(0, file.stat().st_size, 16 * block):
+            try:
+                # Gives what is in the page cache, and an error instead of waiting for the disk.
+                cached += os.preadv(stream.fileno(), [bytearray(4096)], place, os.RWF_NOWAIT) > 0
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK):
+                    return None
+    return cached == 0

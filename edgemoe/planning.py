@@ -1,0 +1,252 @@
+"""Will a model fit into this machine's memory, and how fast will it be? From headers alone: no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemoe import _core
+from edgemoe.errors import OptionError, SourceError, UnsupportedModelError
+from edgemoe.formats.gguf import is_gguf
+from edgemoe.formats.gguf_index import GgufSource, build_index
+from edgemoe.formats.pack import Pack
+from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now
+from edgemoe.model import DEFAULT_CONTEXT, READERS, _engine_index
+from edgemoe.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from edgemoe.profiling import Trace
+
+# Hit rates of one least-recently-used cache for all layers at 1, 2 and 3 times the experts one token uses: the least
+# and the most consistent of ten small models of the same size (arXiv 2505.16056, toy models).
+PUBLISHED_RATIOS = (1.0, 2.0, 3.0)
+PUBLISHED_LOW = (0.2018, 0.3557, 0.4891)
+PUBLISHED_HIGH = (0.4364, 0.6720, 0.8236)
+
+# What the program may take when it runs beyond what it takes here, where no tokenizer is loaded.
+_SLACK = 16_000_000
+_ENGINE_PICKS = 8_000_000  # picks of a trace that hit rates are simulated with
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What a memory budget gives. Sizes in bytes; (low, high) where a figure is uncertain.
+
+    slots: experts in memory; hit_rate: of generation. bytes_per_token: read from disk.
+    tokens_per_second: low with reads and arithmetic one after the other, high with both at the same time; None where
+    the machine's speed is not known.
+    """
+
+    memory: int
+    slots: int
+    hit_rate: tuple[float, float]
+    bytes_per_token: tuple[float, float]
+    tokens_per_second: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a model asks of a machine. Sizes in bytes.
+
+    dense: weights always in memory. experts: all routed experts as stored. active: weights that one token works with.
+    state: of one sequence of `context` positions. least: the smallest budget that runs; sensible: one that holds twice
+    the experts of one token, or everything where that is less; everything: the budget with no reads left.
+    source: where the hit rates come from.
+    """
+
+    model: str
+    family: str
+    parameters: int
+    active_parameters: int
+    context: int
+    dense: int
+    experts: int
+    expert: int
+    active: int
+    state: int
+    least: int
+    sensible: int
+    everything: int
+    memory: int
+    source: str
+    speeds: tuple[Speed, ...]
+
+
+def plan_model(
+    path: Path,
+    *,
+    memory: int | None = None,
+    context: int | None = None,
+    bits: int = 8,
+    cache_type: str = "f16",
+    trace: Trace | None = None,
+    disk: float | None = None,
+    bandwidth: float | None = None,
+) -> Plan:
+    """Plans a pack, a GGUF file or a Hugging Face folder (as converted at `bits`).
+
+    memory: bytes, None for what is free. disk, bandwidth: bytes per second of the disk and of the memory.
+    trace: of this model, for hit rates; without one they are a published range.
+
+    Raises MemoryBudgetError that names the number that would do, SourceError, PackError, UnsupportedModelError,
+    OptionError.
+    """
+    spec, index = _facts(path, bits)
+    total_experts = sum(layer.experts for layer in spec.layers)
+    if not total_experts:
+        raise UnsupportedModelError(f"{path}: every layer is dense; there is nothing to stream")
+    length = min(spec.context, DEFAULT_CONTEXT) if context is None else context or spec.context
+    if not 1 <= length <= spec.context:
+        raise OptionError(f"a context of {length} positions: the model was made for 1 to {spec.context}")
+    options: dict[str, Any] = {
+        "threads": 1,
+        "context": length,
+        "readers": READERS,
+        "cache_type_k": cache_type,
+        "cache_type_v": cache_type,
+        "eviction": "next_use",
+        "prefetch": True,
+    }
+    facts = spec.to_dict()
+
+    def budget(limit: int) -> Budget:
+        return plan_budget(limit, facts, index, options, str(path))
+
+    needs = _core.plan(facts, index, {**options, "chunk": CHUNKS[-1], "expert_slots": 1})
+    fixed = used_now() + RESERVE + needs["dense"] + needs["state"] + needs["scratch"]
+    working = sum(layer.top_k for layer in spec.layers)
+    least = fixed + needs["minimum_slots"] * needs["slot"] + _SLACK
+    # With room for all experts the largest chunks are used.
+    largest = _core.plan(facts, index, {**options, "chunk": CHUNKS[0], "expert_slots": 1})
+    everything = fixed - needs["scratch"] + largest["scratch"] + total_experts * needs["slot"] + _SLACK
+    sensible = min(_smallest(budget, min(2 * working, total_experts), least, everything), everything)
+    limit = automatic_budget() if memory is None else memory
+    chosen = budget(limit)
+
+    if trace is not None:
+        _check_trace(trace, spec, path)
+    limits = sorted({least, sensible, everything, chosen.limit, *_between(least, everything)})
+    budgets = [budget(size) for size in limits]
+    low, high = _hit_rates([b.expert_slots for b in budgets], spec, trace)
+    expert_bytes = _expert_bytes(index)
+    active = _active_bytes(spec, index, expert_bytes)
+    missing = sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
+    speeds = []
+    for size, division, worst, best in zip(limits, budgets, low, high, strict=True):
+        reads = ((1 - best) * missing, (1 - worst) * missing)
+        speed = None
+        if disk and bandwidth:
+            speed = (1 / (active / bandwidth + reads[1] / disk), 1 / max(active / bandwidth, reads[0] / disk))
+        speeds.append(Speed(size, division.expert_slots, (worst, best), reads, speed))
+    parameters, active_parameters = spec.parameters()
+    return Plan(
+        model=path.name,
+        family=spec.family,
+        parameters=parameters,
+        active_parameters=active_parameters,
+        context=length,
+        dense=needs["dense"],
+        experts=sum(layer.experts * size for layer, size in zip(spec.layers, expert_bytes, strict=True)),
+        expert=max(expert_bytes),
+        active=active,
+        state=needs["state"],
+        least=least,
+        sensible=sensible,
+        everything=everything,
+        memory=chosen.limit,
+        source=f"trace of {trace.model}" if trace else "published range for caches of recently used experts",
+        speeds=tuple(speeds),
+    )
+
+
+def _facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder")
+    if path.is_dir():
+        from edgemoe.convert import _length, _plan
+        from edgemoe.formats.pack import BLOCK, align
+
+        conversion = _plan(path, bits, None)
+        contents = conversion.contents
+        lengths = [
+            align(len(section) if isinstance(section, bytes) else _length(section), BLOCK)
+            for section in conversion.sections
+        ]
+        begin = 0
+        sections = []
+        for length in lengths:
+            sections.append(
+                SimpleNamespace(extents=(SimpleNamespace(file=0, offset=begin, length=length),), checksum=0)
+            )
+            begin += length
+        pack: Any = SimpleNamespace(
+            path=path, files=[path], sections=sections, dense=contents.dense, experts=contents.experts
+        )
+        return contents.spec, _engine_index(pack)
+    found = build_index(GgufSource.open(path)) if is_gguf(path) else Pack.open(path)
+    return found.spec, _engine_index(found)
+
+
+def _expert_bytes(index: dict[str, Any]) -> list[int]:
+    """Stored bytes of one expert, by layer; 0 for a dense one."""
+    layers = max(index["experts"]) + 1
+    return [
+        sum(length for _, _, length in index["sections"][index["experts"][layer]["sections"][0]][0])
+        if layer in index["experts"]
+        else 0
+        for layer in range(layers)
+    ]
+
+
+def _active_bytes(spec: ModelSpec, index: dict[str, Any], expert_bytes: Sequence[int]) -> int:
+    """Bytes of weights that one token works with: all dense ones but the embedding table, and its experts."""
+    dense = {entry[0] for name, entry in index["dense"].items() if name != "embedding" or spec.tied_embeddings}
+    total: int = sum(length for section in dense for _, _, length in index["sections"][section][0])
+    return total + sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
+
+
+def _smallest(budget: Callable[[int], Budget], slots: int, low: int, high: int) -> int:
+    """The smallest budget, to a megabyte, that gives so many expert slots."""
+    while high - low > 1_000_000:
+        middle = (low + high) // 2
+        if budget(middle).expert_slots >= slots:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _between(least: int, everything: int, count: int = 4) -> list[int]:
+    return [int(least + (everything - least) * step / (count + 1)) for step in range(1, count + 1)]
+
+
+def _check_trace(trace: Trace, spec: ModelSpec, path: Path) -> None:
+    mine = [(layer.experts, layer.top_k) for layer in spec.layers]
+    theirs = list(zip(trace.experts, trace.top_k, strict=True))
+    theirs += [(0, 0)] * (len(mine) - len(theirs))
+    if mine != theirs:
+        raise OptionError(f"{path}: the trace is of another model ({trace.model}): its layers have other experts")
+
+
+def _hit_rates(slots: Sequence[int], spec: ModelSpec, trace: Trace | None) -> tuple[list[float], list[float]]:
+    if trace is not None:
+        from edgemoe.profiling.analysis import head
+        from edgemoe.profiling.simulate import simulate_engine
+
+        tokens = min(trace.tokens, max(1, _ENGINE_PICKS // sum(trace.top_k)))
+        rates = [counters.hit_rate for counters in simulate_engine(head(trace, tokens), slots)]
+        return rates, rates
+    working = sum(layer.top_k for layer in spec.layers)
+    total = sum(layer.experts for layer in spec.layers)
+    # Less than one token's experts push each other out before they are used again.
+    ends = [0.95 * working, *(ratio * working for ratio in PUBLISHED_RATIOS if ratio * working < total), float(total)]
+
+    def at(rates: Sequence[float]) -> list[float]:
+        return [float(rate) for rate in np.interp(slots, ends, [0.0, *rates[: len(ends) - 2], 1.0])]
+
+    return at(PUBLISHED_LOW), at(PUBLISHED_HIGH)
