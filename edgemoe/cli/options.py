@@ -1,0 +1,224 @@
+"""Options that several commands have: the model and its memory, sampling. Spellings are llama.cpp's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgemoe.cli._terminal import progress_bar
+from edgemoe.errors import OptionError
+
+if TYPE_CHECKING:
+    from edgemoe.model import Model
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def memory_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Callback of an option `auto|SIZE`: 8GB is 8 * 10^9 bytes, 6GiB is 6 * 2^30. Gives bytes, None for auto."""
+    from edgemoe.memory import parse_size
+
+    try:
+        return None if value is None else parse_size(value)
+    except OptionError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+def token_limit(ctx: click.Context, param: click.Parameter, value: int) -> int | None:
+    """Callback of an option that limits a number of tokens. Gives None for -1, no limit."""
+    if value < -1:
+        raise click.BadParameter(f"{value} is negative; -1 is for no limit", ctx, param)
+    return None if value == -1 else value
+
+
+def _apply(function: Function, decorators: list[Callable[[Function], Function]]) -> Function:
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def model_options(function: Function) -> Function:
+    """-M -t -ctk -ctv (and -c, whose meaning the command says): the keyword arguments of `open_model`."""
+    cache_types = click.Choice(["f32", "f16", "q8_0"])
+    return _apply(
+        function,
+        [
+            click.option(
+                "-M",
+                "--memory",
+                callback=memory_size,
+                metavar="auto|SIZE",
+                help="What the program may take in all, such as 8GB (10^9) or 6GiB.  [default: auto]",
+            ),
+            click.option(
+                "-t",
+                "--threads",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Threads that compute.  [default: one per processor]",
+            ),
+            click.option(
+                "-ctk",
+                "--cache-type-k",
+                type=cache_types,
+                default="f16",
+                show_default=True,
+                help="How attention keys are kept.",
+            ),
+            click.option(
+                "-ctv",
+                "--cache-type-v",
+                type=cache_types,
+                default="f16",
+                show_default=True,
+                help="How attention values are kept.",
+            ),
+        ],
+    )
+
+
+def sampling_options(function: Function) -> Function:
+    """Every option of sampling, each None (or empty) where it is not given: then the model's generation_config.json
+    decides, and after it the default shown (llama.cpp's). `check_sampling` makes the options of `generate` of them."""
+
+    def option(*names: str, kind: Any, shown: str, text: str, metavar: str = "X") -> Callable[[Function], Function]:
+        help_text = f"{text}  [{shown}]" if shown else text
+        return click.option(*names, type=kind, default=None, metavar=metavar, help=help_text)
+
+    def several(*names: str, metavar: str, text: str) -> Callable[[Function], Function]:
+        return click.option(*names, multiple=True, metavar=metavar, help=text)
+
+    file = click.Path(exists=True, dir_okay=False)
+    return _apply(
+        function,
+        [
+            option("--temp", "temperature", kind=float, shown="0.8", text="Temperature; 0 takes the likeliest token."),
+            option("--top-k", kind=int, shown="40", text="Only the k likeliest tokens; 0 for all."),
+            option("--top-p", kind=float, shown="0.95", text="Only the likeliest tokens that reach this together."),
+            option("--min-p", kind=float, shown="0.05", text="Only tokens this likely relative to the likeliest."),
+            option("--typical", "--typical-p", "typical_p", kind=float, shown="1.0", text="Locally typical sampling."),
+            option(
+                *("--top-nsigma", "--top-n-sigma", "top_n_sigma"),
+                kind=float,
+                shown="-1.0",
+                text="Only logits at most so many standard deviations below the largest.",
+            ),
+            option("--xtc-probability", kind=float, shown="0.0", text="How often the top choices are excluded."),
+            option("--xtc-threshold", kind=float, shown="0.1", text="From what probability on they are."),
+            option("--repeat-penalty", kind=float, shown="1.0", text="Makes tokens seen lately less likely."),
+            option("--presence-penalty", kind=float, shown="0.0", text="The same, subtracted once."),
+            option("--frequency-penalty", kind=float, shown="0.0", text="The same, for each time it was seen."),
+            option("--repeat-last-n", kind=int, shown="64", text="How far back those look; 0 for off, -1 for all."),
+            option("--dry-multiplier", kind=float, shown="0.0", text="Makes it less likely to repeat a passage."),
+            option("--dry-base", kind=float, shown="1.75", text="How that grows with the passage's length."),
+            option("--dry-allowed-length", kind=int, shown="2", text="How long a passage may be repeated."),
+            option(
+                "--dry-penalty-last-n", kind=int, shown="-1", text="How far back that looks; 0 for off, -1 for all."
+            ),
+            several(
+                *("--dry-sequence-breaker", "dry_sequence_breakers"),
+                metavar="TEXT",
+                text='What passages do not reach across; \\n is a line end; none for nothing. Repeatable.  [\\n : " *]',
+            ),
+            option(
+                "--mirostat", kind=int, shown="0", text="Mirostat 1 or 2 in place of the other samplers; 0 for off."
+            ),
+            option("--mirostat-lr", "mirostat_eta", kind=float, shown="0.1", text="Its learning rate."),
+            option("--mirostat-ent", "mirostat_tau", kind=float, shown="5.0", text="Its target surprise, in bits."),
+            option(
+                "--samplers",
+                kind=str,
+                shown="",
+                text="Which samplers, in which order.  "
+                "[penalties;dry;top_n_sigma;top_k;typ_p;top_p;min_p;xtc;temperature]",
+                metavar="NAMES",
+            ),
+            several(
+                *("-l", "--logit-bias"),
+                metavar="ID(+|-)X",
+                text="Adds X to a token's logit: 15043+1, 15043-inf. Repeatable.",
+            ),
+            click.option("--ignore-eos", is_flag=True, help="Never end by itself: the tokens that end are forbidden."),
+            option("--grammar", kind=str, shown="", text="The answer is in this GBNF grammar.", metavar="GBNF"),
+            option("--grammar-file", kind=file, shown="", text="The same, from a file.", metavar="FILE"),
+            option(
+                *("-j", "--json-schema"),
+                kind=str,
+                shown="",
+                text="The answer is JSON of this schema; {} for any.",
+                metavar="JSON",
+            ),
+            option("-jf", "--json-schema-file", kind=file, shown="", text="The same, from a file.", metavar="FILE"),
+            option("-s", "--seed", kind=int, shown="-1", text="Of the draws; -1 for a random one."),
+        ],
+    )
+
+
+def check_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `generate` from those of `sampling_options` that were given. Refuses nonsense as a usage error,
+    before a model is loaded."""
+    from edgemoe.text.sampling import SamplingOptions
+
+    given = {name: value for name, value in values.items() if value is not None and value is not False and value != ()}
+    for name in ("grammar", "json_schema"):
+        file = given.pop(f"{name}_file", None)
+        if file is not None:
+            if name in given:
+                option = name.replace("_", "-")
+                raise click.UsageError(f"--{option} and --{option}-file exclude each other")
+            given[name] = read_text(file)
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(_bias(text) for text in given["logit_bias"])
+    if "dry_sequence_breakers" in given:
+        breakers = [_unescape(text) for text in given["dry_sequence_breakers"] if text != "none"]
+        given["dry_sequence_breakers"] = tuple(breakers)
+    try:
+        options = SamplingOptions.merged(given, {})
+        if options.grammar is not None or options.json_schema is not None:
+            from edgemoe.text.grammar import check_language
+
+            check_language(options.grammar, options.json_schema)
+    except OptionError as error:
+        raise click.UsageError(str(error)) from None
+    return given
+
+
+def read_text(path: str, limit: int = 1 << 20) -> str:
+    """The text of a file that is named as an option. Refuses as a usage error what is none, or too long."""
+    with Path(path).open("rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise click.UsageError(f"{path} has more than {limit} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    match = re.fullmatch(r"(\d+)([+-])(\d+(?:\.\d*)?(?:e[+-]?\d+)?|inf)", text, re.IGNORECASE)
+    if not match:
+        raise click.UsageError(f"--logit-bias {text!r} is not of the form 15043+1, 15043-0.5 or 15043-inf")
+    return int(match[1]), float(match[2] + match[3])
+
+
+def _unescape(text: str) -> str:
+    meanings = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "'": "'"}
+    return re.sub(r"\\([nrt\\\"'])", lambda match: meanings[match[1]], text)
+
+
+def open_model(path: str | None, **options: Any) -> Model:
+    """`edgemoe.load`, saying on stderr what it does where that takes a while (converting a folder)."""
+    import edgemoe
+
+    with progress_bar("converting") as advance:
+        model = edgemoe.load(path, announce=lambda text: click.echo(text, err=True), progress=advance, **options)
+    if not model.direct_io:
+        click.echo(
+            f"{model.path}: the filesystem refuses direct reads; its pages are dropped after each read", err=True
+        )
+    return model

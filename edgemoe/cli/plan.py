@@ -1,0 +1,140 @@
+"""Tell whether a model fits, and how fast it will be, before it runs.
+
+edgemoe plan model.emoe -M 8GB
+edgemoe plan Qwen3-30B-A3B/ --bits 4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemoe.errors import OptionError
+
+if TYPE_CHECKING:
+    from edgemoe.planning import Plan
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("-M", "--memory", default="auto", show_default=True, help="Budget: 8GB (10^9), 6GiB or auto.")
+@click.option("-c", "--ctx-size", type=click.IntRange(0), help="Positions; 0 for all the model was made for.")
+@click.option("--bits", type=click.Choice(["4", "8", "16", "32"]), default="8", help="Of a folder's conversion.")
+@click.option("--trace", type=click.Path(path_type=Path), help="A routing trace of this model, for its hit rates.")
+@click.option("--disk", help="Disk speed in bytes per second (2GB) instead of measuring it.")
+@click.option("--bandwidth", help="Memory speed in bytes per second (30GB) instead of measuring it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are bytes.")
+def command(
+    model: Path | None,
+    memory: str,
+    ctx_size: int | None,
+    bits: str,
+    trace: Path | None,
+    disk: str | None,
+    bandwidth: str | None,
+    as_json: bool,
+) -> None:
+    """Tell whether MODEL (a pack, a GGUF file or a Hugging Face folder; default: the bundled one) fits into the memory,
+    and how fast it will be with several budgets.
+
+    Only headers are read. Disk and memory are measured where models are cached, unless given. Exits with 1 and the
+    number that would do where the model cannot fit.
+    """
+    from edgemoe.memory import parse_size
+    from edgemoe.model import bundled_model
+    from edgemoe.planning import plan_model
+    from edgemoe.profiling import read_trace
+
+    path = model or bundled_model()
+    speeds = {}
+    for name, text in (("disk", disk), ("bandwidth", bandwidth)):
+        if text is not None:
+            speeds[name] = parse_size(text)
+            if speeds[name] is None:
+                raise OptionError(f"--{name} {text} is not a speed")
+    routing = read_trace(trace, weights=False) if trace else None
+    limit = parse_size(memory)
+    # What does not fit is said before anything is measured.
+    plan_model(path, memory=limit, context=ctx_size, bits=int(bits))
+    if len(speeds) < 2:
+        from edgemoe.machine import examine
+
+        machine = examine(announce=lambda text: click.echo(f"{text} ...", err=True))
+        if machine.best_disk and "disk" not in speeds:
+            speeds["disk"] = int(machine.best_disk.bytes_per_second)
+        if machine.memory_bandwidth and "bandwidth" not in speeds:
+            speeds["bandwidth"] = int(max(machine.memory_bandwidth.values()))
+    plan = plan_model(
+        path,
+        memory=limit,
+        context=ctx_size,
+        bits=int(bits),
+        trace=routing,
+        disk=speeds.get("disk"),
+        bandwidth=speeds.get("bandwidth"),
+    )
+    if as_json:
+        click.echo(
+            json.dumps({**dataclasses.asdict(plan), **{f"{name}_speed": speed for name, speed in speeds.items()}})
+        )
+    else:
+        _show(plan, speeds)
+
+
+def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from edgemoe.cli._printable import printable
+    from edgemoe.memory import format_size
+
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(Text(text), soft_wrap=True)
+
+    say(
+        f"{printable(plan.model)}: {plan.parameters / 1e9:.2f} billion parameters, {plan.active_parameters / 1e9:.2f} "
+        f"at work on a token"
+    )
+    say(
+        f"dense weights {format_size(plan.dense)}, "
+        f"experts {format_size(plan.experts)} ({format_size(plan.expert)} each), "
+        f"state of {plan.context} positions {format_size(plan.state)}"
+    )
+    fits = "all of it fits" if plan.memory >= plan.everything else "it fits, experts are streamed"
+    say(f"with {format_size(plan.memory)}: {fits}")
+    say(
+        f"least --memory {_megabytes(plan.least)}, sensible {_megabytes(plan.sensible)}, "
+        f"everything in memory {_megabytes(plan.everything)}"
+    )
+    table = Table()
+    for name in ("--memory", "experts", "hit rate", "read per token", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for speed in plan.speeds:
+        chosen = speed.memory == plan.memory
+        table.add_row(
+            ("> " if chosen else "") + _megabytes(speed.memory),
+            str(speed.slots),
+            _range([f"{rate:.0%}" for rate in speed.hit_rate]),
+            _range([format_size(size) for size in speed.bytes_per_token]),
+            _range([f"{rate:.1f}" for rate in speed.tokens_per_second]) if speed.tokens_per_second else "?",
+            style="bold" if chosen else None,
+        )
+    console.print(table)
+    say(f"hit rates: {printable(plan.source)}")
+    if speeds.get("disk") and speeds.get("bandwidth"):
+        say(f"at {format_size(speeds['disk'] or 0)}/s from disk, {format_size(speeds['bandwidth'] or 0)}/s from memory")
+
+
+def _range(values: list[str]) -> str:
+    return values[0] if len(set(values)) == 1 else " - ".join(values)
+
+
+def _megabytes(size: int) -> str:
+    return f"{-(-size // 1_000_000)}MB"
