@@ -1,0 +1,86 @@
+"""edgemoe convert: exit status, what it prints, what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import edgemoe.convert
+from edgemoe.cli import main
+from edgemoe.formats.pack import Pack
+
+Make = Callable[..., Path]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_converts(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
+    source, target = tiny_qwen3_moe(), tmp_path / "a.emoe"
+    result = run("convert", source, target)
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"{target}: ")
+    assert "\x1b" not in result.stderr  # a progress bar is for terminals
+    pack = Pack.open(target)
+    assert (pack.provenance["bits"], pack.provenance["dense_bits"]) == (4, 8)
+    assert run("convert", source, tmp_path / "b.emoe", "--bits", "16", "--dense-bits", "32").exit_code == 0
+    assert Pack.open(tmp_path / "b.emoe").dense["embedding"].layout == "f32"
+
+
+def test_does_not_overwrite(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
+    source, target = tiny_qwen3_moe(), tmp_path / "a.emoe"
+    target.write_bytes(b"mine")
+    result = run("convert", source, target)
+    assert result.exit_code == 1
+    assert result.stderr == f"edgemoe: error: {target}: exists already (--force replaces it)\n"
+    assert target.read_bytes() == b"mine"
+    assert run("convert", "--force", source, target).exit_code == 0
+    Pack.open(target)
+
+
+def test_interrupt_says_how_to_continue(tiny_qwen3_moe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tiny_qwen3_moe(), tmp_path / "a.emoe"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edgemoe.convert, "pack", interrupt)
+        result = run("convert", source, target)
+    assert result.exit_code == 130
+    assert f"the same command continues with {target}.partial" in result.stderr
+    assert not target.exists()
+    assert run("convert", source, target).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["gone", "a.emoe"], 1, "gone: no such folder"),
+        (["{source}", "gone/a.emoe"], 1, "gone: no such folder"),
+        (["{source}", "."], 1, "is a folder"),
+        (["{source}", "a.emoe", "--bits", "5"], 2, "'5' is not one of"),
+        (["{source}"], 2, "Missing argument"),
+        (["{source}/config.json", "a.emoe"], 1, "not a model folder"),
+    ],
+)
+def test_errors_are_one_line(
+    tiny_qwen3_moe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = tiny_qwen3_moe()
+    result = run("convert", *(argument.format(source=source) for argument in arguments))
+    assert result.exit_code == status
+    assert result.stderr.startswith("edgemoe: error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1

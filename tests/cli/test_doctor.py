@@ -1,0 +1,91 @@
+"""`edgemoe doctor`: what it finds, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edgemoe import machine
+from edgemoe.cli import main
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["doctor", *arguments])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "_SECONDS", 0.01)
+    monkeypatch.setattr(machine, "TEST_FILE", 16 << 20)
+    monkeypatch.setattr(machine, "BLOCK_SIZES", (64 << 10, 1 << 20))
+    monkeypatch.setattr(machine, "DEPTHS", (1, 2))
+    monkeypatch.setenv("EDGEMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("EDGEMOE_ISA", raising=False)
+
+
+def test_everything_is_measured_and_nothing_left(tmp_path: Path) -> None:
+    result = run("--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["healthy"]
+    assert found["isa"] in found["isas"]
+    assert found["isas"][0] == "scalar"
+    assert 0 < found["memory_headroom"] <= found["memory_total"]
+    assert all(speed > 1e8 for speed in found["memory_bandwidth"].values())
+    assert {(speed["block"], speed["depth"]) for speed in found["disk"]} == {
+        (block, depth) for block in (64 << 10, 1 << 20) for depth in (1, 2)
+    }
+    assert all(speed["bytes_per_second"] > 0 for speed in found["disk"])
+    assert found["direct"] in (True, False)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_for_people() -> None:
+    result = run()
+    assert result.exit_code == 0, result.output
+    for words in ("processor:", "memory:", "disk speed:", "GB/s", "KiB"):
+        assert words in result.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    result = run("--json", "--folder", str(file / "below"))
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    (problem,) = (finding for finding in found["findings"] if finding["state"] == "problem")
+    assert str(file / "below") in problem["text"]
+    assert "EDGEMOE_CACHE" in problem["remedy"]
+
+
+def test_an_unknown_instruction_set_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEMOE_ISA", "mmx")
+    result = run("--no-measure")
+    assert result.exit_code == 1
+    assert "EDGEMOE_ISA=mmx is not available" in result.stdout
+    monkeypatch.setenv("EDGEMOE_ISA", "scalar")
+    result = run("--no-measure", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert [finding["state"] for finding in found["findings"] if finding["topic"] == "processor"] == ["note"]
+    assert found["disk"] == []
+
+
+def test_little_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cgroup_headroom", lambda: 100_000_000)
+    result = run("--no-measure")
+    assert result.exit_code == 1
+    assert "cgroup" in result.stdout
+
+
+def test_little_space_is_only_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = machine.psutil.disk_usage(str(tmp_path))
+    monkeypatch.setattr(machine.psutil, "disk_usage", lambda _: usage._replace(free=50 << 20))
+    result = run("--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    notes = [finding["topic"] for finding in found["findings"] if finding["state"] == "note"]
+    assert {"cache folder", "disk speed"} <= set(notes)

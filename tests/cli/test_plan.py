@@ -1,0 +1,99 @@
+"""`edgemoe plan`: sizes from headers, and what they would mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from edgemoe.cli import main
+from edgemoe.convert import convert
+from edgemoe.formats.pack import Pack
+from edgemoe.planning import plan_model
+from edgemoe.profiling import Trace
+
+SPEEDS = ("--disk", "1GB", "--bandwidth", "10GB")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["plan", *arguments])
+
+
+@pytest.fixture(name="models")
+def _models(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    folder = tiny_qwen3_moe()
+    convert(folder, tmp_path / "m.emoe", 8)
+    return folder, tmp_path / "m.emoe"
+
+
+def test_a_folder_is_planned_as_the_pack_it_becomes(models: tuple[Path, Path]) -> None:
+    found = [json.loads(run(str(path), "-M", "1GB", "--json", *SPEEDS).stdout) for path in models]
+    for name in ("dense", "experts", "expert", "active", "state", "parameters", "context"):
+        assert found[0][name] == found[1][name], name
+    pack = Pack.open(models[1])
+    layers = [number for number, layer in enumerate(pack.spec.layers) if layer.experts]
+    assert found[1]["experts"] == sum(
+        pack.sections[levels[0]].length for number in layers for levels in pack.experts[number].sections
+    )
+    assert found[1]["disk_speed"] == 10**9
+
+
+def test_more_memory_means_more_speed(models: tuple[Path, Path]) -> None:
+    plan = plan_model(models[1], memory=10**9, disk=1e9, bandwidth=1e10)
+    assert plan.least <= plan.sensible <= plan.everything
+    assert [speed.memory for speed in plan.speeds] == sorted(speed.memory for speed in plan.speeds)
+    rates = [speed.hit_rate for speed in plan.speeds]
+    assert rates == sorted(rates)
+    assert rates[-1] == (1, 1)
+    assert plan.speeds[-1].bytes_per_token == (0, 0)
+    speeds = [speed.tokens_per_second for speed in plan.speeds]
+    assert all(speed is not None and 0 < speed[0] <= speed[1] for speed in speeds)
+    assert speeds[-1] is not None
+    assert speeds[-1][0] == speeds[-1][1] == pytest.approx(1e10 / plan.active)
+
+
+def test_what_does_not_fit_says_what_would(models: tuple[Path, Path]) -> None:
+    result = run(str(models[1]), "-M", "1MB", *SPEEDS)
+    assert result.exit_code == 1
+    assert "the least that works is" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_hit_rates_come_from_a_trace(models: tuple[Path, Path], tmp_path: Path) -> None:
+    spec = Pack.open(models[1]).spec
+    rng = np.random.default_rng(0)
+    columns = [
+        np.argsort(rng.random((50, layer.experts)), axis=1)[:, : layer.top_k] for layer in spec.layers if layer.experts
+    ]
+    fields: dict[str, Any] = {
+        "experts": tuple(layer.experts for layer in spec.layers),
+        "top_k": tuple(layer.top_k for layer in spec.layers),
+        "part": np.zeros(50, np.int32),
+        "position": np.arange(50, dtype=np.int32),
+        "ids": np.concatenate(columns, axis=1).astype(np.uint16),
+    }
+    Trace("t", "", parts=("a",), **fields).save(tmp_path / "trace")
+    result = run(str(models[1]), "--trace", str(tmp_path / "trace"), "-M", "1GB", "--json", *SPEEDS)
+    plan = json.loads(result.stdout)
+    assert plan["source"] == "trace of t"
+    assert all(speed["hit_rate"][0] == speed["hit_rate"][1] for speed in plan["speeds"])
+    fields["experts"] = tuple(count + 1 if count else 0 for count in fields["experts"])
+    Trace("t", "", parts=("a",), **fields).save(tmp_path / "trace")
+    result = run(str(models[1]), "--trace", str(tmp_path / "trace"), "-M", "1GB", *SPEEDS)
+    assert result.exit_code == 1
+    assert "another model" in result.stderr
+
+
+def test_for_people(models: tuple[Path, Path]) -> None:
+    result = run(str(models[1]), "-M", "1GB", *SPEEDS)
+    assert result.exit_code == 0, result.stderr
+    for words in ("all of it fits", "least --memory", "tokens/s", "published range"):
+        assert words in result.stdout
+    assert run(str(models[1]), "-M", "1GB", "-c", "999999999", *SPEEDS).exit_code == 1
+    assert run(str(models[1]), "--disk", "auto", "-M", "1GB").exit_code == 1
+    assert run(str(models[1].with_name("none"))).exit_code == 1

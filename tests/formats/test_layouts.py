@@ -1,0 +1,131 @@
+"""Tensor layouts: the exact bytes of small matrices, round trips, sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgemoe.formats.layouts import BLOCK, GROUP, LAYOUTS, QUANTIZED, pack, packed_size, unpack, unpack_codes
+
+
+def test_ggml_layouts_are_rows_of_blocks() -> None:
+    blocks = np.random.default_rng(0).integers(0, 256, (5, 3 * 34), np.uint8)
+    blocks.reshape(-1, 34)[:, :2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    assert packed_size("ggml.q8_0", 5, 96) == blocks.size and packed_size("ggml.q6_k", 3, 512) == 3 * 2 * 210
+    expected = blocks.reshape(5, 3, 34)[:, :, 2:].view(np.int8).reshape(5, 96) * np.float32(0.5)
+    np.testing.assert_array_equal(unpack("ggml.q8_0", blocks.tobytes(), 5, 96), expected)
+    with pytest.raises(ValueError, match="rows of 80 are not whole blocks of 32"):
+        packed_size("ggml.q8_0", 5, 80)
+    with pytest.raises(ValueError, match=r"unknown layout 'ggml.iq1_s'"):
+        packed_size("ggml.iq1_s", 5, 256)
+
+
+def test_vector_bytes() -> None:
+    assert pack("vector", np.array([1.0, -2.0], np.float32)).tobytes() == bytes.fromhex("0000803f000000c0")
+
+
+@pytest.mark.parametrize(
+    ("layout", "values", "width"),
+    [
+        ("f32", np.array([[1, 2], [3, 4], [5, 6]], np.float32), 4),
+        ("f16", np.array([[1, 2], [3, 4], [5, 6]], np.float16), 2),
+        ("bf16", np.array([[0x3F80, 0x4000], [0x4040, 0x4080], [0x40A0, 0x40C0]], np.uint16), 2),
+    ],
+)
+def test_plain_bytes(layout: str, values: np.ndarray, width: int) -> None:
+    """Column 0 of 16 rows, then column 1 of 16 rows; the rows that do not exist are zero."""
+    data = pack(layout, values)
+    expected = b""
+    for column in range(2):
+        expected += values[:, column].tobytes() + bytes(13 * width)
+    assert data.tobytes() == expected
+    assert len(data) == packed_size(layout, 3, 2) == 2 * 16 * width
+    np.testing.assert_array_equal(unpack(layout, data, 3, 2), [[1, 2], [3, 4], [5, 6]])
+
+
+def test_q8_bytes() -> None:
+    """Byte by byte from the words of docs/format.md."""
+    rng = np.random.default_rng(1)
+    rows, groups = 17, 2
+    codes = rng.integers(0, 256, (rows, groups * GROUP), np.uint8)
+    scales = rng.random((rows, groups)).astype(np.float16)
+    offsets = rng.random((rows, groups)).astype(np.float16)
+    data = pack("q8g64", codes, scales, offsets).reshape(2, groups, 1088)
+    for row in range(rows):
+        for group in range(groups):
+            record = data[row // 16, group]
+            lane = row % 16
+            for column in range(GROUP):
+                quad, k = divmod(column, 4)
+                assert record[64 * quad + 4 * lane + k] == codes[row, group * GROUP + column]
+            assert record[1024:1056].view("<f2")[lane] == scales[row, group]
+            assert record[1056:1088].view("<f2")[lane] == offsets[row, group]
+    assert not data[1].reshape(groups, 17, 16, 4)[:, :16, 1:].any()  # the missing 15 rows
+
+
+def test_q4_bytes() -> None:
+    rng = np.random.default_rng(2)
+    rows, groups = 5, 3
+    codes = rng.integers(0, 16, (rows, groups * GROUP), np.uint8)
+    scales = rng.random((rows, groups)).astype(np.float16)
+    offsets = rng.random((rows, groups)).astype(np.float16)
+    data = pack("q4g64", codes, scales, offsets).reshape(groups, 576)
+    for row in range(rows):
+        for group in range(groups):
+            for octet in range(8):
+                for k in range(4):
+                    low = codes[row, group * GROUP + 8 * octet + k]
+                    high = codes[row, group * GROUP + 8 * octet + 4 + k]
+                    assert data[group, 64 * octet + 4 * row + k] == low | high << 4
+            assert data[group, 512:544].view("<f2")[row] == scales[row, group]
+            assert data[group, 544:576].view("<f2")[row] == offsets[row, group]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 200), st.sampled_from(LAYOUTS), st.integers(0, 2**32))
+def test_round_trip(rows: int, columns: int, layout: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    if layout in QUANTIZED:
+        groups = -(-columns // GROUP)
+        codes = rng.integers(0, 1 << QUANTIZED[layout], (rows, groups * GROUP), np.uint8)
+        scales = rng.random((rows, groups)).astype(np.float16)
+        offsets = rng.standard_normal((rows, groups)).astype(np.float16)
+        data = pack(layout, codes, scales, offsets)
+        for got, want in zip(unpack_codes(layout, data, rows, columns), (codes, scales, offsets), strict=True):
+            np.testing.assert_array_equal(got, want)
+        decoded = codes.reshape(rows, groups, GROUP) * scales[..., None].astype(np.float32) + offsets[..., None].astype(
+            np.float32
+        )
+        expected = decoded.reshape(rows, -1)[:, :columns]
+    else:
+        expected = rng.standard_normal((rows, columns)).astype(np.float32)
+        if layout == "bf16":
+            bits = (expected.view(np.uint32) >> 16).astype(np.uint16)
+            expected = (bits.astype(np.uint32) << 16).view(np.float32)
+            data = pack(layout, bits)
+        elif layout == "f16":
+            expected = expected.astype(np.float16)
+            data = pack(layout, expected)
+        else:
+            data = pack(layout, expected)
+    assert data.dtype == np.uint8
+    assert data.nbytes == packed_size(layout, rows, columns)
+    np.testing.assert_array_equal(unpack(layout, data.tobytes(), rows, columns), expected)
+
+
+def test_records_are_whole_cache_lines() -> None:
+    for layout in QUANTIZED:
+        assert packed_size(layout, BLOCK, GROUP) % 64 == 0
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="q5g64"):
+        packed_size("q5g64", 16, 64)
+    with pytest.raises(ValueError, match="takes 64 bytes, not 63"):
+        unpack("f32", bytes(63), 1, 1)
+    with pytest.raises(TypeError, match="float64"):
+        pack("f32", np.zeros((2, 2)))
+    with pytest.raises(TypeError, match="whole groups"):
+        pack("q8g64", np.zeros((2, 65), np.uint8), np.zeros((2, 1), np.float16), np.zeros((2, 1), np.float16))

@@ -1,0 +1,491 @@
+"""The kernels: every instruction set against the scalar reference byte by byte, and the reference against numpy.
+
+Tolerances of the second kind are forward error bounds: a chain of n fused multiply-adds in float32 is off by at most
+n * eps / 2 * sum|terms| to first order, with eps = 2^-23; each bound below is a count of roundings times eps times the
+sum of the terms' magnitudes (so a factor of two is to spare).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgemoe._core import kernels
+from edgemoe.formats.layouts import GROUP, QUANTIZED, pack, packed_size, unpack
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ISAS = kernels.available_isas()
+VECTOR_ISAS = ISAS[1:]
+LAYOUTS = ["f32", "bf16", "f16", "q8g64", "q4g64"]
+KV_TYPES = ["f32", "f16", "q8_0"]
+EPSILON = float(np.finfo(np.float32).eps)
+CANONICAL_NAN = 0x7FC00000
+SPECIAL = np.array(
+    [0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1.1e-38, 3.4e38, -3.4e38, 1e-30, 65504, 65520, 6e-8, 2.9e-8, 1],
+    np.float32,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.one_of(st.integers(1, 40), st.integers(1, 400), st.sampled_from([15, 16, 17, 63, 64, 65, 127, 128, 129]))
+
+
+def floats(rng: np.random.Generator, *shape: int, wild: bool = False) -> Array:
+    """Normal numbers; `wild`: of all magnitudes, one in eight a special value or a random bit pattern."""
+    values = rng.standard_normal(shape).astype(np.float32)
+    if wild:
+        with np.errstate(over="ignore", under="ignore"):
+            values *= np.float32(2.0) ** rng.integers(-140, 127, shape).astype(np.float32)
+        patterns = rng.integers(0, 2**32, shape, np.uint32).view(np.float32)
+        kind = rng.integers(0, 16, shape)
+        values = np.where(kind == 0, rng.choice(SPECIAL, shape), values)
+        values = np.where(kind == 1, patterns, values)
+    return np.asarray(values, np.float32)
+
+
+def tame_matrix(rng: np.random.Generator, layout: str, rows: int, cols: int) -> Array:
+    values = floats(rng, rows, cols)
+    if layout == "f32":
+        return pack(layout, values)
+    if layout == "f16":
+        return pack(layout, values.astype(np.float16))
+    if layout == "bf16":
+        return pack(layout, (values.view(np.uint32) >> 16).astype(np.uint16))
+    groups = -(-cols // GROUP)
+    codes = rng.integers(0, 2 ** QUANTIZED[layout], (rows, groups * GROUP), np.uint8)
+    scales = (floats(rng, rows, groups) * 0.01).astype(np.float16)
+    offsets = floats(rng, rows, groups).astype(np.float16)
+    return pack(layout, codes, scales, offsets)
+
+
+def any_matrix(rng: np.random.Generator, layout: str, rows: int, cols: int, wild: bool) -> Array:
+    """`wild`: random bytes, so that scales, offsets and weights are any bit pattern."""
+    if wild:
+        return rng.integers(0, 256, packed_size(layout, rows, cols), np.uint8)
+    return tame_matrix(rng, layout, rows, cols)
+
+
+def same_bytes(expected: Any, actual: Any) -> None:
+    if isinstance(expected, tuple):
+        for one, other in zip(expected, actual, strict=True):
+            same_bytes(one, other)
+        return
+    assert expected.dtype == actual.dtype and expected.shape == actual.shape
+    if expected.tobytes() != actual.tobytes():
+        bits = f"u{expected.dtype.itemsize}"
+        different = np.flatnonzero(expected.reshape(-1).view(bits) != actual.reshape(-1).view(bits))
+        first = different[0]
+        raise AssertionError(
+            f"{len(different)} of {expected.size} elements differ, the first at {first}: "
+            f"{expected.reshape(-1)[first]!r} and {actual.reshape(-1)[first]!r}"
+        )
+
+
+def same_everywhere(function: str, *arguments: Any, **options: Any) -> Any:
+    """Calls the function on every instruction set, compares the bytes, returns the reference's result."""
+    run = getattr(kernels, function)
+    expected = run("scalar", *arguments, **options)
+    for isa in VECTOR_ISAS:
+        same_bytes(expected, run(isa, *arguments, **options))
+    return expected
+
+
+def check_nan_bits(values: Array) -> None:
+    bits = values.view(np.uint32)[np.isnan(values)]
+    assert (bits == CANONICAL_NAN).all()
+
+
+# --- products -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, rows=st.integers(1, 90), cols=sizes, tokens=st.integers(1, 27), wild=st.booleans())
+def test_matmul_is_the_same_everywhere(layout: str, seed: int, rows: int, cols: int, tokens: int, wild: bool) -> None:
+    rng = np.random.default_rng(seed)
+    data = any_matrix(rng, layout, rows, cols, wild)
+    x = floats(rng, tokens, cols, wild=wild and seed % 2 == 0)
+    check_nan_bits(same_everywhere("matmul", layout, data, rows, cols, x))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tile_equals_its_tokens_and_rows_alone(layout: str, isa: str) -> None:
+    """A result does not depend on the tokens and rows it is computed with: any tile, cut and gathering."""
+    rng = np.random.default_rng(7)
+    rows, cols = 100, 150
+    data = tame_matrix(rng, layout, rows, cols)
+    x = floats(rng, 30, cols)
+    whole = kernels.matmul(isa, layout, data, rows, cols, x)
+    for token in range(len(x)):
+        same_bytes(whole[token : token + 1], kernels.matmul(isa, layout, data, rows, cols, x[token : token + 1]))
+    for count in range(2, 30):
+        same_bytes(whole[:count], kernels.matmul(isa, layout, data, rows, cols, x[:count]))
+        tokens = rng.integers(0, len(x), count).astype(np.int32)
+        same_bytes(whole[tokens], kernels.matmul(isa, layout, data, rows, cols, x, tokens))
+    for first in range(8):
+        for last in range(first, 8):
+            part = kernels.matmul(isa, layout, data, rows, cols, x[:7], None, first, last)
+            expected = np.zeros_like(part)
+            expected[:, first * 16 : last * 16] = whole[:7, first * 16 : last * 16]
+            same_bytes(expected, part)
+
+
+@pytest.mark.parametrize("layout", ["f32", "bf16", "f16"])
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, rows=st.integers(1, 40), cols=sizes, tokens=st.integers(1, 5))
+def test_float_matmul_against_numpy(layout: str, seed: int, rows: int, cols: int, tokens: int) -> None:
+    rng = np.random.default_rng(seed)
+    data = tame_matrix(rng, layout, rows, cols)
+    x = floats(rng, tokens, cols).astype(np.float64)
+    weights = unpack(layout, data, rows, cols).astype(np.float64)
+    actual = kernels.matmul("scalar", layout, data, rows, cols, x)
+    bound = cols * EPSILON * (np.abs(x) @ np.abs(weights).T)
+    assert (np.abs(actual - x @ weights.T) <= bound).all()
+
+
+@pytest.mark.parametrize("layout", ["q8g64", "q4g64"])
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, rows=st.integers(1, 40), cols=sizes, tokens=st.integers(1, 5))
+def test_quantized_matmul_against_numpy(layout: str, seed: int, rows: int, cols: int, tokens: int) -> None:
+    """Against the product of the dequantized weights and the dequantized activations."""
+    rng = np.random.default_rng(seed)
+    data = tame_matrix(rng, layout, rows, cols)
+    x = floats(rng, tokens, cols)
+    groups = -(-cols // GROUP)
+    weights = unpack(layout, data, rows, cols).astype(np.float64)
+    offsets = np.abs(unpack(layout, zero_codes(layout, data), rows, cols).astype(np.float64))
+    rounded = np.empty((tokens, cols))
+    for token in range(tokens):
+        codes, scales, _ = kernels.quantize("scalar", x[token])
+        rounded[token] = (codes.reshape(-1, GROUP) * scales[:, None].astype(np.float64)).reshape(-1)[:cols]
+    actual = kernels.matmul("scalar", layout, data, rows, cols, x)
+    terms = np.abs(rounded) @ (np.abs(weights) + 2 * offsets).T
+    assert (np.abs(actual - rounded @ weights.T) <= (2 * groups + 4) * EPSILON * terms).all()
+
+
+def zero_codes(layout: str, data: Array) -> Array:
+    """The matrix with all codes zero: what is left are the offsets."""
+    size = packed_size(layout, 1, GROUP)
+    groups = data.copy().reshape(-1, size)
+    groups[:, :-64] = 0
+    return groups.reshape(-1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", ["q8g64", "q4g64"])
+def test_largest_codes_do_not_saturate(layout: str, isa: str) -> None:
+    """All weights and activations at their extremes: pair products that a 16-bit sum could not hold."""
+    top = 2 ** QUANTIZED[layout] - 1
+    codes = np.full((16, 2 * GROUP), top, np.uint8)
+    data = pack(layout, codes, np.ones((16, 2), np.float16), np.zeros((16, 2), np.float16))
+    x = np.array([np.full(2 * GROUP, 127), np.full(2 * GROUP, -127)], np.float32)
+    expected = np.broadcast_to(np.array([[1], [-1]]) * (127 * top * 2 * GROUP), (2, 16))
+    np.testing.assert_array_equal(kernels.matmul(isa, layout, data, 16, 2 * GROUP, x), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dequantize_row(layout: str) -> None:
+    rng = np.random.default_rng(3)
+    rows, cols = 37, 100
+    data = tame_matrix(rng, layout, rows, cols)
+    expected = unpack(layout, data, rows, cols)
+    for row in range(rows):
+        same_bytes(expected[row], kernels.dequantize_row(layout, data, rows, cols, row))
+
+
+# --- quantization of activations ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=seeds, size=sizes, wild=st.booleans(), exponent=st.integers(-149, 127))
+def test_quantize_is_the_same_everywhere(seed: int, size: int, wild: bool, exponent: int) -> None:
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        x = floats(rng, size, wild=wild) * np.float32(2.0**exponent)
+    codes, scales, sums = same_everywhere("quantize", x)
+    check_nan_bits(scales)
+    padded = np.zeros(codes.size, np.float32)
+    padded[:size] = x
+    for group, values in enumerate(padded.reshape(-1, GROUP)):
+        part = codes[group * GROUP : (group + 1) * GROUP].astype(np.int64)
+        if not np.isfinite(values).all():
+            assert np.isnan(scales[group]) and np.isnan(sums[group]) and not part.any()
+            continue
+        largest = np.abs(values).max()
+        with np.errstate(divide="ignore", over="ignore"):
+            inverse = np.float32(127) / largest
+        if np.isinf(inverse):
+            assert scales[group] == 0 and sums[group] == 0 and not part.any()
+            continue
+        assert scales[group] == largest / np.float32(127)
+        np.testing.assert_array_equal(part, np.rint(values * inverse))
+        assert np.abs(part).max() == 127
+        with np.errstate(over="ignore"):
+            assert sums[group] == scales[group] * np.float32(part.sum())
+
+
+def test_quantize_rounds_half_to_even() -> None:
+    x = np.array([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5], np.float32)
+    codes, scales, sums = kernels.quantize("scalar", x)
+    assert codes[:7].tolist() == [127, 0, 2, 2, 0, -2, -2]
+    assert scales.tolist() == [1.0] and sums.tolist() == [127.0]
+
+
+# --- element-wise ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=seeds, size=sizes, wild=st.booleans())
+def test_elementwise_is_the_same_everywhere(seed: int, size: int, wild: bool) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = floats(rng, 2, size, wild=wild)
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = x * np.float32(rng.choice([1, 10, 100]))
+    check_nan_bits(same_everywhere("rms_norm", x, y, 1e-6))
+    check_nan_bits(same_everywhere("silu_multiply", spread, y))
+    check_nan_bits(same_everywhere("softmax", spread))
+    check_nan_bits(same_everywhere("add_scaled", float(rng.standard_normal()), x, y))
+    head = floats(rng, 2 * size + int(rng.integers(0, 20)), wild=wild)
+    rotated = same_everywhere("rope", head, x, y)
+    check_nan_bits(rotated[: 2 * size])  # what lies behind the pairs stays as it is
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, size=sizes)
+def test_elementwise_against_numpy(seed: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = floats(rng, 2, size)
+    x64, y64 = x.astype(np.float64), y.astype(np.float64)
+
+    expected = x64 / np.sqrt(np.mean(x64**2) + 1e-6) * y64
+    # A lane adds size / 16 squares, four folds; then seven roundings.
+    np.testing.assert_allclose(
+        kernels.rms_norm("scalar", x, y, 1e-6), expected, rtol=(size / 16 + 12) * EPSILON, atol=0
+    )
+
+    gate = x * 20
+    expected = gate / (1 + np.exp(-gate.astype(np.float64))) * y64
+    np.testing.assert_allclose(kernels.silu_multiply("scalar", gate, y), expected, rtol=5 * EPSILON, atol=1e-44)
+
+    shifted = np.exp(gate.astype(np.float64) - gate.max())
+    # x - max rounds: up to 2^-24 |x - max| relative in exp.
+    relative = (size / 16 + 10 + np.abs(gate - gate.max()).max()) * EPSILON
+    np.testing.assert_allclose(kernels.softmax("scalar", gate), shifted / shifted.sum(), rtol=relative, atol=1e-44)
+
+    expected = y64 + 0.7 * x64
+    bound = 2 * EPSILON * (np.abs(y64) + np.abs(x64))
+    assert (np.abs(kernels.add_scaled("scalar", 0.7, x, y) - expected) <= bound).all()
+
+    angle = rng.uniform(0, 7, size)
+    cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    head = floats(rng, 2 * size + 3)
+    first, second = head[:size].astype(np.float64), head[size : 2 * size].astype(np.float64)
+    actual = kernels.rope("scalar", head, cosine, sine)
+    bound = 2 * EPSILON * (np.abs(first) + np.abs(second))
+    assert (np.abs(actual[:size] - (first * cosine - second * sine)) <= bound).all()
+    assert (np.abs(actual[size : 2 * size] - (second * cosine + first * sine)) <= bound).all()
+    np.testing.assert_array_equal(actual[2 * size :], head[2 * size :])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exponential(isa: str) -> None:
+    """silu(g) = g / (1 + exp(-g)); for large negative g the denominator is exp(-g), for others between."""
+    gate = np.concatenate(
+        [np.linspace(-87, 87, 100_001), np.logspace(-40, 1.9, 2000), -np.logspace(-40, 1.9, 2000)]
+    ).astype(np.float32)
+    wide = gate.astype(np.float64)
+    actual = kernels.silu_multiply(isa, gate, np.ones_like(gate))
+    # exp 1.01 units, sum and quotient half a unit each, the denormal quotients one step.
+    np.testing.assert_allclose(actual, wide / (1 + np.exp(-wide)), rtol=2.1 * EPSILON, atol=1.5e-45)
+
+    limits = np.array([-np.inf, -200, -104, -103, -90, 0], np.float32)
+    low = kernels.softmax(isa, limits)
+    assert low[0] == low[1] == low[2] == 0 and low[5] == 1
+    np.testing.assert_allclose(low[3:5], np.exp([-103.0, -90.0]), rtol=0, atol=1.5e-45)
+    result = kernels.silu_multiply(isa, np.array([-1000, 1000, np.nan], np.float32), np.ones(3, np.float32))
+    assert result[0] == 0 and result[1] == 1000 and np.isnan(result[2])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_nan_stays_visible(isa: str) -> None:
+    rng = np.random.default_rng(5)
+    for size in (1, 16, 37):
+        for place in {0, size // 2, size - 1}:
+            x, y = floats(rng, 2, size)
+            x[place] = np.nan
+            assert np.isnan(kernels.rms_norm(isa, x, y, 1e-6)).all()
+            assert np.isnan(kernels.softmax(isa, x)).all()
+            assert np.isnan(kernels.silu_multiply(isa, x, y)[place])
+            for layout in LAYOUTS:
+                data = tame_matrix(rng, layout, 20, size)
+                assert np.isnan(kernels.matmul(isa, layout, data, 20, size, x[None])).all()
+
+
+# --- keys, values, attention ----------------------------------------------------------------------------------------
+
+
+def reference_q8(vectors: Array) -> tuple[Array, Array]:
+    """Codes int64 [positions, dim] and float16 scales [positions, dim / 32] by the rule in kernels.h."""
+    groups = vectors.reshape(len(vectors), -1, 32)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scales = (np.abs(groups).max(-1) / np.float32(127)).astype(np.float16)
+        scales[~np.isfinite(scales)] = np.nan
+        codes = np.rint(np.clip(groups / scales.astype(np.float32)[..., None], -127, 127))
+    codes[(scales == 0) | np.isnan(scales)] = 0
+    return codes.astype(np.int64).reshape(vectors.shape), scales
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=seeds, positions=st.integers(1, 64), groups=st.integers(1, 4), wild=st.booleans(), odd=st.integers(0, 31))
+def test_stored_keys_and_values(seed: int, positions: int, groups: int, wild: bool, odd: int) -> None:
+    rng = np.random.default_rng(seed)
+    for name in KV_TYPES:
+        dim = groups * 32 + (odd if name != "q8_0" else 0)
+        vectors = floats(rng, positions, dim, wild=wild)
+        if name == "q8_0":
+            with np.errstate(over="ignore", invalid="ignore"):
+                vectors *= np.float32(10.0) ** rng.integers(-10, 10, (positions, 1)).astype(np.float32)
+        key_block = same_everywhere("store", name, True, vectors)
+        value_block = same_everywhere("store", name, False, vectors)
+        assert key_block.size == value_block.size == kernels.kv_block_bytes(name, dim)
+        if name == "q8_0":
+            codes, scales = reference_q8(vectors)
+            split = dim * 64
+            keys = key_block[:split].view(np.int8).reshape(dim, 64)[:, :positions].T
+            values = value_block[:split].view(np.int8).reshape(64, dim)[:positions]
+            np.testing.assert_array_equal(keys, codes)
+            np.testing.assert_array_equal(values, codes)
+            key_scales = key_block[split:].view(np.float16).reshape(-1, 64)[:, :positions].T
+            value_scales = value_block[split:].view(np.float16).reshape(64, -1)[:positions]
+            np.testing.assert_array_equal(key_scales, scales)
+            np.testing.assert_array_equal(value_scales, scales)
+        else:
+            dtype = np.float32 if name == "f32" else np.float16
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                expected = vectors.astype(dtype)
+            np.testing.assert_array_equal(key_block.view(dtype).reshape(dim, 64)[:, :positions].T, expected)
+            np.testing.assert_array_equal(value_block.view(dtype).reshape(64, dim)[:positions], expected)
+
+
+@pytest.mark.parametrize("key_type", KV_TYPES)
+@pytest.mark.parametrize("value_type", KV_TYPES)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, heads=st.integers(1, 9), dim=st.integers(1, 100), positions=st.integers(1, 150), wild=st.booleans())
+def test_attend_is_the_same_everywhere(
+    key_type: str, value_type: str, seed: int, heads: int, dim: int, positions: int, wild: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    if "q8_0" in (key_type, value_type):
+        dim = (dim + 31) // 32 * 32
+    queries = floats(rng, heads, dim)
+    keys, values = floats(rng, 2, positions, dim)
+    if wild:
+        for vectors in (keys, values):
+            places = rng.integers(0, vectors.size, 3)
+            vectors.reshape(-1)[places] = rng.choice(SPECIAL, 3)
+    start = int(rng.integers(0, positions)) if seed % 2 else 0
+    for result in same_everywhere("attend", key_type, value_type, queries, keys, values, 0.3, start):
+        check_nan_bits(result)
+
+
+@pytest.mark.parametrize("name", KV_TYPES)
+@pytest.mark.parametrize("start", [0, 5, 70])
+def test_attend_against_numpy(name: str, start: int) -> None:
+    rng = np.random.default_rng(11)
+    heads, dim, positions, scale = 5, 96, 200, 0.1
+    queries = floats(rng, heads, dim)
+    keys, values = floats(rng, 2, positions, dim)
+    maximum, total, accumulator = kernels.attend("scalar", name, name, queries, keys, values, scale, start)
+    if name == "f16":
+        keys, values = keys.astype(np.float16), values.astype(np.float16)
+    elif name == "q8_0":
+        keys, values = (
+            (codes.reshape(positions, -1, 32) * scales[..., None].astype(np.float64)).reshape(positions, dim)
+            for codes, scales in (reference_q8(keys), reference_q8(values))
+        )
+    wide, keys, values = (array.astype(np.float64) for array in (queries, keys[start:], values[start:]))
+    scores = wide @ keys.T * scale
+    score_error = (dim + 2) * EPSILON * (np.abs(wide) @ np.abs(keys).T).max() * scale
+    np.testing.assert_allclose(maximum, scores.max(1), rtol=0, atol=score_error)
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    # A weight is off by twice the scores' error, its own exp, and one correction per block.
+    relative = 2 * score_error + (positions + 20) * EPSILON
+    np.testing.assert_allclose(total, weights.sum(1), rtol=relative)
+    bound = relative * (weights @ np.abs(values)) / weights.sum(1, keepdims=True)
+    assert (np.abs(accumulator / total[:, None] - weights @ values / weights.sum(1, keepdims=True)) <= 2 * bound).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_heads_do_not_depend_on_each_other(isa: str) -> None:
+    rng = np.random.default_rng(13)
+    queries = floats(rng, 7, 80)
+    keys, values = floats(rng, 2, 100, 80)
+    together = kernels.attend(isa, "f16", "f16", queries, keys, values, 0.2)
+    for head in range(7):
+        alone = kernels.attend(isa, "f16", "f16", queries[head : head + 1], keys, values, 0.2)
+        for whole, one in zip(together, alone, strict=True):
+            same_bytes(whole[head : head + 1], one)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", KV_TYPES)
+def test_a_nan_key_or_value_stays_visible(name: str, isa: str) -> None:
+    rng = np.random.default_rng(17)
+    for broken in ("key", "value"):
+        for bad in (np.nan, np.inf):
+            queries = floats(rng, 3, 64)
+            keys, values = floats(rng, 2, 70, 64)
+            (keys if broken == "key" else values)[66, 40] = bad
+            _, total, accumulator = kernels.attend(isa, name, name, queries, keys, values, 0.1)
+            # A key that makes the score minus infinity excludes its position, as it should.
+            result = (accumulator / total[:, None])[:, 40]
+            if bad is np.nan or broken == "value":
+                assert not np.isfinite(result).any()
+
+
+# --- choice and checks ----------------------------------------------------------------------------------------------
+
+
+def test_the_scalar_reference_is_always_there() -> None:
+    assert ISAS[0] == "scalar"
+    assert len(set(ISAS)) == len(ISAS)
+
+
+def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EDGEMOE_ISA", raising=False)
+    assert kernels.selected_isa() == ISAS[-1]
+    for isa in ISAS:
+        assert kernels.selected_isa(isa) == isa
+        monkeypatch.setenv("EDGEMOE_ISA", isa)
+        assert kernels.selected_isa() == isa
+    monkeypatch.setenv("EDGEMOE_ISA", "mmx")
+    with pytest.raises(ValueError, match=r"'mmx' is not available here; available: scalar"):
+        kernels.selected_isa()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sizes_agree_with_the_packer(layout: str) -> None:
+    for rows, cols in ((1, 1), (16, 64), (17, 65), (100, 300)):
+        assert kernels.matrix_bytes(layout, rows, cols) == packed_size(layout, rows, cols)
+
+
+def test_wrong_sizes_are_refused() -> None:
+    data = np.zeros(packed_size("f32", 16, 8), np.uint8)
+    x = np.zeros((2, 8), np.float32)
+    with pytest.raises(ValueError, match="data must have"):
+        kernels.matmul("scalar", "f32", data[:-1], 16, 8, x)
+    with pytest.raises(ValueError, match="8 columns"):
+        kernels.matmul("scalar", "f32", data, 16, 8, x[:, :7])
+    with pytest.raises(ValueError, match="token 2"):
+        kernels.matmul("scalar", "f32", data, 16, 8, x, np.array([2], np.int32))
+    with pytest.raises(ValueError, match="blocks must lie"):
+        kernels.matmul("scalar", "f32", data, 16, 8, x, None, 0, 2)
+    with pytest.raises(ValueError, match="unknown weight layout 'q3'"):
+        kernels.matmul("scalar", "q3", data, 16, 8, x)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        kernels.store("scalar", "q8_0", True, x)

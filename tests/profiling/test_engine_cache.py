@@ -1,0 +1,41 @@
+"""The simulated cache against the engine's own counters."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import edgemoe
+from edgemoe.model import Model, bundled_model
+from edgemoe.profiling import read_trace
+from edgemoe.profiling.simulate import simulate_engine
+
+try:
+    MODEL: Path | None = bundled_model()
+except edgemoe.SourceError:
+    MODEL = None
+
+
+@pytest.mark.skipif(MODEL is None, reason="no bundled model")
+def test_the_simulated_counters_are_the_engines(tmp_path: Path) -> None:
+    assert MODEL is not None
+    with pytest.raises(edgemoe.MemoryBudgetError) as caught:
+        Model(MODEL, memory=1_000_000)
+    least = re.search(r"least that works is (\d+)MB", str(caught.value))
+    assert least is not None
+    memory = (int(least[1]) + 4) * 1_000_000
+    with Model(MODEL, memory=memory, eviction="lru", prefetch=False, threads=1) as model:
+        assert model.budget.expert_slots < sum(layer.experts for layer in model.spec.layers)
+        prompt = model.tokenizer.encode("It was a bright cold day")
+        with model.trace(tmp_path / "trace"):
+            for _ in model.generate(prompt, max_tokens=60, temperature=0, ignore_eos=True):
+                pass
+        stats, slots = model.stats(), model.budget.expert_slots
+    trace = read_trace(tmp_path / "trace")
+    passes = [len(prompt)] + [1] * (trace.tokens - len(prompt))
+    (found,) = simulate_engine(trace, [slots], passes=passes)
+    names = ("experts_requested", "experts_hit", "sections_read", "evictions")
+    assert [getattr(found, name) for name in names] == [stats[name] for name in names]
+    assert found.evictions > 0
