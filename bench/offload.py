@@ -48,11 +48,12 @@ sys.path.append(str(ROOT))
 from bench._bounds import belady_misses, lru_misses  # noqa: E402
 from bench._cage import Cage, Outcome, drop_cache, readahead, run  # noqa: E402
 from bench._disk import random_read_bandwidth  # noqa: E402
+from edgemoe.disk import reading_threads  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.formats.gguf import is_gguf  # noqa: E402
 from edgemoe.formats.gguf_index import GgufSource, build_index  # noqa: E402
 from edgemoe.formats.pack import BLOCK, Extent, Pack  # noqa: E402
-from edgemoe.model import READERS  # noqa: E402
+from edgemoe.model import default_cache_dir  # noqa: E402
 from edgemoe.profiling import read_trace  # noqa: E402
 
 MB = 1e6
@@ -202,8 +203,9 @@ class Bench:
     def _bandwidth(self, path: Path, extents: list[Extent], seed: int) -> float:
         """Of random reads of what edgemoe reads at once: an expert of a pack, one of its matrices in a GGUF."""
         offsets = [extent.offset // BLOCK * BLOCK for extent in extents]
-        seconds = self.options.disk_seconds
-        return random_read_bandwidth(path, extents[0].length, offsets, threads=READERS, seconds=seconds, seed=seed)
+        size, seconds = extents[0].length, self.options.disk_seconds
+        threads = reading_threads(path, size, default_cache_dir())
+        return random_read_bandwidth(path, size, offsets, threads=threads, seconds=seconds, seed=seed)
 
     def _bounds(self, row: Row, all_experts: int, resident: dict[str, Any] | None) -> None:
         """What can hardly be exceeded. all_experts: their bytes; resident: the report where everything was held."""

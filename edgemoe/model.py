@@ -19,6 +19,7 @@ import psutil
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe import _core
+from edgemoe.disk import DEFAULT_READERS, reading_threads
 from edgemoe.errors import ContextLengthError, EdgemoeError, OptionError, SourceError, TokenizerError
 from edgemoe.formats.gguf import is_gguf
 from edgemoe.formats.gguf_index import GgufIndex, GgufSource, build_index
@@ -38,7 +39,6 @@ DEFAULT_CONTEXT = 4096
 DEFAULT_BITS = 8
 CACHE_TYPES = ("f32", "f16", "q8_0")
 EVICTION_POLICIES = ("lru", "lfu", "least_stale", "next_use")
-READERS = 2
 
 Progress = Callable[[int, int], None]
 
@@ -149,6 +149,8 @@ class Model:
     generation_defaults: dict[str, Any]
     context: int
     budget: Budget
+    readers: int
+    """Reads under way at once."""
     last_stop_reason: str
 
     def __init__(
@@ -187,7 +189,7 @@ class Model:
         options: dict[str, Any] = {
             "threads": threads,
             "context": self.context,
-            "readers": READERS,
+            "readers": DEFAULT_READERS,
             "cache_type_k": cache_type_k,
             "cache_type_v": cache_type_v,
             "eviction": eviction,
@@ -195,6 +197,9 @@ class Model:
         }
         self.budget = plan_budget(None if memory is None else parse_size(memory), spec, index, options, str(path))
         options |= {"chunk": self.budget.chunk, "expert_slots": self.budget.expert_slots}
+        if self.budget.expert_slots < sum(layer.experts for layer in self.spec.layers):
+            options["readers"] = reading_threads(path, self.budget.slot_bytes, default_cache_dir())
+        self.readers = int(options["readers"])
         try:
             self._engine: _core.Engine | None = _core.Engine(spec, index, options)
         except ValueError as error:  # what only the engine can know: EDGEMOE_ISA, sizes of tensors in the file

@@ -11,12 +11,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemoe import _core
+from edgemoe.disk import DEFAULT_READERS
 from edgemoe.errors import OptionError, SourceError, UnsupportedModelError
 from edgemoe.formats.gguf import is_gguf
 from edgemoe.formats.gguf_index import GgufSource, build_index
-from edgemoe.formats.pack import Pack
+from edgemoe.formats.pack import (
+    ALIGNMENT,
+    BLOCK,
+    DenseTensor,
+    ExpertLayer,
+    Extent,
+    Level,
+    Pack,
+    Part,
+    Section,
+    align,
+    tensor_size,
+)
+from edgemoe.formats.safetensors import read_json
 from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now
-from edgemoe.model import DEFAULT_CONTEXT, READERS, _engine_index
+from edgemoe.model import DEFAULT_CONTEXT, _engine_index
 from edgemoe.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -88,7 +102,7 @@ def plan_model(
     disk: float | None = None,
     bandwidth: float | None = None,
 ) -> Plan:
-    """Plans a pack, a GGUF file or a Hugging Face folder (as converted at `bits`).
+    """Plans a pack, a GGUF file, or a Hugging Face folder as converted at `bits`: its config.json is enough.
 
     memory: bytes, None for what is free. disk, bandwidth: bytes per second of the disk and of the memory.
     trace: of this model, for hit rates; without one they are a published range.
@@ -106,7 +120,7 @@ def plan_model(
     options: dict[str, Any] = {
         "threads": 1,
         "context": length,
-        "readers": READERS,
+        "readers": DEFAULT_READERS,
         "cache_type_k": cache_type,
         "cache_type_v": cache_type,
         "eviction": "next_use",
@@ -168,28 +182,64 @@ def _facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if path.is_dir():
-        from edgemoe.convert import _length, _plan
-        from edgemoe.formats.pack import BLOCK, align
-
-        conversion = _plan(path, bits, None)
-        contents = conversion.contents
-        lengths = [
-            align(len(section) if isinstance(section, bytes) else _length(section), BLOCK)
-            for section in conversion.sections
-        ]
-        begin = 0
-        sections = []
-        for length in lengths:
-            sections.append(
-                SimpleNamespace(extents=(SimpleNamespace(file=0, offset=begin, length=length),), checksum=0)
-            )
-            begin += length
-        pack: Any = SimpleNamespace(
-            path=path, files=[path], sections=sections, dense=contents.dense, experts=contents.experts
-        )
-        return contents.spec, _engine_index(pack)
+        has_weights = next(path.glob("*.safetensors"), None) is not None
+        return _folder_facts(path, bits) if has_weights else _config_facts(path / "config.json", bits)
+    if path.suffix == ".json":
+        return _config_facts(path, bits)
     found = build_index(GgufSource.open(path)) if is_gguf(path) else Pack.open(path)
     return found.spec, _engine_index(found)
+
+
+def _folder_facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
+    """Of the pack that a folder becomes."""
+    from edgemoe.convert import _length, _plan
+
+    conversion = _plan(path, bits, None)
+    lengths = [len(section) if isinstance(section, bytes) else _length(section) for section in conversion.sections]
+    contents = conversion.contents
+    return contents.spec, _index_of(path, lengths, contents.dense, contents.experts)
+
+
+def _config_facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
+    """The same from nothing but the configuration: what it asks for is what the weights will be."""
+    from edgemoe.families import family_for
+
+    try:
+        spec = family_for(config := read_json(path)).spec(config)
+    except (UnsupportedModelError, SourceError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    layouts = {32: "f32", 16: "bf16", 8: "q8g64", 4: "q4g64"}
+    lengths: list[int] = []
+    dense: dict[str, DenseTensor] = {}
+    for name, shape in spec.dense_tensors().items():
+        layout = "vector" if len(shape) == 1 else "f32" if name.endswith(".router") else layouts[max(bits, 8)]
+        dense[name] = DenseTensor(len(lengths), 0, layout, shape)
+        lengths.append(tensor_size(layout, shape))
+    experts: dict[int, ExpertLayer] = {}
+    for number, layer in enumerate(spec.layers):
+        if not layer.experts:
+            continue
+        parts, end = {}, 0
+        for name, matrix in spec.expert_tensors(number).items():
+            parts[name] = Part(layouts[bits], 0, align(end, ALIGNMENT), matrix)
+            end = parts[name].offset + tensor_size(layouts[bits], matrix)
+        sections = tuple((len(lengths) + expert,) for expert in range(layer.experts))
+        experts[number] = ExpertLayer((Level(bits, parts),), sections)
+        lengths += [end] * layer.experts
+    return spec, _index_of(path, lengths, dense, experts)
+
+
+def _index_of(
+    path: Path, lengths: Sequence[int], dense: dict[str, DenseTensor], experts: dict[int, ExpertLayer]
+) -> dict[str, Any]:
+    """The engine's index of a pack that does not exist: its sections, of these lengths, one after the other."""
+    sections, begin = [], 0
+    for length in lengths:
+        whole = align(length, BLOCK)
+        sections.append(Section((Extent(0, begin, whole),), 0))
+        begin += whole
+    pack: Any = SimpleNamespace(path=path, files=[path], sections=sections, dense=dense, experts=experts)
+    return _engine_index(pack)
 
 
 def _expert_bytes(index: dict[str, Any]) -> list[int]:

@@ -87,7 +87,7 @@ def _read_turn() -> str | None:
             try:
                 note("")
             except KeyboardInterrupt:  # pressed while no key was waited for, and seen only now
-                pass
+                return None
             return None
         except KeyboardInterrupt:
             interrupted = True

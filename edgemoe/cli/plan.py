@@ -2,6 +2,7 @@
 
 edgemoe plan model.emoe -M 8GB
 edgemoe plan Qwen3-30B-A3B/ --bits 4
+edgemoe plan config.json --bits 4 -M 8GB     before anything else is downloaded
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def command(
     bandwidth: str | None,
     as_json: bool,
 ) -> None:
-    """Tell whether MODEL (a pack, a GGUF file or a Hugging Face folder; default: the bundled one) fits into the memory,
-    and how fast it will be with several budgets.
+    """Tell whether MODEL (a pack, a GGUF file, a Hugging Face folder or its config.json alone; default: the bundled
+    one) fits into the memory, and how fast it will be with several budgets.
 
     Only headers are read. Disk and memory are measured where models are cached, unless given. Exits with 1 and the
     number that would do where the model cannot fit.

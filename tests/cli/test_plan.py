@@ -43,6 +43,25 @@ def test_a_folder_is_planned_as_the_pack_it_becomes(models: tuple[Path, Path]) -
     assert found[1]["disk_speed"] == 10**9
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_configuration_alone_is_enough(models: tuple[Path, Path], bits: int) -> None:
+    folder, _ = models
+    whole = json.loads(run(str(folder), "-M", "1GB", "--bits", str(bits), "--json", *SPEEDS).stdout)
+    alone = folder.with_name("alone")
+    alone.mkdir()
+    (alone / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for path in (alone, alone / "config.json"):
+        found = json.loads(run(str(path), "-M", "1GB", "--bits", str(bits), "--json", *SPEEDS).stdout)
+        assert (found["parameters"], found["state"]) == (whole["parameters"], whole["state"])
+        # Of a tiny model much is padding, of which there is a little more or less.
+        assert found["experts"] == pytest.approx(whole["experts"], rel=0.3 if bits == 16 else 0)
+        assert found["dense"] == pytest.approx(whole["dense"], rel=0.5)
+    (alone / "config.json").write_text('{"model_type": "unheard_of"}')
+    result = run(str(alone), "-M", "1GB", *SPEEDS)
+    assert result.exit_code == 1
+    assert "config.json: model_type = 'unheard_of' is not supported" in result.stderr
+
+
 def test_more_memory_means_more_speed(models: tuple[Path, Path]) -> None:
     plan = plan_model(models[1], memory=10**9, disk=1e9, bandwidth=1e10)
     assert plan.least <= plan.sensible <= plan.everything
