@@ -45,6 +45,11 @@ PUBLISHED_HIGH = (0.4364, 0.6720, 0.8236)
 # What the program may take when it runs beyond what it takes here, where no tokenizer is loaded.
 _SLACK = 16_000_000
 _ENGINE_PICKS = 8_000_000  # picks of a trace that hit rates are simulated with
+# Measured (bench/plan_accuracy.py): the share of the memory's read bandwidth at which one token's weights are worked
+# through, attention and norms included, and the share of the shorter one of reading and computing that the longer one
+# does not hide (what a layer reads is known only when its router has spoken).
+ARITHMETIC_SHARE = 0.75
+UNHIDDEN_SHARE = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,8 @@ class Speed:
     """What a memory budget gives. Sizes in bytes; (low, high) where a figure is uncertain.
 
     slots: experts in memory; hit_rate: of generation. bytes_per_token: read from disk.
-    tokens_per_second: low with reads and arithmetic one after the other, high with both at the same time; None where
-    the machine's speed is not known.
+    tokens_per_second: low with reads and arithmetic one after the other, high with both at the same time; expected:
+    between the two. None where the machine's speed is not known.
     """
 
     memory: int
@@ -61,6 +66,7 @@ class Speed:
     hit_rate: tuple[float, float]
     bytes_per_token: tuple[float, float]
     tokens_per_second: tuple[float, float] | None
+    expected: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +159,13 @@ def plan_model(
     speeds = []
     for size, division, worst, best in zip(limits, budgets, low, high, strict=True):
         reads = ((1 - best) * missing, (1 - worst) * missing)
-        speed = None
+        speed, expected = None, None
         if disk and bandwidth:
-            speed = (1 / (active / bandwidth + reads[1] / disk), 1 / max(active / bandwidth, reads[0] / disk))
-        speeds.append(Speed(size, division.expert_slots, (worst, best), reads, speed))
+            arithmetic = active / (ARITHMETIC_SHARE * bandwidth)
+            speed = (1 / (arithmetic + reads[1] / disk), 1 / max(arithmetic, reads[0] / disk))
+            reading = sum(reads) / 2 / disk
+            expected = 1 / (max(arithmetic, reading) + UNHIDDEN_SHARE * min(arithmetic, reading))
+        speeds.append(Speed(size, division.expert_slots, (worst, best), reads, speed, expected))
     parameters, active_parameters = spec.parameters()
     return Plan(
         model=path.name,

@@ -65,10 +65,10 @@ def command(
         from edgemoe.machine import examine
 
         machine = examine(announce=lambda text: click.echo(f"{text} ...", err=True))
-        if machine.best_disk and "disk" not in speeds:
-            speeds["disk"] = int(machine.best_disk.bytes_per_second)
-        if machine.memory_bandwidth and "bandwidth" not in speeds:
-            speeds["bandwidth"] = int(max(machine.memory_bandwidth.values()))
+        if machine.best_disk:
+            speeds.setdefault("disk", int(machine.best_disk.bytes_per_second))
+        if machine.memory_bandwidth:
+            speeds.setdefault("bandwidth", int(max(machine.memory_bandwidth.values())))
     plan = plan_model(
         path,
         memory=limit,
@@ -115,7 +115,7 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
         f"everything in memory {_megabytes(plan.everything)}"
     )
     table = Table()
-    for name in ("--memory", "experts", "hit rate", "read per token", "tokens/s"):
+    for name in ("--memory", "experts", "hit rate", "read per token", "tokens/s", "between"):
         table.add_column(name, justify="right", no_wrap=True)
     for speed in plan.speeds:
         chosen = speed.memory == plan.memory
@@ -124,6 +124,7 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
             str(speed.slots),
             _range([f"{rate:.0%}" for rate in speed.hit_rate]),
             _range([format_size(size) for size in speed.bytes_per_token]),
+            f"{speed.expected:.1f}" if speed.expected else "?",
             _range([f"{rate:.1f}" for rate in speed.tokens_per_second]) if speed.tokens_per_second else "?",
             style="bold" if chosen else None,
         )

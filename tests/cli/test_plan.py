@@ -73,7 +73,10 @@ def test_more_memory_means_more_speed(models: tuple[Path, Path]) -> None:
     speeds = [speed.tokens_per_second for speed in plan.speeds]
     assert all(speed is not None and 0 < speed[0] <= speed[1] for speed in speeds)
     assert speeds[-1] is not None
-    assert speeds[-1][0] == speeds[-1][1] == pytest.approx(1e10 / plan.active)
+    assert speeds[-1][0] == speeds[-1][1] == plan.speeds[-1].expected == pytest.approx(7.5e9 / plan.active)
+    for speed in plan.speeds:
+        assert speed.expected and speed.tokens_per_second
+        assert speed.tokens_per_second[0] <= speed.expected <= speed.tokens_per_second[1]
 
 
 def test_what_does_not_fit_says_what_would(models: tuple[Path, Path]) -> None:
