@@ -149,7 +149,8 @@ def report(result: dict[str, Any]) -> str:
         "# How far the plan is from what happens",
         "",
         f"{facts['date']}, {facts['processor']}, {facts['threads']} threads, {facts['system']}; {result['model']}, "
-        f"disk {result['disk_bytes_per_second'] / 1e6:.0f} MB/s, memory {result['memory_bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"disk {result['disk_bytes_per_second'] / 1e6:.0f} MB/s, "
+        f"memory {result['memory_bytes_per_second'] / 1e9:.1f} GB/s, "
         "both measured right before the predictions and these before the runs. "
         + ("Runs are caged, swap off." if facts["caged"] else "**Runs are not caged.**"),
         "",
