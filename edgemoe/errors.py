@@ -28,6 +28,10 @@ class ContextLengthError(EdgemoeError):
     """A prompt or generation does not fit into the context."""
 
 
+class StateError(EdgemoeError):
+    """A sequence cannot go back to a position: a layer with a window does not keep what it would need there."""
+
+
 class TokenizerError(EdgemoeError):
     """The tokenizer or the chat template is missing, broken, or does not belong to the model."""
 

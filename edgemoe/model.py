@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgemoe import _core
 from edgemoe.disk import DEFAULT_READERS, reading_threads
-from edgemoe.errors import ContextLengthError, EdgemoeError, OptionError, SourceError, TokenizerError
+from edgemoe.errors import ContextLengthError, EdgemoeError, OptionError, SourceError, StateError, TokenizerError
 from edgemoe.formats.gguf import is_gguf
 from edgemoe.formats.gguf_index import GgufIndex, GgufSource, build_index
 from edgemoe.formats.pack import PARTS, Pack
@@ -185,7 +185,7 @@ class Model:
             if "q8_0" in (cache_type_k, cache_type_v) and layer.attention.head_dim % 32:
                 raise OptionError(f"cache type q8_0 needs heads of a multiple of 32, not {layer.attention.head_dim}")
 
-        spec, index = self.spec.to_dict(), _engine_index(pack)
+        spec, index = self.spec.for_context(self.context).to_dict(), _engine_index(pack)
         options: dict[str, Any] = {
             "threads": threads,
             "context": self.context,
@@ -414,7 +414,10 @@ class Model:
         held = min(len(self._tokens), len(history) - 1)
         if self._tokens[:held] != history[:held]:
             held = next(i for i in range(held) if self._tokens[i] != history[i])
-        engine.truncate(0, min(held, engine.length(0)))
+        try:
+            engine.truncate(0, min(held, engine.length(0)))
+        except StateError:  # a window has moved on: from the beginning
+            engine.truncate(0, 0)
         held = engine.length(0)
         del self._tokens[held:]
         new = np.asarray(history[held:], np.int32)

@@ -21,9 +21,11 @@ MAX_LAYERS = 1024
 
 # What the engine implements of each choice. A spec may name more (a newer file); it is refused by name.
 ATTENTION_KINDS = ("full",)
-ROUTER_SCORES = ("softmax",)
-ACTIVATIONS = ("silu",)
-QK_NORMS = ("none", "head")
+ROUTER_SCORES = ("softmax", "softmax_topk", "sigmoid", "sparsemixer")
+GROUP_SCORES = ("largest", "two_largest")
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
+QK_NORMS = ("none", "head", "full")
+NORMS = ("rms", "layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,16 @@ class RopeSpec:
     inverse_frequencies: radians per position, one per rotated pair; scaling (YaRN, LongRoPE, ...) is already in them.
     interleaved: pairs are (2i, 2i+1) instead of (i, i + half).
     attention_factor: multiplies cosine and sine (YaRN's mscale).
+    long_inverse_frequencies, long_attention_factor: take their places where the context that a model is loaded with
+        exceeds original_context (LongRoPE, Ding et al. 2024); empty for none.
     """
 
     inverse_frequencies: tuple[float, ...]
     interleaved: bool = False
     attention_factor: float = 1.0
+    long_inverse_frequencies: tuple[float, ...] = ()
+    long_attention_factor: float = 1.0
+    original_context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,8 @@ class AttentionSpec:
     window: positions a token sees, itself included; None for all.
     sinks: a learned logit per head joins the softmax's denominator (gpt-oss).
     bias: query, key and value projections have a bias; output_bias: the output projection has one.
+    value_norm: RMSNorm without weights on each value head (Gemma 4).
+    values_are_keys: there is no value projection, values are what the key projection gives, before norms and RoPE.
     output_gate: a sigmoid gate on the attention output (Qwen3-Next).
     softcap: scores become softcap * tanh(score / softcap); 0 for none.
     clip_qkv: queries, keys and values are clamped to +-clip_qkv (OLMoE); 0 for none.
@@ -71,6 +80,8 @@ class AttentionSpec:
     sinks: bool = False
     bias: bool = False
     output_bias: bool = False
+    value_norm: bool = False
+    values_are_keys: bool = False
     output_gate: bool = False
     softcap: float = 0.0
     clip_qkv: float = 0.0
@@ -84,23 +95,37 @@ class AttentionSpec:
 class RouterSpec:
     """How a token's experts and their weights follow from the router's logits.
 
-    scores: "softmax" (over all experts, then top-k). Reserved: "softmax_topk" (top-k, then softmax), "sigmoid",
-        "sparsemixer", "sqrt_softplus".
-    renormalize: the chosen weights are divided by their sum (plus renormalize_epsilon).
+    scores: "softmax" (over all experts, then top-k), "softmax_topk" (top-k, then softmax), "sigmoid" or "sparsemixer"
+        (two experts; each one's weight is its share among the experts whose logits come near it, and the second is
+        chosen among the others; Liu et al. 2023). Reserved: "sqrt_softplus".
+    renormalize: the chosen weights are divided by their sum, or by renormalize_least if that is more, plus
+        renormalize_epsilon.
     selection_bias: a learned bias per expert that counts for the choice only (DeepSeek-V3).
     bias: the router projection has a bias.
-    groups, groups_kept: experts are chosen within the best groups only; 1, 1 for no groups.
+    groups, groups_kept: experts are chosen within the best groups only; 1, 1 for no groups. group_score: a group counts
+        by its "largest" score (DeepSeek-V2) or by the sum of its "two_largest" (DeepSeek-V3).
     weight_scale: multiplies the weights at the end.
+    mask_threshold: of sparsemixer: experts whose logits are further from the best one's, relative to the larger of the
+        two, have no share.
+    input_norm: the router does not read what the experts read, but the residual stream after an RMSNorm of its own,
+        times input_scale (Gemma 4).
+    expert_scale: a learned factor per expert multiplies its weight.
     """
 
     scores: str = "softmax"
     renormalize: bool = True
     renormalize_epsilon: float = 0.0
+    renormalize_least: float = 0.0
     selection_bias: bool = False
     bias: bool = False
     groups: int = 1
     groups_kept: int = 1
+    group_score: str = "two_largest"
     weight_scale: float = 1.0
+    mask_threshold: float = 0.0
+    input_norm: bool = False
+    input_scale: float = 1.0
+    expert_scale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +135,15 @@ class LayerSpec:
     ffn_dim: hidden size of the dense feed-forward part, or of one expert.
     experts, top_k: routed experts of the layer and how many of them work on a token.
     shared_dim: hidden size of the shared expert, 0 for none; shared_gate: its output has a sigmoid gate.
-    ffn_bias: the feed-forward projections have biases.
-    activation: "silu": silu(gate) * up. Reserved: "gelu_tanh", "swiglu_clamped" (gpt-oss, limit swiglu_limit).
+    ffn_bias: the projections of a dense feed-forward part or of the shared expert have biases; expert_bias: those of
+        the routed experts have.
+    activation: "silu": silu(gate) * up; "gelu_tanh": gelu(gate) * up, in its tanh form; "clamped_swiglu" (gpt-oss):
+        g * sigmoid(swiglu_alpha * g) * (u + 1) with g = min(gate, swiglu_limit) and u = up limited to +-swiglu_limit.
+    output_norms: norms on the outputs of attention and of the feed-forward part, before they join the residual stream.
+    branch_norms: the routed experts read the residual stream through a norm of their own, and their sum and the shared
+        expert's output are normed before they are added up (Gemma 4, whose dense part beside the experts is the
+        shared expert).
+    output_scale: a learned number multiplies the residual stream after the layer.
     """
 
     attention: AttentionSpec
@@ -122,8 +154,13 @@ class LayerSpec:
     shared_dim: int = 0
     shared_gate: bool = False
     ffn_bias: bool = False
+    expert_bias: bool = False
     activation: str = "silu"
+    swiglu_alpha: float = 1.0
     swiglu_limit: float = 0.0
+    output_norms: bool = False
+    branch_norms: bool = False
+    output_scale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +170,10 @@ class ModelSpec:
     family: model_type of the configuration it came from (for messages; the engine does not read it).
     vocab_size: rows of the embedding; hidden_size: size of the residual stream; context: positions it was made for.
     tied_embeddings: the output head is the embedding.
-    norm_epsilon: of every RMSNorm.
+    norm_epsilon: of every norm.
+    norm: "rms", or "layer" for LayerNorm with a bias (not for norms of queries, keys, values and routers).
     norm_offset: added to every norm weight (1 for zero-centred norms).
+    head_bias: the output head has a bias.
     embedding_multiplier, residual_multiplier, logits_divisor: Granite's multipliers, 1.0 for none.
     logits_softcap: as AttentionSpec.softcap, on the logits; 0 for none.
     """
@@ -145,7 +184,9 @@ class ModelSpec:
     context: int
     layers: tuple[LayerSpec, ...]
     norm_epsilon: float
+    norm: str = "rms"
     tied_embeddings: bool = False
+    head_bias: bool = False
     norm_offset: float = 0.0
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
@@ -161,26 +202,59 @@ class ModelSpec:
         """Engine name -> shape of every tensor that is not a routed expert's; matrices are [output, input]."""
         hidden = self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"embedding": (self.vocab_size, hidden)}
+
+        def norm(name: str) -> None:
+            shapes[name] = (hidden,)
+            if self.norm == "layer":
+                shapes[name + "_bias"] = (hidden,)
+
+        def feed_forward(prefix: str, size: int, bias: bool) -> None:
+            shapes[prefix + "gate"] = shapes[prefix + "up"] = (size, hidden)
+            shapes[prefix + "down"] = (hidden, size)
+            if bias:
+                shapes[prefix + "gate_bias"] = shapes[prefix + "up_bias"] = (size,)
+                shapes[prefix + "down_bias"] = (hidden,)
+
         for number, layer in enumerate(self.layers):
-            prefix, attention = f"layers.{number}.", layer.attention
-            queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-            values = attention.kv_heads * attention.value_dim
-            shapes[prefix + "attention_norm"] = (hidden,)
-            shapes[prefix + "q"] = (queries, hidden)
-            shapes[prefix + "k"] = (keys, hidden)
-            shapes[prefix + "v"] = (values, hidden)
-            shapes[prefix + "o"] = (hidden, attention.heads * attention.value_dim)
-            if attention.qk_norm == "head":
-                shapes[prefix + "q_norm"] = shapes[prefix + "k_norm"] = (attention.head_dim,)
-            shapes[prefix + "ffn_norm"] = (hidden,)
-            if layer.experts:
-                shapes[prefix + "router"] = (layer.experts, hidden)
-            else:
-                shapes[prefix + "ffn.gate"] = shapes[prefix + "ffn.up"] = (layer.ffn_dim, hidden)
-                shapes[prefix + "ffn.down"] = (hidden, layer.ffn_dim)
-        shapes["final_norm"] = (hidden,)
+            prefix = f"layers.{number}."
+            norm(prefix + "attention_norm")
+            for name, shape in _attention_tensors(layer.attention, hidden).items():
+                shapes[prefix + name] = shape
+            norm(prefix + "ffn_norm")
+            if layer.output_norms:
+                norm(prefix + "attention_output_norm")
+                norm(prefix + "ffn_output_norm")
+            if layer.branch_norms:
+                norm(prefix + "expert_norm")
+                norm(prefix + "expert_output_norm")
+                norm(prefix + "shared_output_norm")
+            if layer.output_scale:
+                shapes[prefix + "output_scale"] = (1,)
+            if layer.router is None:
+                feed_forward(prefix + "ffn.", layer.ffn_dim, layer.ffn_bias)
+                continue
+            shapes[prefix + "router"] = (layer.experts, hidden)
+            if layer.router.bias:
+                shapes[prefix + "router_bias"] = (layer.experts,)
+            if layer.router.selection_bias:
+                shapes[prefix + "selection_bias"] = (layer.experts,)
+            if layer.router.input_norm:
+                shapes[prefix + "router_norm"] = (hidden,)
+            if layer.router.expert_scale:
+                shapes[prefix + "expert_scale"] = (layer.experts,)
+            if layer.shared_dim:
+                feed_forward(prefix + "shared.", layer.shared_dim, layer.ffn_bias)
+            if layer.shared_gate:
+                shapes[prefix + "shared_gate"] = (hidden,)
+            if layer.expert_bias:
+                shapes[prefix + "experts.gate_bias"] = (layer.experts * layer.ffn_dim,)
+                shapes[prefix + "experts.up_bias"] = (layer.experts * layer.ffn_dim,)
+                shapes[prefix + "experts.down_bias"] = (layer.experts * hidden,)
+        norm("final_norm")
         if not self.tied_embeddings:
             shapes["head"] = (self.vocab_size, hidden)
+        if self.head_bias:
+            shapes["head_bias"] = (self.vocab_size,)
         return shapes
 
     def expert_tensors(self, layer: int) -> dict[str, tuple[int, int]]:
@@ -200,6 +274,20 @@ class ModelSpec:
             active += layer.top_k * expert
         return total, active
 
+    def for_context(self, context: int) -> ModelSpec:
+        """The model as it is loaded with this many positions: LongRoPE's choice of frequencies is made."""
+
+        def attention(spec: AttentionSpec) -> AttentionSpec:
+            rope = spec.rope
+            if rope is None or not rope.long_inverse_frequencies:
+                return spec
+            if context > rope.original_context:
+                rope = RopeSpec(rope.long_inverse_frequencies, rope.interleaved, rope.long_attention_factor)
+            return dataclasses.replace(spec, rope=rope)
+
+        layers = tuple(dataclasses.replace(layer, attention=attention(layer.attention)) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
+
     # -- the pack's form ----------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,6 +297,28 @@ class ModelSpec:
     def from_dict(cls, data: Any) -> ModelSpec:
         """The spec written by `to_dict`; unknown keys are ignored. Raises UnsupportedModelError naming the field."""
         return typing.cast(ModelSpec, _decode(cls, data, "spec"))
+
+
+def _attention_tensors(attention: AttentionSpec, hidden: int) -> dict[str, tuple[int, ...]]:
+    queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    values = attention.kv_heads * attention.value_dim
+    shapes: dict[str, tuple[int, ...]] = {"q": (queries, hidden), "k": (keys, hidden)}
+    if not attention.values_are_keys:
+        shapes["v"] = (values, hidden)
+    shapes["o"] = (hidden, attention.heads * attention.value_dim)
+    if attention.bias:
+        shapes |= {"q_bias": (queries,), "k_bias": (keys,)}
+        if not attention.values_are_keys:
+            shapes["v_bias"] = (values,)
+    if attention.output_bias:
+        shapes["o_bias"] = (hidden,)
+    if attention.qk_norm == "head":
+        shapes["q_norm"] = shapes["k_norm"] = (attention.head_dim,)
+    elif attention.qk_norm == "full":
+        shapes |= {"q_norm": (queries,), "k_norm": (keys,)}
+    if attention.sinks:
+        shapes["sinks"] = (attention.heads,)
+    return shapes
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
@@ -267,15 +377,10 @@ def _validate(spec: ModelSpec) -> None:
     size("context", spec.context, 1 << 30)
     size("number of layers", len(spec.layers), MAX_LAYERS)
     require(0 < spec.norm_epsilon < 1, f"norm_epsilon = {spec.norm_epsilon} is not between 0 and 1")
-    absent(
-        spec,
-        "",
-        "norm_offset",
-        "embedding_multiplier",
-        "residual_multiplier",
-        "logits_divisor",
-        "logits_softcap",
-    )
+    one_of("norm", spec.norm, NORMS)
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_divisor"):
+        require(getattr(spec, name) != 0, f"{name} = 0")
+    require(spec.logits_softcap >= 0, f"logits_softcap = {spec.logits_softcap} is negative")
     for number, layer in enumerate(spec.layers):
         where, attention = f"layer {number}: ", layer.attention
         one_of(where + "attention kind", attention.kind, ATTENTION_KINDS)
@@ -291,32 +396,49 @@ def _validate(spec: ModelSpec) -> None:
             f"{where}{attention.heads} heads cannot share {attention.kv_heads} key/value heads evenly",
         )
         require(math.isfinite(attention.scale) and attention.scale > 0, f"{where}scale = {attention.scale}")
+        if attention.window is not None:
+            size(where + "window", attention.window, 1 << 30)
+        require(attention.clip_qkv >= 0, f"{where}clip_qkv = {attention.clip_qkv} is negative")
         if attention.rope is not None:
-            pairs = len(attention.rope.inverse_frequencies)
+            rope = attention.rope
+            pairs = len(rope.inverse_frequencies)
             require(
                 1 <= pairs <= attention.head_dim // 2,
                 f"{where}{pairs} rotary pairs in a head of {attention.head_dim}",
             )
-            absent(attention.rope, where + "rope ", "interleaved")
+            require(
+                len(rope.long_inverse_frequencies) in (0, pairs),
+                f"{where}{len(rope.long_inverse_frequencies)} long rotary pairs for {pairs} short ones",
+            )
         absent(
             attention,
             where + "attention ",
-            *("window", "sinks", "bias", "output_bias", "output_gate", "softcap", "clip_qkv"),
-            *("q_rank", "kv_rank", "rope_dim", "conv_size"),
+            *("output_gate", "softcap", "q_rank", "kv_rank", "rope_dim", "conv_size"),
         )
         size(where + "ffn_dim", layer.ffn_dim)
-        absent(layer, where, "shared_dim", "shared_gate", "ffn_bias", "swiglu_limit")
-        if layer.experts:
-            size(where + "experts", layer.experts, 1 << 16)
-            size(where + "top_k", layer.top_k, min(layer.experts, 256))
-            router = layer.router
-            if router is None:
-                raise UnsupportedModelError(f"{spec.family}: {where}a mixture of experts without a router")
-            one_of(where + "router scores", router.scores, ROUTER_SCORES)
-            absent(
-                router,
-                where + "router ",
-                *("renormalize_epsilon", "selection_bias", "bias", "groups", "groups_kept", "weight_scale"),
-            )
-        else:
-            require(layer.top_k == 0 and layer.router is None, where + "a dense layer with a router")
+        if layer.activation == "clamped_swiglu":
+            require(layer.swiglu_limit > 0, f"{where}swiglu_limit = {layer.swiglu_limit} is not positive")
+        router = layer.router
+        if router is None:
+            require(layer.experts == 0 and layer.top_k == 0, where + "a mixture of experts without a router")
+            absent(layer, where, "shared_dim", "shared_gate", "expert_bias", "branch_norms")
+            continue
+        require(layer.experts > 0, where + "a dense layer with a router")
+        size(where + "experts", layer.experts, 1 << 16)
+        size(where + "top_k", layer.top_k, min(layer.experts, 256))
+        if layer.shared_dim or layer.shared_gate or layer.branch_norms:
+            size(where + "shared_dim", layer.shared_dim)
+        one_of(where + "router scores", router.scores, ROUTER_SCORES)
+        one_of(where + "router group_score", router.group_score, GROUP_SCORES)
+        if router.scores == "sparsemixer":
+            require(layer.top_k == 2, f"{where}sparsemixer chooses 2 experts, not {layer.top_k}")
+            require(not router.renormalize, where + "sparsemixer does not renormalize")
+            absent(router, where + "router ", "selection_bias", "groups", "groups_kept")
+        size(where + "router groups", router.groups, layer.experts)
+        size(where + "router groups_kept", router.groups_kept, router.groups)
+        require(
+            layer.experts % router.groups == 0 and layer.top_k <= layer.experts // router.groups * router.groups_kept,
+            f"{where}{layer.experts} experts in {router.groups} groups, {router.groups_kept} of them kept, do not give "
+            f"{layer.top_k}",
+        )
+        require(router.renormalize_epsilon >= 0 and router.renormalize_least >= 0, where + "a negative renormalization")

@@ -2,6 +2,8 @@
 //
 //   embedding -> [ norm -> attention -> + -> norm -> dense FFN or (router -> experts) -> + ] x layers -> norm -> head
 //
+// with a shared expert beside the routed ones, and norms after the parts, where a model has them.
+//
 // A position's logits have the same bits for any number of threads, any chunking, any number of expert slots and any
 // order in which experts arrive (docs/architecture.md says what that takes).
 #pragma once
@@ -56,7 +58,7 @@ struct RoutingRecord {
     static constexpr uint16_t kNoPrediction = 0xFFFF;
 
     size_t width = 0;
-    std::vector<uint16_t> picks;  // [tokens, width], each layer's in descending weight
+    std::vector<uint16_t> picks;  // [tokens, width], each layer's in the order of the choice
     std::vector<float> weights;   // [tokens, width]
     std::vector<uint16_t>
         predicted;  // [tokens, width] what the look-ahead expected, kNoPrediction where it does not look
@@ -66,6 +68,9 @@ struct RoutingRecord {
 struct ContextError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
+
+struct Norm;
+struct FeedForward;
 
 class Engine {
   public:
@@ -101,7 +106,9 @@ class Engine {
 
     void load_dense();
     Matrix matrix(const std::string& name, int rows, int cols) const;
-    const float* vector(const std::string& name, int size) const;
+    float* vector(const std::string& name, int size) const;
+    Norm norm(const std::string& name, int size) const;
+    FeedForward feed_forward(const std::string& name, int dim, bool bias) const;
 
     void forward_chunk(std::span<const int32_t> tokens, std::span<const int32_t> positions,
                        std::span<const int32_t> sequence_ids, std::span<const int32_t> wanted, float* logits,
@@ -109,10 +116,19 @@ class Engine {
     void attention(int layer, int count, std::span<const int32_t> positions, std::span<const int32_t> sequence_ids);
     void dense_ffn(int layer, int count);
     void expert_ffn(int layer, int count);
-    void route(const LayerSpec& spec, const Layer& layer, int count);
-    void choose(const LayerSpec& spec, int count);
+    void shared_expert(int layer, int count);
+    // Of scratch.normed, into out [count, hidden].
+    void gated_ffn(const FeedForward& part, const LayerSpec& spec, int count, float* out);
+    void activate(const LayerSpec& spec, std::span<float> gate, const float* up) const;
+    void route(int layer, int count);
+    void router_logits(int layer, int count, const float* normed);
+    void choose(int layer, int count, float* weights);
     void predict(int layer, int count);
     int routing_column(int layer) const;
+
+    void normalize(const Norm& norm, const float* x, int count, float* out);
+    // The residual stream takes in a part's output [count, hidden], after the norm if there is one.
+    void add_to_stream(float* output, const Norm& norm, int count);
 
     template <class Body>
     void each_token(int count, Body&& body);
@@ -130,8 +146,10 @@ class Engine {
     std::vector<std::byte*> dense_sections_;  // [sections], null where it holds no dense tensor
     Matrix embedding_{};
     Matrix head_{};
-    const float* final_norm_ = nullptr;
+    const float* head_bias_ = nullptr;
+    std::vector<float> ones_;  // [largest head_dim] weights of norms that have none
     std::vector<Layer> layers_;
+    std::unique_ptr<Norm> final_norm_;
     std::unique_ptr<Scratch> scratch_;
     std::vector<std::unique_ptr<SequenceState>> sequences_;
     std::unique_ptr<ExpertStore> store_;  // absent where every layer is dense

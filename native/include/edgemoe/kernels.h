@@ -100,8 +100,25 @@ struct Kernels {
     // out = (x * (1 / sqrt(mean(x^2) + epsilon))) * weight. out may be x.
     void (*rms_norm)(std::span<const float> x, const float* weight, float epsilon, float* out);
 
+    // mean = sum(x) / n; variance = sum((x - mean)^2) / n; out = fma((x - mean) * (1 / sqrt(variance + epsilon)), weight,
+    // bias). out may be x.
+    void (*layer_norm)(std::span<const float> x, const float* weight, const float* bias, float epsilon, float* out);
+
     // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. out may be gate.
     void (*silu_multiply)(std::span<const float> gate, const float* up, float* out);
+
+    // The tanh form of GELU, as gate / (1 + exp(-2 u)) * up with u = sqrt(2 / pi) * fma(0.044715 * gate, gate^2, gate).
+    // out may be gate.
+    void (*gelu_multiply)(std::span<const float> gate, const float* up, float* out);
+
+    // g = min(gate, limit), u = up limited to +-limit: out = g / (1 + exp(-(alpha * g))) * (u + 1). out may be gate.
+    void (*clamped_swiglu)(std::span<const float> gate, const float* up, float alpha, float limit, float* out);
+
+    // In place: x[i] = 1 / (1 + exp(-x[i])).
+    void (*sigmoid)(std::span<float> x);
+
+    // In place: x[i] = cap * tanh(x[i] / cap), with tanh(t) = 1 - 2 / (1 + exp(2 t)).
+    void (*softcap)(float cap, std::span<float> x);
 
     // In place: x[i] = exp(x[i] - max) / sum.
     void (*softmax)(std::span<float> x);

@@ -1,12 +1,13 @@
 // What a sequence leaves behind for its next token.
 //
-// Each layer has a state of one kind. "full": keys and values of all positions. Kinds to come: sliding-window ring, MLA
-// latent, recurrent matrix, convolution tail.
+// Each layer has a state of one kind. "full": keys and values of all positions. "window": those of the last positions
+// only, in a ring of blocks.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <stdexcept>
 #include <vector>
 
 #include "edgemoe/arena.h"
@@ -14,37 +15,55 @@
 
 namespace edgemoe {
 
-// Keys and values of one layer for a whole context, in blocks of kKvBlock positions, [block][kv head][keys | values].
+// Keys and values of one layer, in blocks of kKvBlock positions that begin at absolute multiples of it,
+// [block][kv head][keys | values].
 struct KvShape {
     int kv_heads;
     int head_dim;
     KvType key_type;
     KvType value_type;
+    int window;  // positions that a token sees, itself included; 0 for all
 
     size_t key_bytes() const { return kv_block_bytes(key_type, head_dim); }
     size_t head_bytes() const { return key_bytes() + kv_block_bytes(value_type, head_dim); }
     size_t block_bytes() const { return head_bytes() * static_cast<size_t>(kv_heads); }
+
+    // Blocks that are kept: of a window, what the first token of a chunk sees and the whole chunk, since the keys of a
+    // chunk are stored before its first token attends.
+    int kept_blocks(int context, int chunk) const;
+    // The first block that holds a position which the token at `position` or a later one sees.
+    int first_block(int position) const { return window && position >= window ? (position - window + 1) / kKvBlock : 0; }
+};
+
+// Positions that are asked for are not kept any more.
+struct StateError : std::runtime_error {
+    using std::runtime_error::runtime_error;
 };
 
 class SequenceState {
   public:
-    // Room for `context` positions in every layer; memory is charged as positions are written.
-    SequenceState(std::vector<KvShape> layers, int context);
+    // Room for `context` positions in every layer, written in chunks of at most `chunk`; memory is charged as positions
+    // are written.
+    SequenceState(std::vector<KvShape> layers, int context, int chunk);
 
-    static size_t bytes(std::span<const KvShape> layers, int context);
+    static size_t bytes(std::span<const KvShape> layers, int context, int chunk);
 
     int length() const { return length_; }
     void set_length(int length) { length_ = length; }
+    // Before positions up to `end` are written: what they overwrite is lost, whether or not the chunk is finished.
+    void begin_writing(int end);
 
     std::byte* keys(int layer, int block, int kv_head);
     std::byte* values(int layer, int block, int kv_head) {
         return keys(layer, block, kv_head) + shapes_[layer].key_bytes();
     }
 
-    // Forgets all positions from `length` on. Full attention can always do this; kinds that cannot will throw.
+    // Forgets all positions from `length` on. Throws StateError, and changes nothing, where a layer does not keep what
+    // the next token would see; length 0 is always possible.
     void truncate(int length);
 
-    // All of the state up to length(), as one piece of memory that restore() takes back. Layout is private.
+    // What the state up to length() needs to go on, as one piece of memory that restore() takes back. Layout is
+    // private. A restored state cannot be truncated within its windows.
     size_t snapshot_bytes() const;
     void snapshot(std::span<std::byte> target) const;
     // Throws std::invalid_argument where `source` is not a snapshot of a state of this shape.
@@ -52,11 +71,15 @@ class SequenceState {
 
   private:
     size_t used_bytes(int layer, int length) const;
+    std::byte* block(int layer, int number);
 
     std::vector<KvShape> shapes_;
+    std::vector<int> kept_;       // [layers] blocks
     std::vector<size_t> begins_;  // [layers] into the arena
     int context_;
     int length_ = 0;
+    int written_ = 0;   // end of the positions ever written since the state was empty
+    int restored_ = 0;  // length of the last restored snapshot
     Arena arena_;
 };
 

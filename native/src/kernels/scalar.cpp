@@ -198,6 +198,46 @@ void silu_multiply(std::span<const float> gate, const float* up, float* out) {
     }
 }
 
+void layer_norm(std::span<const float> x, const float* weight, const float* bias, float epsilon, float* out) {
+    Lanes sums{}, squares{};
+    const auto size = static_cast<float>(x.size());
+    for (size_t i = 0; i < x.size(); ++i) sums[i % kLanes] += x[i];
+    const float mean = fold_sum(sums) / size;
+    for (size_t i = 0; i < x.size(); ++i) {
+        const float distance = x[i] - mean;
+        squares[i % kLanes] = std::fma(distance, distance, squares[i % kLanes]);
+    }
+    const float inverse = 1.0f / std::sqrt(fold_sum(squares) / size + epsilon);
+    for (size_t i = 0; i < x.size(); ++i) out[i] = canonical(std::fma((x[i] - mean) * inverse, weight[i], bias[i]));
+}
+
+void gelu_multiply(std::span<const float> gate, const float* up, float* out) {
+    for (size_t i = 0; i < gate.size(); ++i) {
+        const float x = gate[i];
+        const float inner = std::fma(kGeluCubic * x, x * x, x) * kGeluScale;
+        out[i] = canonical(x / (1.0f + exp_of(0.0f - inner)) * up[i]);
+    }
+}
+
+void clamped_swiglu(std::span<const float> gate, const float* up, float alpha, float limit, float* out) {
+    for (size_t i = 0; i < gate.size(); ++i) {
+        const float g = minimum_of(limit, gate[i]);
+        const float u = maximum_of(-limit, minimum_of(limit, up[i]));
+        out[i] = canonical(g / (1.0f + exp_of(0.0f - g * alpha)) * (u + 1.0f));
+    }
+}
+
+void sigmoid(std::span<float> x) {
+    for (float& value : x) value = canonical(1.0f / (1.0f + exp_of(0.0f - value)));
+}
+
+void softcap(float cap, std::span<float> x) {
+    for (float& value : x) {
+        const float t = value / cap;
+        value = canonical((1.0f - 2.0f / (1.0f + exp_of(t + t))) * cap);
+    }
+}
+
 void softmax(std::span<float> x) {
     if (x.empty()) return;
     Lanes largest;
@@ -340,7 +380,12 @@ constinit const Kernels kScalarKernels = {
     .matmul = matmul,
     .quantize = quantize,
     .rms_norm = rms_norm,
+    .layer_norm = layer_norm,
     .silu_multiply = silu_multiply,
+    .gelu_multiply = gelu_multiply,
+    .clamped_swiglu = clamped_swiglu,
+    .sigmoid = sigmoid,
+    .softcap = softcap,
     .softmax = softmax,
     .add_scaled = add_scaled,
     .rope = rope,

@@ -28,6 +28,7 @@
 #include "tables.h"
 
 #define EDGEMOE_INLINE inline __attribute__((always_inline))
+#define EDGEMOE_INLINE_LAMBDA __attribute__((always_inline))
 #if defined(__clang__)
 #define EDGEMOE_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -309,20 +310,86 @@ struct VectorKernels {
         }
     }
 
-    static EDGEMOE_INLINE F silu(F gate, F up) {
-        const F denominator = V::add(V::set1(1.0f), exp_of(V::sub(V::zero(), gate)));
-        return V::canonical(V::mul(V::div(gate, denominator), up));
+    static void layer_norm(std::span<const float> x, const float* weight, const float* bias, float epsilon,
+                           float* out) {
+        const float* values = x.data();
+        const ptrdiff_t size = static_cast<ptrdiff_t>(x.size());
+        const ptrdiff_t whole = size / kLanes * kLanes;
+        const int rest = size - whole;
+        F sums = V::zero();
+        for (ptrdiff_t i = 0; i < whole; i += kLanes) sums = V::add(sums, V::load(values + i));
+        if (rest) sums = V::add(sums, V::load_n(values + whole, rest));
+        const F mean = V::set1(V::fold_sum(sums) / static_cast<float>(size));
+        F squares = V::zero();
+        for (ptrdiff_t i = 0; i < whole; i += kLanes) {
+            const F distance = V::sub(V::load(values + i), mean);
+            squares = V::fma(distance, distance, squares);
+        }
+        if (rest) {
+            const F distance = V::keep(V::sub(V::load_n(values + whole, rest), mean), 0, rest, V::zero());
+            squares = V::fma(distance, distance, squares);
+        }
+        const float variance = V::fold_sum(squares) / static_cast<float>(size);
+        const F inverse = V::set1(1.0f / __builtin_sqrtf(variance + epsilon));
+        for (ptrdiff_t i = 0; i < whole; i += kLanes) {
+            const F scaled = V::mul(V::sub(V::load(values + i), mean), inverse);
+            V::store(out + i, V::canonical(V::fma(scaled, V::load(weight + i), V::load(bias + i))));
+        }
+        if (rest) {
+            const F scaled = V::mul(V::sub(V::load_n(values + whole, rest), mean), inverse);
+            const F sum = V::fma(scaled, V::load_n(weight + whole, rest), V::load_n(bias + whole, rest));
+            V::store_n(out + whole, V::canonical(sum), rest);
+        }
+    }
+
+    // out[i] = operation(a[i], b[i]).
+    template <class Operation>
+    static EDGEMOE_INLINE void each(std::span<const float> a, const float* b, float* out, Operation operation) {
+        const float* values = a.data();
+        const ptrdiff_t size = static_cast<ptrdiff_t>(a.size());
+        ptrdiff_t i = 0;
+        for (; i + kLanes <= size; i += kLanes)
+            V::store(out + i, V::canonical(operation(V::load(values + i), V::load(b + i))));
+        if (i < size) {
+            const int n = size - i;
+            V::store_n(out + i, V::canonical(operation(V::load_n(values + i, n), V::load_n(b + i, n))), n);
+        }
+    }
+
+    // x / (1 + exp(-z))
+    static EDGEMOE_INLINE F gated(F x, F z) {
+        return V::div(x, V::add(V::set1(1.0f), exp_of(V::sub(V::zero(), z))));
     }
 
     static void silu_multiply(std::span<const float> gate, const float* up, float* out) {
-        const float* values = gate.data();
-        const ptrdiff_t size = static_cast<ptrdiff_t>(gate.size());
-        ptrdiff_t i = 0;
-        for (; i + kLanes <= size; i += kLanes) V::store(out + i, silu(V::load(values + i), V::load(up + i)));
-        if (i < size) {
-            const int n = size - i;
-            V::store_n(out + i, silu(V::load_n(values + i, n), V::load_n(up + i, n)), n);
-        }
+        each(gate, up, out, [](F g, F u) EDGEMOE_INLINE_LAMBDA { return V::mul(gated(g, g), u); });
+    }
+
+    static void gelu_multiply(std::span<const float> gate, const float* up, float* out) {
+        each(gate, up, out, [](F g, F u) EDGEMOE_INLINE_LAMBDA {
+            const F cubic = V::fma(V::mul(V::set1(kGeluCubic), g), V::mul(g, g), g);
+            return V::mul(gated(g, V::mul(cubic, V::set1(kGeluScale))), u);
+        });
+    }
+
+    static void clamped_swiglu(std::span<const float> gate, const float* up, float alpha, float limit, float* out) {
+        each(gate, up, out, [alpha, limit](F g, F u) EDGEMOE_INLINE_LAMBDA {
+            g = V::min(V::set1(limit), g);
+            u = V::max(V::set1(-limit), V::min(V::set1(limit), u));
+            return V::mul(gated(g, V::mul(g, V::set1(alpha))), V::add(u, V::set1(1.0f)));
+        });
+    }
+
+    static void sigmoid(std::span<float> x) {
+        each(x, x.data(), x.data(), [](F value, F) EDGEMOE_INLINE_LAMBDA { return gated(V::set1(1.0f), value); });
+    }
+
+    static void softcap(float cap, std::span<float> x) {
+        each(x, x.data(), x.data(), [cap](F value, F) EDGEMOE_INLINE_LAMBDA {
+            const F t = V::div(value, V::set1(cap));
+            const F part = V::div(V::set1(2.0f), V::add(V::set1(1.0f), exp_of(V::add(t, t))));
+            return V::mul(V::sub(V::set1(1.0f), part), V::set1(cap));
+        });
     }
 
     static void softmax(std::span<float> x) {
@@ -673,7 +740,12 @@ struct VectorKernels {
             .matmul = matmul,
             .quantize = quantize,
             .rms_norm = rms_norm,
+            .layer_norm = layer_norm,
             .silu_multiply = silu_multiply,
+            .gelu_multiply = gelu_multiply,
+            .clamped_swiglu = clamped_swiglu,
+            .sigmoid = sigmoid,
+            .softcap = softcap,
             .softmax = softmax,
             .add_scaled = add_scaled,
             .rope = rope,

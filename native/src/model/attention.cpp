@@ -7,6 +7,16 @@
 
 namespace edgemoe {
 
+// Elements (0, 1, 2, 3, ...) of the rotated part as (0, 2, ..., 1, 3, ...): pairs of neighbours become the pairs that
+// Kernels::rope turns. Queries and keys are dealt with alike, so that their products stay what they are.
+void separate_pairs(float* head, int pairs, float* scratch) {
+    for (int i = 0; i < pairs; ++i) {
+        scratch[i] = head[2 * i];
+        scratch[pairs + i] = head[2 * i + 1];
+    }
+    std::copy_n(scratch, 2 * pairs, head);
+}
+
 void Engine::attention(int number, int count, std::span<const int32_t> positions,
                        std::span<const int32_t> sequence_ids) {
     Scratch& s = *scratch_;
@@ -15,39 +25,58 @@ void Engine::attention(int number, int count, std::span<const int32_t> positions
     const int hidden = spec_.hidden_size, dim = a.head_dim, group = a.heads / a.kv_heads;
     const size_t query_size = size_t(a.heads) * dim, key_size = size_t(a.kv_heads) * dim;
 
-    each_token(count, [&](int t) {
-        const size_t row = size_t(t) * hidden;
-        kernels_.rms_norm({s.x + row, size_t(hidden)}, layer.attention_norm, spec_.norm_epsilon, s.normed + row);
-    });
+    normalize(layer.attention_norm, s.x, count, s.normed);
     const std::array<Matrix, 3> projections{layer.q, layer.k, layer.v};
-    const Activations input = prepare(s.normed, count, hidden, projections);
-    product(projections, input, count, std::array{s.queries, s.keys, s.values});
+    const std::span<const Matrix> projected(projections.data(), a.values_are_keys ? 2 : 3);
+    const Activations input = prepare(s.normed, count, hidden, projected);
+    product(projected, input, count, std::array{s.queries, s.keys, s.values});
 
     // Every token's key and value are stored before any token of the chunk attends, so a token sees the stored form
     // (rounded to the state's type) of its own chunk just as of earlier ones.
     each_token(count, [&](int t) {
         SequenceState& state = *sequences_[sequence_ids[t]];
         const int block = positions[t] / kKvBlock, slot = positions[t] % kKvBlock;
+        const std::span<float> queries{s.queries + t * query_size, query_size}, keys{s.keys + t * key_size, key_size},
+            values{s.values + t * key_size, key_size};
+        if (a.bias) {
+            kernels_.add_scaled(1.0f, layer.q_bias, queries);
+            kernels_.add_scaled(1.0f, layer.k_bias, keys);
+            if (!a.values_are_keys) kernels_.add_scaled(1.0f, layer.v_bias, values);
+        }
+        if (a.values_are_keys) std::ranges::copy(keys, values.begin());
+        if (a.qk_norm == QkNorm::full) {
+            kernels_.rms_norm(queries, layer.q_norm, spec_.norm_epsilon, queries.data());
+            kernels_.rms_norm(keys, layer.k_norm, spec_.norm_epsilon, keys.data());
+        }
+        if (a.clip_qkv > 0)
+            for (const std::span<float> all : {queries, keys, values})
+                for (float& x : all) x = x > a.clip_qkv ? a.clip_qkv : x < -a.clip_qkv ? -a.clip_qkv : x;
+
         const float* cosine = nullptr;
         const float* sine = nullptr;
         int pairs = 0;
+        bool interleaved = false;
         if (a.rope >= 0) {
+            const RopeSpec& rope = spec_.ropes[a.rope];
             const size_t place = (size_t(a.rope) * count + t) * s.widest_pairs;
             cosine = s.cosine + place;
             sine = s.sine + place;
-            pairs = static_cast<int>(spec_.ropes[a.rope].inverse_frequencies.size());
+            pairs = static_cast<int>(rope.inverse_frequencies.size());
+            interleaved = rope.interleaved;
         }
         const auto turn = [&](float* head, const float* norm) {
-            if (a.head_norm) kernels_.rms_norm({head, size_t(dim)}, norm, spec_.norm_epsilon, head);
+            if (a.qk_norm == QkNorm::head) kernels_.rms_norm({head, size_t(dim)}, norm, spec_.norm_epsilon, head);
+            // attended is free until the chunk attends.
+            if (interleaved) separate_pairs(head, pairs, s.attended + t * query_size);
             if (pairs) kernels_.rope(head, cosine, sine, pairs);
         };
-        for (int h = 0; h < a.heads; ++h) turn(s.queries + t * query_size + size_t(h) * dim, layer.q_norm);
+        for (int h = 0; h < a.heads; ++h) turn(queries.data() + size_t(h) * dim, layer.q_norm);
         for (int h = 0; h < a.kv_heads; ++h) {
-            float* key = s.keys + t * key_size + size_t(h) * dim;
-            const float* value = s.values + t * key_size + size_t(h) * dim;
-            turn(key, layer.k_norm);
-            kernels_.store_key(options_.key_type, {key, size_t(dim)}, slot, state.keys(number, block, h));
-            kernels_.store_value(options_.value_type, {value, size_t(dim)}, slot, state.values(number, block, h));
+            const std::span<float> key = keys.subspan(size_t(h) * dim, dim), value = values.subspan(size_t(h) * dim, dim);
+            turn(key.data(), layer.k_norm);
+            if (a.value_norm) kernels_.rms_norm(value, ones_.data(), spec_.norm_epsilon, value.data());
+            kernels_.store_key(options_.key_type, key, slot, state.keys(number, block, h));
+            kernels_.store_value(options_.value_type, value, slot, state.values(number, block, h));
         }
     });
 
@@ -58,16 +87,21 @@ void Engine::attention(int number, int count, std::span<const int32_t> positions
         float* maximum = s.maximum + t * size_t(a.heads) + first_head;
         float* sum = s.sum + t * size_t(a.heads) + first_head;
         float* out = s.attended + t * query_size + first_head * dim;
-        std::fill_n(maximum, group, -std::numeric_limits<float>::infinity());
-        std::fill_n(sum, group, 0.0f);
+        if (layer.sinks) {  // a score before all others, whose value is zero
+            std::copy_n(layer.sinks + first_head, group, maximum);
+            std::fill_n(sum, group, 1.0f);
+        } else {
+            std::fill_n(maximum, group, -std::numeric_limits<float>::infinity());
+            std::fill_n(sum, group, 0.0f);
+        }
         std::fill_n(out, size_t(group) * dim, 0.0f);
-        const int length = positions[t] + 1;
-        for (int begin = 0; begin < length; begin += kKvBlock) {
+        const int length = positions[t] + 1, start = a.window ? std::max(length - a.window, 0) : 0;
+        for (int begin = start / kKvBlock * kKvBlock; begin < length; begin += kKvBlock) {
             const int block = begin / kKvBlock;
             kernels_.attend(options_.key_type, options_.value_type, s.queries + t * query_size + first_head * dim,
                             group, dim, a.scale, state.keys(number, block, kv_head),
-                            state.values(number, block, kv_head), 0, std::min(kKvBlock, length - begin), maximum, sum,
-                            out);
+                            state.values(number, block, kv_head), std::max(start - begin, 0),
+                            std::min(kKvBlock, length - begin), maximum, sum, out);
         }
         for (int h = 0; h < group; ++h)
             for (int d = 0; d < dim; ++d) out[size_t(h) * dim + d] /= sum[h];
@@ -75,10 +109,11 @@ void Engine::attention(int number, int count, std::span<const int32_t> positions
 
     const Activations attended = prepare(s.attended, count, static_cast<int>(query_size), {&layer.o, 1});
     product({&layer.o, 1}, attended, count, {&s.projected, 1});
-    each_token(count, [&](int t) {
-        const size_t row = size_t(t) * hidden;
-        kernels_.add_scaled(1.0f, s.projected + row, {s.x + row, size_t(hidden)});
-    });
+    if (layer.o_bias)
+        each_token(count, [&](int t) {
+            kernels_.add_scaled(1.0f, layer.o_bias, {s.projected + size_t(t) * hidden, size_t(hidden)});
+        });
+    add_to_stream(s.projected, layer.attention_output_norm, count);
 }
 
 }  // namespace edgemoe

@@ -57,7 +57,8 @@ void require_in_place(const std::string& name, int rows, uint64_t place) {
 std::vector<KvShape> kv_shapes(const ModelSpec& spec, const EngineOptions& options) {
     std::vector<KvShape> shapes;
     for (const LayerSpec& layer : spec.layers)
-        shapes.push_back({layer.attention.kv_heads, layer.attention.head_dim, options.key_type, options.value_type});
+        shapes.push_back({layer.attention.kv_heads, layer.attention.head_dim, options.key_type, options.value_type,
+                          layer.attention.window});
     return shapes;
 }
 
@@ -75,7 +76,7 @@ int blocks_per_item(const Matrix& matrix, int tokens) {
 MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const EngineOptions& options) {
     MemoryPlan plan;
     for (const auto& [section, bytes] : dense_sections(index)) plan.dense += bytes;
-    plan.state = SequenceState::bytes(kv_shapes(spec, options), options.context);
+    plan.state = SequenceState::bytes(kv_shapes(spec, options), options.context, options.chunk);
     plan.scratch = Scratch::bytes(spec, options.chunk);
     plan.slot = ExpertStore::slot_bytes(index);
     for (const LayerSpec& layer : spec.layers) {
@@ -97,24 +98,61 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
     const int hidden = spec_.hidden_size;
     embedding_ = matrix("embedding", spec_.vocab_size, hidden);
     head_ = spec_.tied_embeddings ? embedding_ : matrix("head", spec_.vocab_size, hidden);
-    final_norm_ = vector("final_norm", hidden);
+    if (spec_.head_bias) head_bias_ = vector("head_bias", spec_.vocab_size);
+    final_norm_ = std::make_unique<Norm>(norm("final_norm", hidden));
     for (int number = 0; number < static_cast<int>(spec_.layers.size()); ++number) {
         const LayerSpec& spec_of = spec_.layers[number];
         const AttentionSpec& a = spec_of.attention;
+        const RouterSpec& router = spec_of.router;
+        const int queries = a.heads * a.head_dim, keys = a.kv_heads * a.head_dim;
         const std::string p = prefix(number);
         Layer layer{};
-        layer.attention_norm = vector(p + "attention_norm", hidden);
-        layer.q = matrix(p + "q", a.heads * a.head_dim, hidden);
-        layer.k = matrix(p + "k", a.kv_heads * a.head_dim, hidden);
-        layer.v = matrix(p + "v", a.kv_heads * a.head_dim, hidden);
-        layer.o = matrix(p + "o", hidden, a.heads * a.head_dim);
-        if (a.head_norm) {
-            layer.q_norm = vector(p + "q_norm", a.head_dim);
-            layer.k_norm = vector(p + "k_norm", a.head_dim);
+        layer.attention_norm = norm(p + "attention_norm", hidden);
+        layer.q = matrix(p + "q", queries, hidden);
+        layer.k = matrix(p + "k", keys, hidden);
+        if (!a.values_are_keys) layer.v = matrix(p + "v", keys, hidden);
+        layer.o = matrix(p + "o", hidden, queries);
+        if (a.bias) {
+            layer.q_bias = vector(p + "q_bias", queries);
+            layer.k_bias = vector(p + "k_bias", keys);
+            if (!a.values_are_keys) layer.v_bias = vector(p + "v_bias", keys);
         }
-        layer.ffn_norm = vector(p + "ffn_norm", hidden);
+        if (a.output_bias) layer.o_bias = vector(p + "o_bias", hidden);
+        if (a.qk_norm != QkNorm::none) {
+            const bool full = a.qk_norm == QkNorm::full;
+            layer.q_norm = norm(p + "q_norm", full ? queries : a.head_dim).weight;
+            layer.k_norm = norm(p + "k_norm", full ? keys : a.head_dim).weight;
+        }
+        if (a.value_norm) ones_.resize(std::max<size_t>(ones_.size(), a.head_dim), 1.0f);
+        if (a.sinks) layer.sinks = vector(p + "sinks", a.heads);
+        layer.ffn_norm = norm(p + "ffn_norm", hidden);
+        if (spec_of.output_norms) {
+            layer.attention_output_norm = norm(p + "attention_output_norm", hidden);
+            layer.ffn_output_norm = norm(p + "ffn_output_norm", hidden);
+        }
+        if (spec_of.branch_norms) {
+            layer.expert_norm = norm(p + "expert_norm", hidden);
+            layer.expert_output_norm = norm(p + "expert_output_norm", hidden);
+            layer.shared_output_norm = norm(p + "shared_output_norm", hidden);
+        }
+        if (spec_of.output_scale) layer.output_scale = vector(p + "output_scale", 1);
         if (spec_of.experts) {
             layer.router = matrix(p + "router", spec_of.experts, hidden);
+            if (router.bias) layer.router_bias = vector(p + "router_bias", spec_of.experts);
+            if (router.selection_bias) layer.selection_bias = vector(p + "selection_bias", spec_of.experts);
+            if (router.expert_scale) layer.expert_scale = vector(p + "expert_scale", spec_of.experts);
+            if (router.input_norm) {
+                float* weight = vector(p + "router_norm", hidden);
+                for (int i = 0; i < hidden; ++i) weight[i] *= router.input_scale;
+                layer.router_norm = weight;
+            }
+            if (spec_of.shared_dim) layer.dense = feed_forward(p + "shared.", spec_of.shared_dim, spec_of.ffn_bias);
+            if (spec_of.shared_gate) layer.shared_gate = vector(p + "shared_gate", hidden);
+            if (spec_of.expert_bias) {
+                layer.gate_bias = vector(p + "experts.gate_bias", spec_of.experts * spec_of.ffn_dim);
+                layer.up_bias = vector(p + "experts.up_bias", spec_of.experts * spec_of.ffn_dim);
+                layer.down_bias = vector(p + "experts.down_bias", spec_of.experts * hidden);
+            }
             const auto found = index_.experts.find(number);
             if (found == index_.experts.end() || found->second.sections.size() != size_t(spec_of.experts))
                 throw std::invalid_argument("layer " + std::to_string(number) + " lacks experts");
@@ -140,9 +178,7 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
                                          lead(extents[0]) + place.offset);
                 }
         } else {
-            layer.gate = matrix(p + "ffn.gate", spec_of.ffn_dim, hidden);
-            layer.up = matrix(p + "ffn.up", spec_of.ffn_dim, hidden);
-            layer.down = matrix(p + "ffn.down", hidden, spec_of.ffn_dim);
+            layer.dense = feed_forward(p + "ffn.", spec_of.ffn_dim, spec_of.ffn_bias);
         }
         layers_.push_back(layer);
     }
@@ -205,7 +241,7 @@ Matrix Engine::matrix(const std::string& name, int rows, int cols) const {
     return {stored.layout, rows, cols, dense_sections_[tensor.section] + tensor.offset};
 }
 
-const float* Engine::vector(const std::string& name, int size) const {
+float* Engine::vector(const std::string& name, int size) const {
     const auto found = index_.dense.find(name);
     if (found == index_.dense.end()) throw std::invalid_argument("tensor " + name + " is missing");
     const DenseTensor& tensor = found->second;
@@ -213,11 +249,33 @@ const float* Engine::vector(const std::string& name, int size) const {
     if (tensor.layout != "vector" || tensor.rows != size || (lead(extent) + tensor.offset) % sizeof(float) != 0 ||
         tensor.offset > extent.length || size * sizeof(float) > extent.length - tensor.offset)
         throw std::invalid_argument("tensor " + name + " is not a vector of " + std::to_string(size));
-    return reinterpret_cast<const float*>(dense_sections_[tensor.section] + tensor.offset);
+    return reinterpret_cast<float*>(dense_sections_[tensor.section] + tensor.offset);
+}
+
+Norm Engine::norm(const std::string& name, int size) const {
+    float* weight = vector(name, size);
+    if (spec_.norm_offset != 0)
+        for (int i = 0; i < size; ++i) weight[i] += spec_.norm_offset;
+    return {weight, spec_.layer_norm ? vector(name + "_bias", size) : nullptr};
+}
+
+FeedForward Engine::feed_forward(const std::string& name, int dim, bool bias) const {
+    const int hidden = spec_.hidden_size;
+    FeedForward part{};
+    part.gate = matrix(name + "gate", dim, hidden);
+    part.up = matrix(name + "up", dim, hidden);
+    part.down = matrix(name + "down", hidden, dim);
+    if (bias) {
+        part.gate_bias = vector(name + "gate_bias", dim);
+        part.up_bias = vector(name + "up_bias", dim);
+        part.down_bias = vector(name + "down_bias", hidden);
+    }
+    return part;
 }
 
 int Engine::add_sequence() {
-    sequences_.push_back(std::make_unique<SequenceState>(kv_shapes(spec_, options_), options_.context));
+    sequences_.push_back(
+        std::make_unique<SequenceState>(kv_shapes(spec_, options_), options_.context, options_.chunk));
     return static_cast<int>(sequences_.size()) - 1;
 }
 
@@ -349,8 +407,12 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
         chunk_routing_.predicted.assign(size, RoutingRecord::kNoPrediction);
     }
 
+    for (int t = 0; t < count; ++t) sequences_[sequence_ids[t]]->begin_writing(positions[t] + 1);
     each_token(count, [&](int t) {
-        dequantize_row(embedding_, tokens[t], s.x + size_t(t) * hidden);
+        float* x = s.x + size_t(t) * hidden;
+        dequantize_row(embedding_, tokens[t], x);
+        if (spec_.embedding_multiplier != 1.0f)
+            for (int i = 0; i < hidden; ++i) x[i] *= spec_.embedding_multiplier;
         for (size_t r = 0; r < spec_.ropes.size(); ++r) {
             const RopeSpec& rope = spec_.ropes[r];
             float* cosine = s.cosine + (r * count + t) * s.widest_pairs;
@@ -367,24 +429,53 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
     for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
         check();
         attention(layer, count, positions, sequence_ids);
-        each_token(count, [&](int t) {
-            const size_t row = size_t(t) * hidden;
-            kernels_.rms_norm({s.x + row, size_t(hidden)}, layers_[layer].ffn_norm, spec_.norm_epsilon, s.normed + row);
-        });
+        normalize(layers_[layer].ffn_norm, s.x, count, s.normed);
         if (spec_.layers[layer].experts)
             expert_ffn(layer, count);
         else
             dense_ffn(layer, count);
+        if (const float* scale = layers_[layer].output_scale)
+            each_token(count, [&](int t) {
+                float* x = s.x + size_t(t) * hidden;
+                for (int i = 0; i < hidden; ++i) x[i] *= *scale;
+            });
     }
 
     if (wanted.empty()) return;
     const int rows = static_cast<int>(wanted.size());
-    each_token(rows, [&](int i) {
-        kernels_.rms_norm({s.x + size_t(wanted[i]) * hidden, size_t(hidden)}, final_norm_, spec_.norm_epsilon,
-                          s.normed + size_t(i) * hidden);
-    });
+    for (int i = 0; i < rows; ++i)
+        std::memcpy(s.normed + size_t(i) * hidden, s.x + size_t(wanted[i]) * hidden, hidden * sizeof(float));
+    normalize(*final_norm_, s.normed, rows, s.normed);
     const Activations input = prepare(s.normed, rows, hidden, {&head_, 1});
     product({&head_, 1}, input, rows, {&logits, 1});
+    if (!head_bias_ && spec_.logits_divisor == 1.0f && spec_.logits_softcap == 0) return;
+    each_token(rows, [&](int i) {
+        const std::span<float> row{logits + size_t(i) * spec_.vocab_size, size_t(spec_.vocab_size)};
+        if (head_bias_) kernels_.add_scaled(1.0f, head_bias_, row);
+        if (spec_.logits_divisor != 1.0f)
+            for (float& logit : row) logit /= spec_.logits_divisor;
+        if (spec_.logits_softcap != 0) kernels_.softcap(spec_.logits_softcap, row);
+    });
+}
+
+// out may be x.
+void Engine::normalize(const Norm& norm, const float* x, int count, float* out) {
+    const size_t hidden = spec_.hidden_size;
+    each_token(count, [&](int t) {
+        const std::span<const float> row{x + t * hidden, hidden};
+        if (norm.bias)
+            kernels_.layer_norm(row, norm.weight, norm.bias, spec_.norm_epsilon, out + t * hidden);
+        else
+            kernels_.rms_norm(row, norm.weight, spec_.norm_epsilon, out + t * hidden);
+    });
+}
+
+void Engine::add_to_stream(float* output, const Norm& norm, int count) {
+    const size_t hidden = spec_.hidden_size;
+    if (norm) normalize(norm, output, count, output);
+    each_token(count, [&](int t) {
+        kernels_.add_scaled(spec_.residual_multiplier, output + t * hidden, {scratch_->x + t * hidden, hidden});
+    });
 }
 
 }  // namespace edgemoe

@@ -18,6 +18,9 @@ inline size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignme
 // Row blocks per loop item of a product.
 int blocks_per_item(const Matrix& matrix, int tokens);
 
+// Makes interleaved rotary pairs of a head such as Kernels::rope turns; scratch: 2 * pairs floats.
+void separate_pairs(float* head, int pairs, float* scratch);
+
 // int8 inputs of a product.
 struct Codes {
     int8_t* codes;
@@ -25,15 +28,52 @@ struct Codes {
     float* sums;
 };
 
-// Weights of one layer; pointers into the dense arena.
+// Norm weights; with a bias it is a LayerNorm, without one an RMSNorm. No weight: there is no such norm.
+struct Norm {
+    const float* weight;
+    const float* bias;
+
+    explicit operator bool() const { return weight != nullptr; }
+};
+
+// A gated feed-forward part: down(activation(gate(x), up(x))). Biases may be null.
+struct FeedForward {
+    Matrix gate, up, down;
+    const float* gate_bias;
+    const float* up_bias;
+    const float* down_bias;
+};
+
+// Weights of one layer; pointers into the dense arena. What a layer does not have is null.
 struct Engine::Layer {
-    const float* attention_norm;
+    Norm attention_norm;
     Matrix q, k, v, o;
-    const float* q_norm;
+    const float* q_bias;
+    const float* k_bias;
+    const float* v_bias;
+    const float* o_bias;
+    const float* q_norm;  // [head_dim] or [heads * head_dim]
     const float* k_norm;
-    const float* ffn_norm;
-    Matrix router;          // [experts, hidden], of a mixture of experts
-    Matrix gate, up, down;  // of a dense layer; of a mixture their shapes and layouts, data comes from the store
+    const float* sinks;  // [heads]
+    Norm attention_output_norm;
+
+    Norm ffn_norm;
+    FeedForward dense;        // what every token goes through: a dense layer's part, or the shared expert
+    const float* shared_gate;  // [hidden]
+    Matrix router;            // [experts, hidden], of a mixture of experts
+    const float* router_bias;
+    const float* router_norm;      // [hidden] of the router's own input
+    const float* selection_bias;   // [experts]
+    const float* expert_scale;     // [experts]
+    Matrix gate, up, down;         // of routed experts: shapes and layouts, data comes from the store
+    const float* gate_bias;        // [experts, ffn]
+    const float* up_bias;          // [experts, ffn]
+    const float* down_bias;        // [experts, hidden]
+    Norm expert_norm;              // of the routed experts' own input
+    Norm expert_output_norm;
+    Norm shared_output_norm;
+    Norm ffn_output_norm;
+    const float* output_scale;  // [1]
 };
 
 // Activations of one chunk of T tokens. P = T * top_k pairs of (token, slot), numbered token * top_k + slot.
@@ -61,7 +101,8 @@ struct Engine::Scratch {
 
     float* x;                 // [T, hidden] the residual stream
     float* normed;            // [T, hidden]
-    float* projected;         // [T, hidden] output of attention or of a dense FFN
+    float* projected;         // [T, hidden] output of attention or of the feed-forward part
+    float* shared;            // [T, hidden] output of the shared expert
     Codes input;              // [T, widest input of a product]
     float* queries;           // [T, heads * head_dim]
     float* keys;              // [T, kv_heads * head_dim]
@@ -72,14 +113,15 @@ struct Engine::Scratch {
     float* cosine;            // [ropes, T, pairs]
     float* sine;              // [ropes, T, pairs]
     float* scores;            // [T, experts] router
+    float* choice;            // [T, experts] what experts are chosen by
     float* weights;           // [T, top_k]
     int32_t* picks;           // [T, top_k]
     int32_t* order;           // [max experts of a layer] scratch of the selection, per token: [T, experts]
     int32_t* pairs;           // [P] pair numbers, sorted by expert
     int32_t* tokens;          // [P] their tokens
-    float* gate;              // [P, ffn] or [T, ffn]
-    float* up;                // [P, ffn] or [T, ffn]
-    Codes hidden;             // [P, ffn] or [T, ffn]
+    float* gate;              // [P, ffn], or [T, ffn] of a dense part
+    float* up;                // as gate
+    Codes hidden;             // as gate
     float* outputs;           // [P, hidden] each expert's output for each of its tokens
     size_t widest_pairs = 0;  // cosine and sine: floats per token and rope
     Arena arena;
@@ -89,8 +131,8 @@ struct Engine::Scratch {
 
     size_t layout(Layout place, const ModelSpec& spec, int chunk) {
         const size_t t = chunk, hidden = spec.hidden_size;
-        size_t heads = 0, query = 0, key = 0, experts = 0, top_k = 0, pair_count = 0, ffn = 0, ffn_codes = 0,
-               ffn_groups = 0;
+        size_t heads = 0, query = 0, key = 0, experts = 0, top_k = 0, pair_count = 0, shared_rows = 0, ffn = 0,
+               ffn_codes = 0, ffn_groups = 0;
         for (const LayerSpec& layer : spec.layers) {
             const AttentionSpec& a = layer.attention;
             heads = std::max<size_t>(heads, a.heads);
@@ -100,8 +142,9 @@ struct Engine::Scratch {
             top_k = std::max<size_t>(top_k, layer.top_k);
             const size_t rows = t * std::max(layer.top_k, 1);
             if (layer.experts) pair_count = std::max(pair_count, rows);
-            ffn = std::max(ffn, rows * layer.ffn_dim);
-            ffn_groups = std::max(ffn_groups, rows * groups(layer.ffn_dim));
+            if (layer.shared_dim) shared_rows = t;
+            ffn = std::max({ffn, rows * layer.ffn_dim, t * layer.shared_dim});
+            ffn_groups = std::max({ffn_groups, rows * groups(layer.ffn_dim), t * groups(layer.shared_dim)});
         }
         for (const RopeSpec& rope : spec.ropes) widest_pairs = std::max(widest_pairs, rope.inverse_frequencies.size());
         ffn_codes = ffn_groups * kGroup;
@@ -109,6 +152,7 @@ struct Engine::Scratch {
         place.place(x, t * hidden);
         place.place(normed, t * hidden);
         place.place(projected, t * hidden);
+        place.place(shared, shared_rows * hidden);
         place.place(input.codes, t * input_groups * kGroup);
         place.place(input.scales, t * input_groups);
         place.place(input.sums, t * input_groups);
@@ -121,6 +165,7 @@ struct Engine::Scratch {
         place.place(cosine, spec.ropes.size() * t * widest_pairs);
         place.place(sine, spec.ropes.size() * t * widest_pairs);
         place.place(scores, t * experts);
+        place.place(choice, t * experts);
         place.place(weights, t * top_k);
         place.place(picks, t * top_k);
         place.place(order, t * experts);

@@ -16,7 +16,7 @@ void Engine::expert_ffn(int number, int count) {
     const int hidden = spec_.hidden_size, ffn = spec.ffn_dim, top_k = spec.top_k;
     const size_t per_pair = groups(ffn);
 
-    route(spec, layer, count);
+    route(number, count);
 
     // Pairs of (token, slot) by expert. Experts are asked for in the order of their tokens, most first; for a single
     // token that is its slot order, the largest weight first.
@@ -41,12 +41,8 @@ void Engine::expert_ffn(int number, int count) {
         s.tokens[place] = pair / top_k;
     }
 
-    const std::array<Matrix, 2> inner{layer.gate, layer.up};
-    const Activations input = prepare(s.normed, count, hidden, inner);
-    // The hidden activations lie in the order of `pairs`: an expert's rows are contiguous.
-    const Activations hidden_input{s.gate, ffn, s.hidden.codes, s.hidden.scales, s.hidden.sums};
-
     struct Work {
+        int expert;
         Matrix gate, up, down;
         int first, count;  // rows of `pairs`
         int gate_item, down_item;
@@ -66,12 +62,19 @@ void Engine::expert_ffn(int number, int count) {
         }
     }
     if (store_->wants_hints() || recording_) predict(number, count);
+    if (spec.shared_dim) shared_expert(number, count);  // while missing experts are read
+    if (layer.expert_norm) normalize(layer.expert_norm, s.x, count, s.normed);
+    const std::array<Matrix, 2> inner{layer.gate, layer.up};
+    const Activations input = prepare(s.normed, count, hidden, inner);
+    // The hidden activations lie in the order of `pairs`: an expert's rows are contiguous.
+    const Activations hidden_input{s.gate, ffn, s.hidden.codes, s.hidden.scales, s.hidden.sums};
     for (auto ready = stream.next(); !ready.empty(); ready = stream.next()) {
         work.clear();
         int gate_items = 0, down_items = 0;
         for (const ExpertStream::Item& item : ready) {
             const int32_t expert = active[item.position];
             Work w{};
+            w.expert = expert;
             w.gate = layer.gate;
             w.up = layer.up;
             w.down = layer.down;
@@ -100,11 +103,16 @@ void Engine::expert_ffn(int number, int count) {
             kernels_.matmul(w.up, input, tokens, w.count, first, last, s.up + size_t(w.first) * ffn, ffn);
             const size_t begin = size_t(first) * kRowBlock, size = std::min<size_t>(last * kRowBlock, ffn) - begin;
             for (int p = w.first; p < w.first + w.count; ++p) {
-                float* row = s.gate + size_t(p) * ffn + begin;
-                kernels_.silu_multiply({row, size}, s.up + size_t(p) * ffn + begin, row);
+                const std::span<float> row{s.gate + size_t(p) * ffn + begin, size};
+                const std::span<float> other{s.up + size_t(p) * ffn + begin, size};
+                if (layer.gate_bias) {
+                    kernels_.add_scaled(1.0f, layer.gate_bias + size_t(w.expert) * ffn + begin, row);
+                    kernels_.add_scaled(1.0f, layer.up_bias + size_t(w.expert) * ffn + begin, other);
+                }
+                activate(spec, row, other.data());
                 if (reads_codes(w.down.layout)) {
                     const size_t group = p * per_pair + begin / kGroup;
-                    kernels_.quantize({row, size}, s.hidden.codes + group * kGroup, s.hidden.scales + group,
+                    kernels_.quantize(row, s.hidden.codes + group * kGroup, s.hidden.scales + group,
                                       s.hidden.sums + group);
                 }
             }
@@ -123,16 +131,33 @@ void Engine::expert_ffn(int number, int count) {
         });
     }
 
-    // Each token adds its experts' outputs in slot order, whenever they were computed. `tokens` has served its purpose
-    // and takes the inverse of `pairs`.
+    // Each token adds its experts' outputs in slot order, whenever they were computed: to the residual stream, or where
+    // norms come between, to a sum of their own. `tokens` has served its purpose and takes the inverse of `pairs`.
     for (int place = 0; place < count * top_k; ++place) s.tokens[s.pairs[place]] = place;
+    const bool direct = !layer.expert_output_norm && !layer.ffn_output_norm;
+    const float scale = direct ? spec_.residual_multiplier : 1.0f;
     each_token(count, [&](int t) {
-        float* x = s.x + size_t(t) * hidden;
+        const std::span<float> sum{(direct ? s.x : s.projected) + size_t(t) * hidden, size_t(hidden)};
+        if (!direct) std::ranges::fill(sum, 0.0f);
+        if (spec.shared_dim && !layer.shared_output_norm)
+            kernels_.add_scaled(scale, s.shared + size_t(t) * hidden, sum);
         for (int slot = 0; slot < top_k; ++slot) {
             const int pair = t * top_k + slot;
-            kernels_.add_scaled(s.weights[pair], s.outputs + size_t(s.tokens[pair]) * hidden, {x, size_t(hidden)});
+            kernels_.add_scaled(scale * s.weights[pair], s.outputs + size_t(s.tokens[pair]) * hidden, sum);
+            if (layer.down_bias)
+                kernels_.add_scaled(scale * s.weights[pair], layer.down_bias + size_t(s.picks[pair]) * hidden, sum);
         }
     });
+    if (direct) return;
+    if (layer.expert_output_norm) normalize(layer.expert_output_norm, s.projected, count, s.projected);
+    if (layer.shared_output_norm) {
+        normalize(layer.shared_output_norm, s.shared, count, s.shared);
+        each_token(count, [&](int t) {
+            const size_t row = size_t(t) * hidden;
+            kernels_.add_scaled(1.0f, s.shared + row, {s.projected + row, size_t(hidden)});
+        });
+    }
+    add_to_stream(s.projected, layer.ffn_output_norm, count);
 }
 
 }  // namespace edgemoe

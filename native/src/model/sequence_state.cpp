@@ -1,7 +1,7 @@
 #include "edgemoe/sequence_state.h"
 
+#include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -16,38 +16,62 @@ struct SnapshotHeader {
     uint64_t bytes;
 };
 
-constexpr uint64_t kMagic = 0x31544154534d45ull;  // "EMSTAT1"
+constexpr uint64_t kMagic = 0x32544154534d45ull;  // "EMSTAT2"
 
 }  // namespace
 
-size_t SequenceState::bytes(std::span<const KvShape> layers, int context) {
+int KvShape::kept_blocks(int context, int chunk) const {
+    if (!window) return blocks(context);
+    // A run of n positions lies in at most blocks(n - 1) + 1 blocks.
+    return static_cast<int>(std::min<int64_t>(blocks(context), (int64_t{window} + chunk - 2) / kKvBlock + 2));
+}
+
+size_t SequenceState::bytes(std::span<const KvShape> layers, int context, int chunk) {
     size_t total = 0;
-    for (const KvShape& shape : layers) total += shape.block_bytes() * blocks(context);
+    for (const KvShape& shape : layers) total += shape.block_bytes() * shape.kept_blocks(context, chunk);
     return total;
 }
 
-SequenceState::SequenceState(std::vector<KvShape> layers, int context)
-    : shapes_(std::move(layers)), context_(context), arena_(bytes(shapes_, context)) {
+SequenceState::SequenceState(std::vector<KvShape> layers, int context, int chunk)
+    : shapes_(std::move(layers)), context_(context), arena_(bytes(shapes_, context, chunk)) {
     size_t begin = 0;
     for (const KvShape& shape : shapes_) {
+        kept_.push_back(shape.kept_blocks(context, chunk));
         begins_.push_back(begin);
-        begin += shape.block_bytes() * blocks(context);
+        begin += shape.block_bytes() * kept_.back();
     }
 }
 
-std::byte* SequenceState::keys(int layer, int block, int kv_head) {
-    const KvShape& shape = shapes_[layer];
-    return arena_.data() + begins_[layer] + shape.block_bytes() * block + shape.head_bytes() * kv_head;
+void SequenceState::begin_writing(int end) { written_ = std::max(written_, end); }
+
+std::byte* SequenceState::block(int layer, int number) {
+    return arena_.data() + begins_[layer] + shapes_[layer].block_bytes() * (number % kept_[layer]);
+}
+
+std::byte* SequenceState::keys(int layer, int number, int kv_head) {
+    return block(layer, number) + shapes_[layer].head_bytes() * kv_head;
 }
 
 void SequenceState::truncate(int length) {
     if (length < 0 || length > length_)
         throw std::invalid_argument("cannot truncate a sequence of " + std::to_string(length_) + " positions to " +
                                     std::to_string(length));
+    if (length > 0 && length < length_)
+        for (size_t layer = 0; layer < shapes_.size(); ++layer) {
+            const KvShape& shape = shapes_[layer];
+            const bool overwritten = shape.first_block(length) + kept_[layer] < blocks(written_);
+            if (shape.window && (overwritten || length < restored_))
+                throw StateError("cannot truncate a sequence of " + std::to_string(length_) + " positions to " +
+                                 std::to_string(length) + ": layer " + std::to_string(layer) + " keeps a window of " +
+                                 std::to_string(shape.window));
+        }
     length_ = length;
+    if (length == 0) written_ = restored_ = 0;
 }
 
-size_t SequenceState::used_bytes(int layer, int length) const { return shapes_[layer].block_bytes() * blocks(length); }
+size_t SequenceState::used_bytes(int layer, int length) const {
+    return shapes_[layer].block_bytes() * (blocks(length) - std::min(shapes_[layer].first_block(length), blocks(length)));
+}
 
 size_t SequenceState::snapshot_bytes() const {
     size_t total = sizeof(SnapshotHeader);
@@ -61,9 +85,9 @@ void SequenceState::snapshot(std::span<std::byte> target) const {
     std::memcpy(target.data(), &header, sizeof header);
     std::byte* out = target.data() + sizeof header;
     for (size_t layer = 0; layer < shapes_.size(); ++layer) {
-        const size_t count = used_bytes(static_cast<int>(layer), length_);
-        std::memcpy(out, arena_.data() + begins_[layer], count);
-        out += count;
+        const size_t size = shapes_[layer].block_bytes();
+        for (int number = shapes_[layer].first_block(length_); number < blocks(length_); ++number, out += size)
+            std::memcpy(out, arena_.data() + begins_[layer] + size * (number % kept_[layer]), size);
     }
 }
 
@@ -78,11 +102,11 @@ void SequenceState::restore(std::span<const std::byte> source) {
     if (total != source.size()) throw std::invalid_argument("a snapshot of a state of another shape");
     const std::byte* in = source.data() + sizeof header;
     for (size_t layer = 0; layer < shapes_.size(); ++layer) {
-        const size_t count = used_bytes(static_cast<int>(layer), length);
-        std::memcpy(arena_.data() + begins_[layer], in, count);
-        in += count;
+        const size_t size = shapes_[layer].block_bytes();
+        for (int number = shapes_[layer].first_block(length); number < blocks(length); ++number, in += size)
+            std::memcpy(block(static_cast<int>(layer), number), in, size);
     }
-    length_ = length;
+    length_ = written_ = restored_ = length;
 }
 
 }  // namespace edgemoe

@@ -190,6 +190,35 @@ Floats rms_norm(const std::string& isa, const Floats& x, const Floats& weight, f
     return out;
 }
 
+Floats layer_norm(const std::string& isa, const Floats& x, const Floats& weight, const Floats& bias, float epsilon) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(x, 1, "x");
+    require(x.size() > 0, "x must not be empty");
+    require_length(weight, x.size(), "weight");
+    require_length(bias, x.size(), "bias");
+    Floats out(x.size());
+    kernels.layer_norm(span_of(x), weight.data(), bias.data(), epsilon, out.mutable_data());
+    return out;
+}
+
+Floats gelu_multiply(const std::string& isa, const Floats& gate, const Floats& up) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(gate, 1, "gate");
+    require_length(up, gate.size(), "up");
+    Floats out(gate.size());
+    kernels.gelu_multiply(span_of(gate), up.data(), out.mutable_data());
+    return out;
+}
+
+Floats clamped_swiglu(const std::string& isa, const Floats& gate, const Floats& up, float alpha, float limit) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(gate, 1, "gate");
+    require_length(up, gate.size(), "up");
+    Floats out(gate.size());
+    kernels.clamped_swiglu(span_of(gate), up.data(), alpha, limit, out.mutable_data());
+    return out;
+}
+
 Floats silu_multiply(const std::string& isa, const Floats& gate, const Floats& up) {
     const Kernels& kernels = edgemoe::select_kernels(isa);
     require_dimensions(gate, 1, "gate");
@@ -210,6 +239,22 @@ Floats softmax(const std::string& isa, const Floats& x) {
     require_dimensions(x, 1, "x");
     Floats out = copy_of(x);
     kernels.softmax({out.mutable_data(), size_of(out)});
+    return out;
+}
+
+Floats sigmoid(const std::string& isa, const Floats& x) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(x, 1, "x");
+    Floats out = copy_of(x);
+    kernels.sigmoid({out.mutable_data(), size_of(out)});
+    return out;
+}
+
+Floats softcap(const std::string& isa, float cap, const Floats& x) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(x, 1, "x");
+    Floats out = copy_of(x);
+    kernels.softcap(cap, {out.mutable_data(), size_of(out)});
     return out;
 }
 
@@ -340,6 +385,11 @@ void bind_kernels(py::module_& module) {
                 arg("shift") = py::none());
     kernels.def("dequantize_row", dequantize_row, arg("layout"), arg("data"), arg("rows"), arg("cols"), arg("row"));
     kernels.def("rms_norm", rms_norm, arg("isa"), arg("x"), arg("weight"), arg("epsilon"));
+    kernels.def("layer_norm", layer_norm, arg("isa"), arg("x"), arg("weight"), arg("bias"), arg("epsilon"));
+    kernels.def("gelu_multiply", gelu_multiply, arg("isa"), arg("gate"), arg("up"));
+    kernels.def("clamped_swiglu", clamped_swiglu, arg("isa"), arg("gate"), arg("up"), arg("alpha"), arg("limit"));
+    kernels.def("sigmoid", sigmoid, arg("isa"), arg("x"));
+    kernels.def("softcap", softcap, arg("isa"), arg("cap"), arg("x"));
     kernels.def("silu_multiply", silu_multiply, arg("isa"), arg("gate"), arg("up"));
     kernels.def("softmax", softmax, arg("isa"), arg("x"));
     kernels.def("add_scaled", add_scaled, arg("isa"), arg("a"), arg("x"), arg("y"));

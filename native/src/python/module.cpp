@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -31,6 +32,73 @@ T field(const py::handle& map, const char* name) {
     return map[py::str(name)].cast<T>();
 }
 
+using edgemoe::Activation;
+using edgemoe::GroupScore;
+using edgemoe::QkNorm;
+using edgemoe::RouterScores;
+
+const std::map<std::string, QkNorm> kQkNorms{{"none", QkNorm::none}, {"head", QkNorm::head}, {"full", QkNorm::full}};
+const std::map<std::string, RouterScores> kRouterScores{{"softmax", RouterScores::softmax},
+                                                        {"softmax_topk", RouterScores::softmax_topk},
+                                                        {"sigmoid", RouterScores::sigmoid},
+                                                        {"sparsemixer", RouterScores::sparsemixer}};
+const std::map<std::string, GroupScore> kGroupScores{{"largest", GroupScore::largest},
+                                                     {"two_largest", GroupScore::two_largest}};
+const std::map<std::string, Activation> kActivations{{"silu", Activation::silu},
+                                                     {"gelu_tanh", Activation::gelu_tanh},
+                                                     {"clamped_swiglu", Activation::clamped_swiglu}};
+
+template <class T>
+T choice(const py::handle& map, const char* name, const std::map<std::string, T>& known) {
+    const auto value = field<std::string>(map, name);
+    const auto found = known.find(value);
+    if (found == known.end()) throw std::invalid_argument(std::string(name) + " = " + value + " is not known");
+    return found->second;
+}
+
+edgemoe::AttentionSpec make_attention(const py::handle& data, std::vector<edgemoe::RopeSpec>& ropes) {
+    edgemoe::AttentionSpec attention;
+    attention.heads = field<int>(data, "heads");
+    attention.kv_heads = field<int>(data, "kv_heads");
+    attention.head_dim = field<int>(data, "head_dim");
+    attention.scale = field<float>(data, "scale");
+    attention.qk_norm = choice(data, "qk_norm", kQkNorms);
+    attention.window = field<std::optional<int>>(data, "window").value_or(0);
+    attention.sinks = field<bool>(data, "sinks");
+    attention.bias = field<bool>(data, "bias");
+    attention.output_bias = field<bool>(data, "output_bias");
+    attention.value_norm = field<bool>(data, "value_norm");
+    attention.values_are_keys = field<bool>(data, "values_are_keys");
+    attention.clip_qkv = field<float>(data, "clip_qkv");
+    if (const py::handle rope = data["rope"]; !rope.is_none()) {
+        const edgemoe::RopeSpec found{field<std::vector<float>>(rope, "inverse_frequencies"),
+                                      field<float>(rope, "attention_factor"), field<bool>(rope, "interleaved")};
+        const auto known = std::find(ropes.begin(), ropes.end(), found);
+        attention.rope = static_cast<int>(known - ropes.begin());
+        if (known == ropes.end()) ropes.push_back(found);
+    }
+    return attention;
+}
+
+edgemoe::RouterSpec make_router(const py::handle& data) {
+    edgemoe::RouterSpec router;
+    router.scores = choice(data, "scores", kRouterScores);
+    router.renormalize = field<bool>(data, "renormalize");
+    router.renormalize_epsilon = field<float>(data, "renormalize_epsilon");
+    router.renormalize_least = field<float>(data, "renormalize_least");
+    router.selection_bias = field<bool>(data, "selection_bias");
+    router.bias = field<bool>(data, "bias");
+    router.groups = field<int>(data, "groups");
+    router.groups_kept = field<int>(data, "groups_kept");
+    router.group_score = choice(data, "group_score", kGroupScores);
+    router.weight_scale = field<float>(data, "weight_scale");
+    router.mask_threshold = field<float>(data, "mask_threshold");
+    router.input_norm = field<bool>(data, "input_norm");
+    router.input_scale = field<float>(data, "input_scale");
+    router.expert_scale = field<bool>(data, "expert_scale");
+    return router;
+}
+
 // From ModelSpec.to_dict(); edgemoe/spec.py has checked every value.
 ModelSpec make_spec(const py::dict& data) {
     ModelSpec spec;
@@ -38,27 +106,31 @@ ModelSpec make_spec(const py::dict& data) {
     spec.hidden_size = field<int>(data, "hidden_size");
     spec.context = field<int>(data, "context");
     spec.norm_epsilon = field<float>(data, "norm_epsilon");
+    spec.layer_norm = field<std::string>(data, "norm") == "layer";
+    spec.norm_offset = field<float>(data, "norm_offset");
     spec.tied_embeddings = field<bool>(data, "tied_embeddings");
+    spec.head_bias = field<bool>(data, "head_bias");
+    spec.embedding_multiplier = field<float>(data, "embedding_multiplier");
+    spec.residual_multiplier = field<float>(data, "residual_multiplier");
+    spec.logits_divisor = field<float>(data, "logits_divisor");
+    spec.logits_softcap = field<float>(data, "logits_softcap");
     for (const py::handle item : data["layers"]) {
         edgemoe::LayerSpec layer;
-        const py::handle attention = item["attention"];
-        layer.attention.heads = field<int>(attention, "heads");
-        layer.attention.kv_heads = field<int>(attention, "kv_heads");
-        layer.attention.head_dim = field<int>(attention, "head_dim");
-        layer.attention.scale = field<float>(attention, "scale");
-        layer.attention.head_norm = field<std::string>(attention, "qk_norm") == "head";
-        if (const py::handle rope = attention["rope"]; !rope.is_none()) {
-            const edgemoe::RopeSpec found{field<std::vector<float>>(rope, "inverse_frequencies"),
-                                          field<float>(rope, "attention_factor")};
-            const auto known = std::find(spec.ropes.begin(), spec.ropes.end(), found);
-            layer.attention.rope = static_cast<int>(known - spec.ropes.begin());
-            if (known == spec.ropes.end()) spec.ropes.push_back(found);
-        }
+        layer.attention = make_attention(item["attention"], spec.ropes);
         layer.ffn_dim = field<int>(item, "ffn_dim");
         layer.experts = field<int>(item, "experts");
         layer.top_k = field<int>(item, "top_k");
-        if (const py::handle router = item["router"]; !router.is_none())
-            layer.renormalize = field<bool>(router, "renormalize");
+        if (const py::handle router = item["router"]; !router.is_none()) layer.router = make_router(router);
+        layer.shared_dim = field<int>(item, "shared_dim");
+        layer.shared_gate = field<bool>(item, "shared_gate");
+        layer.ffn_bias = field<bool>(item, "ffn_bias");
+        layer.expert_bias = field<bool>(item, "expert_bias");
+        layer.activation = choice(item, "activation", kActivations);
+        layer.swiglu_alpha = field<float>(item, "swiglu_alpha");
+        layer.swiglu_limit = field<float>(item, "swiglu_limit");
+        layer.output_norms = field<bool>(item, "output_norms");
+        layer.branch_norms = field<bool>(item, "branch_norms");
+        layer.output_scale = field<bool>(item, "output_scale");
         spec.layers.push_back(layer);
     }
     return spec;
@@ -181,6 +253,8 @@ PYBIND11_MODULE(_core, module) {
             if (pointer) std::rethrow_exception(pointer);
         } catch (const edgemoe::IoError& error) {
             raise("ReadError", error);
+        } catch (const edgemoe::StateError& error) {
+            raise("StateError", error);
         } catch (const edgemoe::ContextError& error) {
             raise("ContextLengthError", error);
         }
