@@ -26,7 +26,7 @@ import numpy.typing as npt
 from edgemoe._core import __version__
 from edgemoe.errors import OptionError, PackError, SourceError, UnsupportedModelError
 from edgemoe.families import TensorSource, family_for
-from edgemoe.formats.ggml_blocks import READABLE, TYPES, BlockType
+from edgemoe.formats.ggml_blocks import READABLE, TYPES, BlockType, dequantize, mxfp4_blocks
 from edgemoe.formats.gguf import GgufModel, is_gguf
 from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.layouts import BLOCK as ROWS_AT_ONCE
@@ -59,6 +59,7 @@ BITS = (32, 16, 8, 4)
 _FOLDER_BITS = 4
 
 BLOBS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_MXFP4 = TYPES["mxfp4"]
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 # Weights converted at once, and bytes of finished expert sections that may wait for the disk.
@@ -79,7 +80,7 @@ def convert(
 
     bits: of the experts. 32: float32; 16: as the source has them (bfloat16, float16; float32, and what a GGUF file has
     quantized, is float32); 8 and 4: groups of 64 weights with a scale and an offset each. None: the blocks of a GGUF
-    file as they are, and 4 for a folder. dense_bits: of embedding, attention, dense feed-forward parts and output head;
+    file as they are, and 4 for a folder. MXFP4 weights of a folder stay what they are unless 32 is asked for. dense_bits: of embedding, attention, dense feed-forward parts and output head;
     unless given, 8 or `bits` if that is more, and as they are if the experts are. Routers and vectors are float32, the
     routers of a GGUF file whose weights are kept excepted.
     progress: called with (bytes written, bytes in all).
@@ -221,7 +222,7 @@ class SourceModel:
             raise type(error)(f"{path / 'config.json'}: {error}") from None
         generation_file = path / "generation_config.json"
         generation = _generation(config, read_json(generation_file) if generation_file.exists() else {}, path)
-        used = {tensor.name for tensor in sources.values()}
+        used = {tensor.name for tensor in sources.values()} | {tensor.scales for tensor in sources.values()}
         unused = [name for name in folder.names() if name not in used]
 
         def blobs() -> dict[str, bytes]:
@@ -421,7 +422,7 @@ def _plan_experts(plan: _Plan, number: int, sources: Mapping[str, TensorSource],
     parts = {
         part: Part(tensor.layout, 0, tensor.offset, shapes[part]) for part, tensor in zip(PARTS, section, strict=True)
     }
-    if bits is None:
+    if bits is None or set(layouts.values()) <= set(ROW_MAJOR):
         bits = max(bits_of(layout) for layout in layouts.values())
     plan.contents.experts[number] = ExpertLayer((Level(bits, parts),), tuple(sections))
 
@@ -432,6 +433,8 @@ def _length(section: list[_Tensor]) -> int:
 
 def _layout(folder: TensorFiles, bits: int | None, sources: Mapping[str, TensorSource], dtypes: set[str]) -> str:
     """The layout of a matrix, or of matrices that must share one: engine name -> source, and the types of these."""
+    if dtypes == {"mxfp4"} and bits != 32:
+        return "ggml.mxfp4"
     if bits is None:
         assert isinstance(folder, GgufTensors)
         kinds = {folder.block_type(source.name) for source in sources.values()}
@@ -449,18 +452,30 @@ def _checked_dtype(folder: TensorFiles, name: str, source: TensorSource, shape: 
     """The type of the source of engine tensor `name`, once its type and shape are known to be right."""
     info = folder.info(source.name)
     where = f"{folder.folder}: tensor {source.name}"
-    if info.dtype not in ("f32", "bf16", "f16"):
-        raise UnsupportedModelError(f"{where}: dtype {info.dtype} is not supported (f32, bf16 and f16 are)")
-    found = info.shape
+    found, dtype = info.shape, info.dtype
+    if source.scales is not None:
+        scales = folder.info(source.scales)
+        if (dtype, scales.dtype) != ("u8", "u8"):
+            raise UnsupportedModelError(f"{where} and its scales: dtypes {dtype}, {scales.dtype} are not uint8")
+        if found[-1:] != (_MXFP4.nbytes - 1,) or scales.shape != found[:-1]:
+            raise SourceError(f"{where}: shape {list(found)} does not go with scales {list(scales.shape)}")
+        found, dtype = (*found[:-2], found[-2] * _MXFP4.weights), "mxfp4"
+    elif dtype not in ("f32", "bf16", "f16"):
+        raise UnsupportedModelError(f"{where}: dtype {dtype} is not supported (f32, bf16 and f16 are)")
     if source.index is not None:
         found = found[1:] if found and source.index < found[0] else ()
     if source.rows is not None:
         found = (source.rows[1] - source.rows[0], *found[1:]) if found and source.rows[1] <= found[0] else ()
     if source.transpose:
         found = found[::-1]
+    if source.every is not None:
+        axis, (first, step) = (len(found) - 1 if len(shape) == 1 else 0), source.every
+        found = tuple(len(range(first, size, step)) if i == axis else size for i, size in enumerate(found))
+    if len(shape) == 1:
+        found = (math.prod(found),)
     if found != shape:
         raise SourceError(f"{where}: shape {list(info.shape)} does not give {name} {list(shape)}")
-    return info.dtype
+    return dtype
 
 
 def _generation(config: Mapping[str, Any], generation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -505,25 +520,35 @@ def _require_space(target: Path, size: int) -> None:
 def _packed_rows(folder: TensorFiles, tensor: _Tensor) -> Iterator[Bytes]:
     """The tensor's bytes, some blocks of rows at a time."""
     source = tensor.source
+    first, step = source.every or (0, 1)
     if tensor.layout == "vector":
-        values = folder.read(source.name, source.rows, source.index)
+        values = folder.read(source.name, source.rows, source.index)[..., first::step]
         yield pack("vector", _float32(values, tensor.dtype)).data
         return
     rows, columns = tensor.shape
-    whole = folder.read(source.name, source.rows, source.index).T if source.transpose else None
-    step = max(1, _WEIGHTS_AT_ONCE // (columns * ROWS_AT_ONCE)) * ROWS_AT_ONCE
-    first = source.rows[0] if source.rows else 0
-    for start in range(0, rows, step):
-        end = min(start + step, rows)
+    whole = None
+    if source.transpose:
+        whole = folder.read(source.name, source.rows, source.index).T[first::step]
+    at_once = max(1, _WEIGHTS_AT_ONCE // (columns * ROWS_AT_ONCE)) * ROWS_AT_ONCE
+    first += source.rows[0] if source.rows else 0
+
+    def read(name: str, start: int, end: int) -> npt.NDArray[Any]:
+        return folder.read(name, (first + step * start, first + step * (end - 1) + 1), source.index)[::step]
+
+    for start in range(0, rows, at_once):
+        end = min(start + at_once, rows)
+        if source.scales is not None:
+            blocks = mxfp4_blocks(read(source.name, start, end), read(source.scales, start, end))
+            if tensor.layout == "ggml.mxfp4":
+                yield blocks.reshape(-1).data
+            else:
+                yield pack("f32", dequantize("mxfp4", blocks.reshape(-1)).reshape(end - start, columns)).data
+            continue
         if tensor.layout in ROW_MAJOR:
             assert isinstance(folder, GgufTensors)
             yield memoryview(folder.read_blocks(source.name, (first + start, first + end), source.index))
             continue
-        values = (
-            whole[start:end]
-            if whole is not None
-            else folder.read(source.name, (first + start, first + end), source.index)
-        )
+        values = whole[start:end] if whole is not None else read(source.name, start, end)
         if tensor.layout == tensor.dtype:
             yield pack(tensor.layout, values).data
         elif tensor.layout in QUANTIZED:

@@ -22,13 +22,18 @@ class TensorSource:
     """Where an engine tensor lies in the source.
 
     name: the source tensor. index: the slice of its first axis, for stacked tensors. rows: the range (first, end) of
-    the rows that remain, for fused tensors. transpose: the source is [input, output]. They apply in this order.
+    the rows that remain, for fused tensors. transpose: the source is [input, output]. every: of the rows of the
+    result, or the elements of a vector's last axis, (first, step) says which remain, for alternating ones. They apply
+    in this order. scales: the source is MXFP4 blocks, uint8 [..., rows, blocks, 16], and this tensor their exponents,
+    uint8 [..., rows, blocks]. A vector may have any shape with as many elements in the source.
     """
 
     name: str
     index: int | None = None
     rows: tuple[int, int] | None = None
     transpose: bool = False
+    every: tuple[int, int] | None = None
+    scales: str | None = None
 
 
 class Family(Protocol):

@@ -190,9 +190,7 @@ def _yarn(
     )
 
 
-def _longrope(
-    scaling: Config, plain: tuple[float, ...], context: int, original: int, interleaved: bool
-) -> RopeSpec:
+def _longrope(scaling: Config, plain: tuple[float, ...], context: int, original: int, interleaved: bool) -> RopeSpec:
     """Each pair has a divisor for contexts up to the original one, and another for longer ones."""
     factor = scaling.number("factor", default=context / original)
     attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

@@ -14,11 +14,62 @@ import numpy as np
 
 from edgemoe.errors import SourceError, UnsupportedModelError
 from edgemoe.families import TensorSource
+from edgemoe.families._names import stacked
 from edgemoe.spec import MAX_LAYERS, ModelSpec
 
 # What changes a model's arithmetic, if a family does not know it.
 _MEANINGFUL = ("attention.", "rope.", "expert_", "ssm.", "shortconv.", "altup.")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+
+CONFIG = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "num_experts_per_tok": "expert_used_count",
+}
+"""Keys that nearly all families have."""
+
+LAYER = {
+    "attention_norm": "attn_norm.weight",
+    "q": "attn_q.weight",
+    "k": "attn_k.weight",
+    "v": "attn_v.weight",
+    "o": "attn_output.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+    "o_bias": "attn_output.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "sinks": "attn_sinks.weight",
+    "ffn_norm": "ffn_norm.weight",
+    "router": "ffn_gate_inp.weight",
+    "router_bias": "ffn_gate_inp.bias",
+    "selection_bias": "exp_probs_b.bias",
+    **{
+        f"{engine}.{part}{bias}": f"ffn_{part}{ending}.{'bias' if bias else 'weight'}"
+        for engine, ending in (("ffn", ""), ("shared", "_shexp"))
+        for part in ("gate", "up", "down")
+        for bias in ("", "_bias")
+    },
+    "shared_gate": "ffn_gate_inp_shexp.weight",
+    **{f"experts.{part}_bias": f"ffn_{part}_exps.bias" for part in ("gate", "up", "down")},
+}
+"""Tensors of a layer as nearly all families name them."""
+
+EXPERTS = {part: f"ffn_{part}_exps.weight" for part in ("gate", "up", "down")}
+_SCALING = {
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +79,30 @@ class GgufNames:
     architecture: value of `general.architecture`.
     config: name in config.json -> key. constants: configuration values that no file states.
     allowed: keys that a file may have, with the only values that are supported (an empty tuple: any, it has no effect).
+    per_layer: configuration values that may be lists, with an entry for each layer. scaling: values of
+    "rope.scaling.type" that become `rope_scaling`.
     layer: every engine tensor that a layer may have -> tensor, after "blk.N.". experts: part -> tensor of all experts
-    of a layer.
+    of a layer; gate_up: the tensor of their gates above their ups, where a file has them so. known: tensors of layers
+    and "rope_" tensors that a file may have without effect.
     """
 
     architecture: str
     config: Mapping[str, str]
-    layer: Mapping[str, str]
-    experts: Mapping[str, str]
+    layer: Mapping[str, str] = field(default_factory=lambda: LAYER)
+    experts: Mapping[str, str] = field(default_factory=lambda: EXPERTS)
+    gate_up: str = "ffn_gate_up_exps.weight"
+    per_layer: frozenset[str] = frozenset()
+    scaling: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     model: Mapping[str, str] = field(
-        default_factory=lambda: {"embedding": _EMBEDDING, "final_norm": "output_norm.weight", "head": _HEAD}
+        default_factory=lambda: {
+            "embedding": _EMBEDDING,
+            "final_norm": "output_norm.weight",
+            "head": _HEAD,
+            "head_bias": "output.bias",
+        }
     )
 
     def configuration(self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -49,10 +112,18 @@ class GgufNames:
         """
         prefix = self.architecture + "."
         values = {key[len(prefix) :]: _plain(key, value) for key, value in metadata.items() if key.startswith(prefix)}
-        rope = values.pop("rope.scaling.type", "none")
-        if rope != "none":
-            raise UnsupportedModelError(f"{prefix}rope.scaling.type = {_short(rope)} is not supported (only none is)")
         known = set(self.config.values())
+        config = dict(self.constants)
+        rope = values.pop("rope.scaling.type", "none")
+        if rope in self.scaling:
+            scaling = {name: values[key] for name, key in _SCALING.items() if key in values}
+            config["rope_scaling"] = {"rope_type": rope, **scaling, **config.get("rope_scaling", {})}
+            known |= set(_SCALING.values())
+        elif rope != "none":
+            only = ", ".join(("none", *self.scaling))
+            raise UnsupportedModelError(f"{prefix}rope.scaling.type = {_short(rope)} is not supported (only {only})")
+        else:
+            config.pop("rope_scaling", None)
         heads = values.get("attention.key_length")
         allowed = {
             "rope.scaling.finetuned": (),
@@ -70,10 +141,9 @@ class GgufNames:
                     raise UnsupportedModelError(f"{prefix}{key} = {_short(value)} is not supported")
             elif key.startswith(_MEANINGFUL):
                 raise UnsupportedModelError(f"{prefix}{key} = {_short(value)} is not supported")
-        config = dict(self.constants)
         for name, key in self.config.items():
             if key in values:
-                config[name] = _single(prefix + key, values[key])
+                config[name] = values[key] if name in self.per_layer else _single(prefix + key, values[key])
         if _EMBEDDING not in shapes:
             raise SourceError(f"tensor {_EMBEDDING} is missing")
         config["vocab_size"] = shapes[_EMBEDDING][0]
@@ -94,12 +164,18 @@ class GgufNames:
                 _, layer_number, part = name.split(".", 2)
                 sources[name] = TensorSource(f"blk.{layer_number}.{self.layer[part]}")
         for number, layer in enumerate(spec.layers):
+            here, gate_up = f"layers.{number}.experts.", f"blk.{number}.{self.gate_up}"
             for expert in range(layer.experts):
+                if gate_up in names:
+                    down = f"blk.{number}.{self.experts['down']}"
+                    sources |= stacked(f"{here}{expert}.", layer.ffn_dim, expert, gate_up, down)
+                    continue
                 for part, tensor in self.experts.items():
-                    engine_name = f"layers.{number}.experts.{expert}.{part}"
-                    sources[engine_name] = TensorSource(f"blk.{number}.{tensor}", index=expert)
+                    sources[f"{here}{expert}.{part}"] = TensorSource(f"blk.{number}.{tensor}", index=expert)
         used = {source.name for source in sources.values()}
         for name in names:
+            if name in self.known:
+                continue
             if name not in used and (_layer(name) < len(spec.layers) or name.startswith("rope_")):
                 raise UnsupportedModelError(
                     f"tensor {_short(name)} is not part of {self.architecture} as it is known here"

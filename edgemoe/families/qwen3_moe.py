@@ -8,61 +8,23 @@ from typing import Any
 
 from edgemoe.families import TensorSource
 from edgemoe.families._config import Config
-from edgemoe.families._gguf import GgufNames
+from edgemoe.families._gguf import CONFIG, GgufNames
+from edgemoe.families._names import ATTENTION, Names, gated
 from edgemoe.spec import MAX_LAYERS, AttentionSpec, LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "qwen3_moe"
 
-_MODEL = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
-_LAYER = {
-    "attention_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "ffn_norm": "post_attention_layernorm.weight",
-    "router": "mlp.gate.weight",
-    "ffn.gate": "mlp.gate_proj.weight",
-    "ffn.up": "mlp.up_proj.weight",
-    "ffn.down": "mlp.down_proj.weight",
-}
-
+_NAMES = Names({**ATTENTION, "router": "mlp.gate.weight", **gated("ffn", "mlp")})
 _GGUF = GgufNames(
     architecture="qwen3moe",
     config={
-        "hidden_size": "embedding_length",
-        "num_hidden_layers": "block_count",
-        "max_position_embeddings": "context_length",
-        "intermediate_size": "feed_forward_length",
-        "num_attention_heads": "attention.head_count",
-        "num_key_value_heads": "attention.head_count_kv",
-        "head_dim": "attention.key_length",
-        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-        "rope_theta": "rope.freq_base",
+        **CONFIG,
         "num_experts": "expert_count",
-        "num_experts_per_tok": "expert_used_count",
         "moe_intermediate_size": "expert_feed_forward_length",
         "norm_topk_prob": "expert_weights_norm",
     },
     constants={"norm_topk_prob": True},
     allowed={"expert_gating_func": (0, 1), "expert_weights_scale": (0.0, 1.0), "expert_shared_count": (0,)},
-    layer={
-        "attention_norm": "attn_norm.weight",
-        "q": "attn_q.weight",
-        "k": "attn_k.weight",
-        "v": "attn_v.weight",
-        "o": "attn_output.weight",
-        "q_norm": "attn_q_norm.weight",
-        "k_norm": "attn_k_norm.weight",
-        "ffn_norm": "ffn_norm.weight",
-        "router": "ffn_gate_inp.weight",
-        "ffn.gate": "ffn_gate.weight",
-        "ffn.up": "ffn_up.weight",
-        "ffn.down": "ffn_down.weight",
-    },
-    experts={"gate": "ffn_gate_exps.weight", "up": "ffn_up_exps.weight", "down": "ffn_down_exps.weight"},
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
 
@@ -118,26 +80,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
 
 def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str]) -> dict[str, TensorSource]:
     """Experts lie one by one, or stacked (transformers 5, `save_original_format=False`) with gate above up."""
-    sources = {}
-    for name in spec.dense_tensors():
-        if name in _MODEL:
-            sources[name] = TensorSource(_MODEL[name])
-        else:
-            _, layer_number, part = name.split(".", 2)
-            sources[name] = TensorSource(f"model.layers.{layer_number}.{_LAYER[part]}")
-    for number, layer in enumerate(spec.layers):
-        size, there = layer.ffn_dim, f"model.layers.{number}.mlp.experts."
-        stacked = there + "gate_up_proj" in names
-        for expert in range(layer.experts):
-            here = f"layers.{number}.experts.{expert}."
-            if stacked:
-                sources[here + "gate"] = TensorSource(there + "gate_up_proj", index=expert, rows=(0, size))
-                sources[here + "up"] = TensorSource(there + "gate_up_proj", index=expert, rows=(size, 2 * size))
-                sources[here + "down"] = TensorSource(there + "down_proj", index=expert)
-            else:
-                for part in ("gate", "up", "down"):
-                    sources[here + part] = TensorSource(f"{there}{expert}.{part}_proj.weight")
-    return sources
+    return _NAMES.sources(spec, names)
 
 
 def spec_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:

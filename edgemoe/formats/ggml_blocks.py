@@ -226,6 +226,14 @@ def _mxfp4(blocks: Bytes) -> Floats:
     return values
 
 
+def mxfp4_blocks(nibbles: Bytes, exponents: Bytes) -> Bytes:
+    """Blocks of type mxfp4 of weights as Hugging Face folders hold them, where a byte has two neighbours, the first in
+    its low bits: uint8 [..., 16] and [...] -> uint8 [..., 17]."""
+    codes = np.stack((nibbles & np.uint8(15), nibbles >> np.uint8(4)), axis=-1).reshape(*nibbles.shape[:-1], 32)
+    packed = codes[..., :16] | (codes[..., 16:] << np.uint8(4))
+    return np.concatenate((exponents[..., None], packed), axis=-1)
+
+
 READABLE: dict[str, Callable[[Bytes], npt.NDArray[Any]]] = {
     "f32": _f32,
     "f16": _f16,

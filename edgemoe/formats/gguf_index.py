@@ -7,6 +7,7 @@ its own. There are no checksums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def build_index(source: GgufSource) -> GgufIndex:
 
     dense = {}
     for name, shape in spec.dense_tensors().items():
-        dense[name] = DenseTensor(len(sections), 0, _layout(source, name), shape)
+        dense[name] = DenseTensor(len(sections), 0, _layout(source, name, len(shape) == 1), shape)
         sections.append(RawSection((extent(name),)))
     experts = {}
     for number, layer in enumerate(spec.layers):
@@ -160,14 +161,15 @@ def _check_shape(model: GgufModel, name: str, source: TensorSource, shape: tuple
         found = found[1:] if len(found) > 1 and source.index < found[0] else ()
     if source.rows is not None:
         found = (source.rows[1] - source.rows[0], *found[1:]) if found and source.rows[1] <= found[0] else ()
+    if len(shape) == 1:
+        found = (math.prod(found),)
     if found != shape:
         raise SourceError(f"tensor {source.name}: shape {list(info.shape)} does not give {name} {list(shape)}")
 
 
-def _layout(source: GgufSource, name: str) -> str:
+def _layout(source: GgufSource, name: str, vector: bool = False) -> str:
     tensor = source.sources[name]
     kind = source.model.info(tensor.name).type
-    vector = len(source.model.info(tensor.name).shape) == 1
     if kind not in READABLE or (vector and kind != "f32"):
         what = "a vector" if vector else "a tensor"
         raise UnsupportedModelError(

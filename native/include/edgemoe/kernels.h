@@ -100,8 +100,8 @@ struct Kernels {
     // out = (x * (1 / sqrt(mean(x^2) + epsilon))) * weight. out may be x.
     void (*rms_norm)(std::span<const float> x, const float* weight, float epsilon, float* out);
 
-    // mean = sum(x) / n; variance = sum((x - mean)^2) / n; out = fma((x - mean) * (1 / sqrt(variance + epsilon)), weight,
-    // bias). out may be x.
+    // mean = sum(x) / n; variance = sum((x - mean)^2) / n; out = fma((x - mean) * (1 / sqrt(variance + epsilon)),
+    // weight, bias). out may be x.
     void (*layer_norm)(std::span<const float> x, const float* weight, const float* bias, float epsilon, float* out);
 
     // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. out may be gate.

@@ -32,7 +32,9 @@ struct KvShape {
     // chunk are stored before its first token attends.
     int kept_blocks(int context, int chunk) const;
     // The first block that holds a position which the token at `position` or a later one sees.
-    int first_block(int position) const { return window && position >= window ? (position - window + 1) / kKvBlock : 0; }
+    int first_block(int position) const {
+        return window && position >= window ? (position - window + 1) / kKvBlock : 0;
+    }
 };
 
 // Positions that are asked for are not kept any more.

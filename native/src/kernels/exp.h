@@ -33,7 +33,8 @@ inline constexpr float kC5 = 1.9875691500e-4f;
 
 namespace edgemoe {
 
-// GELU's tanh form: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x / (1 + exp(-kGeluScale (x + kGeluCubic x^3))).
+// GELU's tanh form: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x / (1 + exp(-kGeluScale (x + kGeluCubic
+// x^3))).
 inline constexpr float kGeluCubic = 0.044715f;
 inline constexpr float kGeluScale = 1.59576912160573071f;  // 2 sqrt(2 / pi)
 

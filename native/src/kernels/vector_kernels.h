@@ -357,9 +357,7 @@ struct VectorKernels {
     }
 
     // x / (1 + exp(-z))
-    static EDGEMOE_INLINE F gated(F x, F z) {
-        return V::div(x, V::add(V::set1(1.0f), exp_of(V::sub(V::zero(), z))));
-    }
+    static EDGEMOE_INLINE F gated(F x, F z) { return V::div(x, V::add(V::set1(1.0f), exp_of(V::sub(V::zero(), z)))); }
 
     static void silu_multiply(std::span<const float> gate, const float* up, float* out) {
         each(gate, up, out, [](F g, F u) EDGEMOE_INLINE_LAMBDA { return V::mul(gated(g, g), u); });

@@ -72,7 +72,8 @@ void Engine::attention(int number, int count, std::span<const int32_t> positions
         };
         for (int h = 0; h < a.heads; ++h) turn(queries.data() + size_t(h) * dim, layer.q_norm);
         for (int h = 0; h < a.kv_heads; ++h) {
-            const std::span<float> key = keys.subspan(size_t(h) * dim, dim), value = values.subspan(size_t(h) * dim, dim);
+            const std::span<float> key = keys.subspan(size_t(h) * dim, dim),
+                                   value = values.subspan(size_t(h) * dim, dim);
             turn(key.data(), layer.k_norm);
             if (a.value_norm) kernels_.rms_norm(value, ones_.data(), spec_.norm_epsilon, value.data());
             kernels_.store_key(options_.key_type, key, slot, state.keys(number, block, h));

@@ -274,8 +274,7 @@ FeedForward Engine::feed_forward(const std::string& name, int dim, bool bias) co
 }
 
 int Engine::add_sequence() {
-    sequences_.push_back(
-        std::make_unique<SequenceState>(kv_shapes(spec_, options_), options_.context, options_.chunk));
+    sequences_.push_back(std::make_unique<SequenceState>(kv_shapes(spec_, options_), options_.context, options_.chunk));
     return static_cast<int>(sequences_.size()) - 1;
 }
 

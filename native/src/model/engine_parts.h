@@ -58,18 +58,18 @@ struct Engine::Layer {
     Norm attention_output_norm;
 
     Norm ffn_norm;
-    FeedForward dense;        // what every token goes through: a dense layer's part, or the shared expert
+    FeedForward dense;         // what every token goes through: a dense layer's part, or the shared expert
     const float* shared_gate;  // [hidden]
-    Matrix router;            // [experts, hidden], of a mixture of experts
+    Matrix router;             // [experts, hidden], of a mixture of experts
     const float* router_bias;
-    const float* router_norm;      // [hidden] of the router's own input
-    const float* selection_bias;   // [experts]
-    const float* expert_scale;     // [experts]
-    Matrix gate, up, down;         // of routed experts: shapes and layouts, data comes from the store
-    const float* gate_bias;        // [experts, ffn]
-    const float* up_bias;          // [experts, ffn]
-    const float* down_bias;        // [experts, hidden]
-    Norm expert_norm;              // of the routed experts' own input
+    const float* router_norm;     // [hidden] of the router's own input
+    const float* selection_bias;  // [experts]
+    const float* expert_scale;    // [experts]
+    Matrix gate, up, down;        // of routed experts: shapes and layouts, data comes from the store
+    const float* gate_bias;       // [experts, ffn]
+    const float* up_bias;         // [experts, ffn]
+    const float* down_bias;       // [experts, hidden]
+    Norm expert_norm;             // of the routed experts' own input
     Norm expert_output_norm;
     Norm shared_output_norm;
     Norm ffn_output_norm;

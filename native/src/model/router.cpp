@@ -49,8 +49,8 @@ void keep_best_groups(const RouterSpec& spec, std::span<float> choice, int32_t* 
 
 }  // namespace
 
-// Fills scores [count, experts] with the router's logits for `normed`, the stream after ffn_norm. A router with a norm of
-// its own reads the stream itself; `projected` is overwritten then.
+// Fills scores [count, experts] with the router's logits for `normed`, the stream after ffn_norm. A router with a norm
+// of its own reads the stream itself; `projected` is overwritten then.
 void Engine::router_logits(int number, int count, const float* normed) {
     Scratch& s = *scratch_;
     const Layer& layer = layers_[number];
@@ -63,9 +63,8 @@ void Engine::router_logits(int number, int count, const float* normed) {
     const Activations input{values, spec_.hidden_size, nullptr, nullptr, nullptr};
     product({&layer.router, 1}, input, count, {&s.scores, 1});
     if (layer.router_bias)
-        each_token(count, [&](int t) {
-            kernels_.add_scaled(1.0f, layer.router_bias, {s.scores + t * experts, experts});
-        });
+        each_token(count,
+                   [&](int t) { kernels_.add_scaled(1.0f, layer.router_bias, {s.scores + t * experts, experts}); });
 }
 
 // From the logits in `scores`: sorts the first top_k of order [count, experts] by falling preference and, unless

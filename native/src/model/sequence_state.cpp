@@ -70,7 +70,8 @@ void SequenceState::truncate(int length) {
 }
 
 size_t SequenceState::used_bytes(int layer, int length) const {
-    return shapes_[layer].block_bytes() * (blocks(length) - std::min(shapes_[layer].first_block(length), blocks(length)));
+    return shapes_[layer].block_bytes() *
+           (blocks(length) - std::min(shapes_[layer].first_block(length), blocks(length)));
 }
 
 size_t SequenceState::snapshot_bytes() const {

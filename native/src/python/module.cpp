@@ -44,9 +44,8 @@ const std::map<std::string, RouterScores> kRouterScores{{"softmax", RouterScores
                                                         {"sparsemixer", RouterScores::sparsemixer}};
 const std::map<std::string, GroupScore> kGroupScores{{"largest", GroupScore::largest},
                                                      {"two_largest", GroupScore::two_largest}};
-const std::map<std::string, Activation> kActivations{{"silu", Activation::silu},
-                                                     {"gelu_tanh", Activation::gelu_tanh},
-                                                     {"clamped_swiglu", Activation::clamped_swiglu}};
+const std::map<std::string, Activation> kActivations{
+    {"silu", Activation::silu}, {"gelu_tanh", Activation::gelu_tanh}, {"clamped_swiglu", Activation::clamped_swiglu}};
 
 template <class T>
 T choice(const py::handle& map, const char* name, const std::map<std::string, T>& known) {

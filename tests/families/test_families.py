@@ -1,0 +1,123 @@
+"""Every family against `transformers`, against its own GGUF form, and against itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edgemoe
+import edgemoe.model
+from edgemoe.convert import convert
+from edgemoe.memory import plan_budget
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("gguf")
+
+from family_table import CASES, VOCABULARY, expected_logits, write_folder, write_gguf
+
+F32_STATE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "context": 512, "memory": "2GB"}
+Load = Callable[..., edgemoe.Model]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The name of a case, and a folder with its model as "hf" and, converted at 32 bits, "model.emoe"."""
+    folder = tmp_path_factory.mktemp("model")
+    write_folder(folder / "hf", CASES[request.param])
+    convert(folder / "hf", folder / "model.emoe", 32)
+    return request.param, folder
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Loads with a given chunk size or share of the experts instead of what the budget gives."""
+
+    def load(path: Path, chunk: int = 512, share: float = 1.0, **options: Any) -> edgemoe.Model:
+        def plan(*arguments: Any) -> Any:
+            budget = plan_budget(*arguments)
+            return dataclasses.replace(budget, chunk=chunk, expert_slots=max(1, int(budget.expert_slots * share)))
+
+        monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
+        return edgemoe.load(path, **{**F32_STATE, **options})
+
+    return load
+
+
+def tokens_of(name: str) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, VOCABULARY, CASES[name].positions).astype(np.int32)
+
+
+def test_logits_equal_transformers(model: tuple[str, Path], load: Load) -> None:
+    name, folder = model
+    tokens = tokens_of(name)
+    expected = expected_logits(folder / "hf", CASES[name], tokens)
+    tolerance = 2e-3 * (expected.max() - expected.min())
+    with load(folder / "model.emoe") as engine:
+        assert np.abs(engine.logits(tokens) - expected).max() <= tolerance
+        # The second half token by token.
+        half = len(tokens) // 2
+        engine.logits(tokens[:half])
+        steps = [engine.forward([tokens[i]], [i], [0], [0])[0] for i in range(half, len(tokens))]
+        assert np.abs(np.stack(steps) - expected[half:]).max() <= tolerance
+
+
+def test_gguf_of_the_same_weights(model: tuple[str, Path], load: Load) -> None:
+    name, folder = model
+    tokens = tokens_of(name)
+    path = write_gguf(folder / "model.gguf", folder / "hf", CASES[name])
+    with load(folder / "model.emoe") as engine:
+        expected = engine.logits(tokens)
+    with load(path) as engine:
+        # Pairs of rotary elements may be summed in another order.
+        assert np.abs(engine.logits(tokens) - expected).max() <= 1e-4 * (expected.max() - expected.min())
+
+
+def test_bits_do_not_depend_on_how_they_are_computed(model: tuple[str, Path], load: Load) -> None:
+    name, folder = model
+    tokens = tokens_of(name)
+    with load(folder / "model.emoe", threads=1) as engine:
+        expected = engine.logits(tokens).tobytes()
+    variants: list[dict[str, Any]] = [{"threads": 3}, {"chunk": 7}, {"share": 0.4, "threads": 2, "chunk": 33}]
+    for variant in variants:
+        with load(folder / "model.emoe", **variant) as engine:
+            assert engine.logits(tokens).tobytes() == expected, variant
+
+
+def test_generation_in_four_tenths_of_the_memory(model: tuple[str, Path], load: Load) -> None:
+    name, folder = model
+    prompt = tokens_of(name)[:20].tolist()
+    texts = []
+    for share in (1.0, 0.4):
+        with load(folder / "model.emoe", share=share) as engine:
+            texts.append("".join(engine.generate(prompt, max_tokens=24, temperature=0, ignore_eos=True)))
+            again = "".join(engine.generate(prompt[:12], max_tokens=4, temperature=0, ignore_eos=True))
+            texts.append(again)
+    assert texts[:2] == texts[2:]
+    assert texts[0]
+
+
+def test_snapshots_and_prefixes(model: tuple[str, Path], load: Load) -> None:
+    name, folder = model
+    tokens = tokens_of(name)
+    cut = len(tokens) - 30
+    with load(folder / "model.emoe", chunk=16) as engine:
+        expected = engine.logits(tokens)[-1].tobytes()
+        engine.logits(tokens[:cut])
+        held = engine.snapshot()
+        engine.logits(tokens[::-1].copy())
+        engine.restore(held)
+        steps = np.arange(cut, len(tokens), dtype=np.int32)
+        after = engine.forward(tokens[cut:], steps, np.zeros_like(steps), [len(steps) - 1])
+        assert after[0].tobytes() == expected
+        # A shorter prefix than what is held: cut off, or computed anew where a window has moved on.
+        for length in (len(tokens) - 5, 3, len(tokens) - 1):
+            other = [*tokens[:length].tolist(), 5, 6]
+            reused = engine._next_logits(other).tobytes()
+            assert engine.logits(other)[-1].tobytes() == reused
+            engine._next_logits(tokens.tolist())
