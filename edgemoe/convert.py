@@ -80,9 +80,10 @@ def convert(
 
     bits: of the experts. 32: float32; 16: as the source has them (bfloat16, float16; float32, and what a GGUF file has
     quantized, is float32); 8 and 4: groups of 64 weights with a scale and an offset each. None: the blocks of a GGUF
-    file as they are, and 4 for a folder. MXFP4 weights of a folder stay what they are unless 32 is asked for. dense_bits: of embedding, attention, dense feed-forward parts and output head;
-    unless given, 8 or `bits` if that is more, and as they are if the experts are. Routers and vectors are float32, the
-    routers of a GGUF file whose weights are kept excepted.
+    file as they are, and 4 for a folder. MXFP4 weights of a folder stay what they are unless 32 is asked for.
+    dense_bits: of embedding, attention, dense feed-forward parts and output head; unless given, 8 or `bits` if that is
+    more, and as they are if the experts are. Routers and vectors are float32, the routers of a GGUF file whose weights
+    are kept excepted.
     progress: called with (bytes written, bytes in all).
 
     The target appears when it is complete. An interrupted conversion (KeyboardInterrupt, a killed process) leaves

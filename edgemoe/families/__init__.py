@@ -43,6 +43,10 @@ class Family(Protocol):
     GGUF_ARCHITECTURE: str | None
     """`general.architecture` of its GGUF files; None where there are none."""
 
+    GGUF_VALUES: tuple[str, ...]
+    """Vectors of GGUF files whose values `spec_from_gguf` finds, as lists, in the metadata under their names (may be
+    left out)."""
+
     def spec(self, config: Mapping[str, Any]) -> ModelSpec:
         """The model of a config.json. Raises UnsupportedModelError for what a ModelSpec cannot express."""
         ...

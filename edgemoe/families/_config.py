@@ -100,6 +100,7 @@ class Config:
         partial: float | None = None,
         interleaved: bool = False,
         types: tuple[str, ...] = ("default",),
+        parameters: Config | None = None,
     ) -> RopeSpec:
         """Rotary embedding of a head of `head_dim`, as the configuration scales it.
 
@@ -107,10 +108,13 @@ class Config:
         partial: the part of the head that turns, where the configuration says nothing; None: always the whole head.
         types: those that the family is known to have, of default, linear, proportional, yarn (Peng et al. 2023) and
         longrope (Ding et al. 2024). Others are refused by name.
+        parameters: what stands for `rope_parameters`, where a configuration has several of them.
         """
         theta = self.number("rope_theta", default=default_theta)
         scaling = self.part("rope_scaling")
-        if self.has("rope_parameters"):
+        if parameters is not None:
+            scaling = parameters
+        elif self.has("rope_parameters"):
             scaling = self.part("rope_parameters")
         theta = scaling.number("rope_theta", default=theta)
         if partial is None:

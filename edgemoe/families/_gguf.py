@@ -112,12 +112,19 @@ class GgufNames:
         """
         prefix = self.architecture + "."
         values = {key[len(prefix) :]: _plain(key, value) for key, value in metadata.items() if key.startswith(prefix)}
+        # In metadata, as `Family.GGUF_VALUES` asks for them.
+        factors = {key: value for key, value in metadata.items() if key.startswith("rope_factors_")}
         known = set(self.config.values())
         config = dict(self.constants)
         rope = values.pop("rope.scaling.type", "none")
         if rope in self.scaling:
             scaling = {name: values[key] for name, key in _SCALING.items() if key in values}
             config["rope_scaling"] = {"rope_type": rope, **scaling, **config.get("rope_scaling", {})}
+            if rope == "longrope" and "rope.scaling.attn_factor" in values:
+                config["rope_scaling"]["attention_factor"] = values["rope.scaling.attn_factor"]
+            for kind in ("short", "long"):
+                if f"rope_factors_{kind}.weight" in factors:
+                    config["rope_scaling"][f"{kind}_factor"] = factors[f"rope_factors_{kind}.weight"]
             known |= set(_SCALING.values())
         elif rope != "none":
             only = ", ".join(("none", *self.scaling))

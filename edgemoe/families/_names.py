@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -27,7 +28,7 @@ ATTENTION = {
 MODEL = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
 
 EXPERTS = {part: f"mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")}
-STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+STACKED = (("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),)
 
 MIXTRAL_EXPERTS = {
     part: f"block_sparse_moe.experts.{{}}.{name}.weight"
@@ -51,34 +52,33 @@ class Names:
 
     model: engine tensor outside the layers -> name. layer: every engine tensor that a layer may have -> name after
     "model.layers.N.". experts: part -> name after that, "{}" for the expert's number. stacked: the names of all
-    experts' gates above their ups, and of their downs, where a folder has them so.
+    experts' gates above their ups, and of their downs, where a folder has them so; the first that is there counts.
     """
 
     layer: Mapping[str, str | tuple[str, ...]]
     experts: Mapping[str, str] = field(default_factory=lambda: EXPERTS)
-    stacked: tuple[str, str] = STACKED
+    stacked: tuple[tuple[str, str], ...] = STACKED
     model: Mapping[str, str] = field(default_factory=lambda: MODEL)
 
-    def sources(self, spec: ModelSpec, names: Collection[str], prefix: str = "") -> dict[str, TensorSource]:
-        """Engine tensor name -> source. names: all tensors of the folder. prefix: before every name."""
+    def sources(self, spec: ModelSpec, names: Collection[str], root: str = "model.") -> dict[str, TensorSource]:
+        """Engine tensor name -> source. names: all tensors of the folder. root: stands for "model." in every name."""
         names = frozenset(names)
         sources = {}
         for name in spec.dense_tensors():
             if name in self.model:
-                sources[name] = TensorSource(prefix + self.model[name])
+                sources[name] = TensorSource(re.sub("^model\\.", root, self.model[name]))
             else:
                 _, layer_number, part = name.split(".", 2)
                 known = self.layer[part]
-                found = [
-                    f"{prefix}model.layers.{layer_number}.{n}" for n in ([known] if isinstance(known, str) else known)
-                ]
+                found = [f"{root}layers.{layer_number}.{n}" for n in ([known] if isinstance(known, str) else known)]
                 sources[name] = TensorSource(next((n for n in found if n in names), found[0]))
         for number, layer in enumerate(spec.layers):
-            here, there = f"layers.{number}.experts.", f"{prefix}model.layers.{number}."
-            gate_up, down = (there + name for name in self.stacked)
+            here, there = f"layers.{number}.experts.", f"{root}layers.{number}."
+            pairs = [(there + gate_up, there + down) for gate_up, down in self.stacked]
+            together = next((pair for pair in pairs if pair[0] in names), None)
             for expert in range(layer.experts):
-                if gate_up in names:
-                    sources |= stacked(f"{here}{expert}.", layer.ffn_dim, expert, gate_up, down)
+                if together:
+                    sources |= stacked(f"{here}{expert}.", layer.ffn_dim, expert, *together)
                 else:
                     for part, form in self.experts.items():
                         sources[f"{here}{expert}.{part}"] = TensorSource(there + form.format(expert))

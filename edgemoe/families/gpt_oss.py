@@ -106,12 +106,12 @@ def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection
         if name in MODEL:
             sources[name] = TensorSource(MODEL[name])
             continue
-        _, number, part = name.split(".", 2)
+        _, layer_number, part = name.split(".", 2)
         if part.startswith("experts."):
             matrix, every = _FIRST[part.removeprefix("experts.").removesuffix("_bias")]
-            sources[name] = TensorSource(f"model.layers.{number}.mlp.experts.{matrix}_bias", every=every)
+            sources[name] = TensorSource(f"model.layers.{layer_number}.mlp.experts.{matrix}_bias", every=every)
         else:
-            sources[name] = TensorSource(f"model.layers.{number}.{_LAYER[part]}")
+            sources[name] = TensorSource(f"model.layers.{layer_number}.{_LAYER[part]}")
     for number, layer in enumerate(spec.layers):
         for expert in range(layer.experts):
             for part, (matrix, every) in _FIRST.items():

@@ -8,7 +8,7 @@ its own. There are no checksums.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class GgufSource:
         shapes = {name: info.shape for name, info in model.tensors.items()}
         try:
             family = gguf_family_for(model.metadata)
-            spec = family.spec_from_gguf(model.metadata, shapes)
+            metadata = {**model.metadata, **_values(model, getattr(family, "GGUF_VALUES", ()))}
+            spec = family.spec_from_gguf(metadata, shapes)
             # Before a list of all expert tensors is made: a hostile file may speak of millions.
             experts = sum(layer.experts for layer in spec.layers)
             if experts > MAX_EXPERTS:
@@ -140,6 +141,18 @@ def gguf_generation(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
             generation[ours] = value
     return generation
+
+
+def _values(model: GgufModel, names: Iterable[str]) -> dict[str, list[float]]:
+    """Of the vectors with these names that are there."""
+    values = {}
+    for name in names:
+        if name in model.tensors:
+            info = model.info(name)
+            if info.type != "f32" or math.prod(info.shape) > 1 << 14:
+                raise UnsupportedModelError(f"tensor {name}: {list(info.shape)} of type {info.type} is not supported")
+            values[name] = model.read(name).reshape(-1).tolist()
+    return values
 
 
 def _check_shapes(model: GgufModel, spec: ModelSpec, sources: Mapping[str, TensorSource]) -> None:

@@ -51,6 +51,7 @@ class Case:
     convert: Callable[[Arrays, Any], Arrays] = lambda tensors, config: tensors
     oracle: Mapping[str, Any] = field(default_factory=dict)
     positions: int = 96
+    context: int = 512
 
 
 def stack_experts(tensors: Arrays) -> Arrays:
@@ -97,6 +98,41 @@ def split_gates(tensors: Arrays, config: Any) -> Arrays:
     return result
 
 
+def gemma_names(tensors: Arrays, config: Any) -> Arrays:
+    """Gemma 4: tensors that are no weights of matrices, and the frequencies' factors."""
+    result = {}
+    for name, values in tensors.items():
+        name = re.sub(r"model\.layers\.(\d+)\.router\.scale", r"blk.\1.ffn_gate_inp.scale", name)
+        name = re.sub(r"model\.layers\.(\d+)\.router\.per_expert_scale", r"blk.\1.ffn_down_exps.scale", name)
+        result[name + ".weight" if name.endswith(("layer_scalar", "gate_up_proj", "down_proj")) else name] = values
+    number = config.layer_types.index("full_attention")
+    pairs = config.per_layer_config[number].head_dim // 2
+    turning = int(config.rope_parameters["full_attention"]["partial_rotary_factor"] * 2 * pairs // 2)
+    result["rope_freqs.weight"] = np.array([1.0] * turning + [1e30] * (pairs - turning), np.float32)
+    return result
+
+
+def long_rope(tensors: Arrays, config: Any) -> Arrays:
+    """Phi: LongRoPE's divisors are tensors."""
+    scaling = config.rope_parameters
+    return tensors | {
+        f"rope_factors_{kind}.weight": np.array(scaling[f"{kind}_factor"], np.float32) for kind in ("short", "long")
+    }
+
+
+def split_stacked(tensors: Arrays, config: Any) -> Arrays:
+    """Granite: gates and ups apart, rows of queries and keys in Llama's order."""
+    result = {}
+    for name, values in neighbours(tensors, config).items():
+        found = re.fullmatch(r"model\.layers\.(\d+)\.block_sparse_moe\.input_linear\.weight", name)
+        if found:
+            for part, half in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
+                result[f"blk.{found[1]}.ffn_{part}_exps.weight"] = half
+        else:
+            result[name] = values
+    return result
+
+
 def write_folder(folder: Path, case: Case) -> None:
     """Random weights that are large enough for the routers to have opinions."""
     import tokenizers
@@ -111,7 +147,7 @@ def write_folder(folder: Path, case: Case) -> None:
             if "inv_freq" in name or "embed_scale" in name:
                 continue
             noise = torch.randn(values.shape)
-            if "norm" in name and not name.endswith("bias") or "scal" in name:
+            if ("norm" in name and not name.endswith("bias")) or "scal" in name:
                 values.copy_(1 + 0.3 * noise)
             elif values.dim() == 1 or name.endswith("_bias"):
                 values.copy_(0.5 * noise)
@@ -172,7 +208,7 @@ def write_gguf(path: Path, folder: Path, case: Case, kind: Callable[[str], str] 
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.head_count_kv": SIZES["num_key_value_heads"],
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         **case.metadata,
     }
@@ -237,6 +273,48 @@ _MINIMAX_KEYS = {
     "rope.freq_base": 5e6,
 }
 
+_GEMMA = {
+    "num_experts": 6,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 48,
+    "enable_moe_block": True,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "pad_token_id": 0,
+}
+_GEMMA_KEYS = {
+    "expert_count": 6,
+    "expert_used_count": 2,
+    "expert_feed_forward_length": 48,
+    "attention.key_length": 32,
+    "attention.value_length": 32,
+    "attention.key_length_swa": 16,
+    "attention.value_length_swa": 16,
+    "attention.shared_kv_layers": 0,
+    "embedding_length_per_layer_input": 0,
+    "rope.freq_base": 1e6,
+    "rope.freq_base_swa": 1e4,
+    "rope.dimension_count": 32,
+    "rope.dimension_count_swa": 16,
+}
+_PHI = {"num_local_experts": 6}
+_PHI_KEYS = {"expert_count": 6, "expert_used_count": 2, "rope.freq_base": 1e6, "rope.dimension_count": 16}
+_LONG_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e6,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+    "short_mscale": 1.2,
+    "long_mscale": 1.2,
+    "original_max_position_embeddings": 64,
+}
+_LONG_ROPE_KEYS = {
+    "rope.scaling.type": "longrope",
+    "rope.scaling.original_context_length": 64,
+    "rope.scaling.attn_factor": 1.2,
+}
+
 CASES: dict[str, Case] = {
     "qwen2_moe": Case(
         "Qwen2MoeConfig",
@@ -268,6 +346,7 @@ CASES: dict[str, Case] = {
         },
         "olmoe",
         {
+            "attention.head_count_kv": 4,
             "expert_count": 8,
             "expert_used_count": 3,
             "expert_weights_norm": True,
@@ -375,5 +454,111 @@ CASES: dict[str, Case] = {
         {**_MINIMAX, "num_experts_per_tok": 4},
         "minimax-m2",
         {**_MINIMAX_KEYS, "expert_used_count": 4, "rope.dimension_count": 24},
+    ),
+    "gemma4": Case(
+        "Gemma4TextConfig",
+        {
+            **_GEMMA,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 5.0,
+            "sliding_window": 40,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "num_hidden_layers": 4,
+        },
+        "gemma4",
+        {
+            **_GEMMA_KEYS,
+            "attention.head_count_kv": [2, 1, 2, 1],
+            "attention.sliding_window": 40,
+            "attention.sliding_window_pattern": [True, False, True, False],
+            "final_logit_softcapping": 5.0,
+        },
+        gemma_names,
+        positions=170,
+    ),
+    "gemma4, values of their own, half of the pairs turn": Case(
+        "Gemma4TextConfig",
+        {
+            **_GEMMA,
+            "sliding_window": 12,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "proportional", "rope_theta": 3e5, "partial_rotary_factor": 0.5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+        "gemma4",
+        {
+            **_GEMMA_KEYS,
+            "attention.sliding_window": 12,
+            "attention.sliding_window_pattern": [True, True, False],
+            "rope.freq_base": 3e5,
+            "rope.freq_base_swa": 5e3,
+        },
+        gemma_names,
+    ),
+    "gemma4, without experts": Case(
+        "Gemma4TextConfig",
+        {**_GEMMA, "enable_moe_block": False, "num_hidden_layers": 2},
+        "gemma4",
+        {
+            **{key: value for key, value in _GEMMA_KEYS.items() if not key.startswith("expert")},
+            "attention.sliding_window": 512,
+            "attention.sliding_window_pattern": [True, False],
+        },
+        gemma_names,
+    ),
+    "phimoe": Case(
+        "PhimoeConfig",
+        {**_PHI, "attention_bias": True, "lm_head_bias": True, "rope_parameters": _LONG_ROPE},
+        "phimoe",
+        {**_PHI_KEYS, **_LONG_ROPE_KEYS},
+        long_rope,
+        # transformers 5 never takes the long factors; the model's authors take them for long sequences.
+        oracle={"rope_parameters": {**_LONG_ROPE, "short_factor": _LONG_ROPE["long_factor"]}},
+        positions=200,
+    ),
+    "phimoe, within the original context": Case(
+        "PhimoeConfig",
+        {**_PHI, "attention_bias": True, "rope_parameters": _LONG_ROPE},
+        "phimoe",
+        {**_PHI_KEYS, **_LONG_ROPE_KEYS},
+        long_rope,
+        positions=62,
+        context=64,
+    ),
+    "phimoe, plain": Case("PhimoeConfig", {**_PHI, "router_jitter_noise": 0.3, "sliding_window": 30}, "", {}),
+    "granitemoe": Case(
+        "GraniteMoeConfig",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "attention_bias": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.5,
+            "tie_word_embeddings": True,
+        },
+        "granitemoe",
+        {
+            "expert_count": 6,
+            "expert_used_count": 3,
+            "rope.freq_base": 10000.0,
+            "rope.dimension_count": 16,
+            "embedding_scale": 3.0,
+            "residual_scale": 0.4,
+            "attention.scale": 0.1,
+            "logit_scale": 2.5,
+        },
+        split_stacked,
+    ),
+    "granitemoe, plain": Case(
+        "GraniteMoeConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.25},
+        "granitemoe",
+        {"expert_count": 4, "expert_used_count": 2, "rope.freq_base": 10000.0, "attention.scale": 0.25},
+        split_stacked,
     ),
 }

@@ -1,0 +1,17 @@
+"""The text part of Gemma 4 by itself, as `Gemma4ForCausalLM` saves it."""
+
+from __future__ import annotations
+
+from edgemoe.families.gemma4 import gguf_tensor_sources, spec, spec_from_gguf, tensor_sources
+
+__all__ = [
+    "GGUF_ARCHITECTURE",
+    "MODEL_TYPE",
+    "gguf_tensor_sources",
+    "spec",
+    "spec_from_gguf",
+    "tensor_sources",
+]
+
+MODEL_TYPE = "gemma4_text"
+GGUF_ARCHITECTURE = None  # gemma4's

@@ -1,0 +1,114 @@
+"""Phi-3.5-MoE (Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE): LayerNorms with biases, biases in attention and output head,
+LongRoPE, a SparseMixer router.
+
+LongRoPE's frequencies are chosen by the context that a model is loaded with. GGUF files do not state the router's
+threshold, which is that of all released models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from edgemoe.families import TensorSource
+from edgemoe.families._config import Config
+from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
+from edgemoe.families._names import ATTENTION, MIXTRAL_EXPERTS, MODEL, Names
+from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
+
+MODEL_TYPE = "phimoe"
+
+_NAMES = Names(
+    {
+        **ATTENTION,
+        "attention_norm_bias": "input_layernorm.bias",
+        "ffn_norm_bias": "post_attention_layernorm.bias",
+        "router": ("block_sparse_moe.gate.weight", "mlp.router.weight"),
+    },
+    MIXTRAL_EXPERTS,
+    model={**MODEL, "final_norm_bias": "model.norm.bias", "head_bias": "lm_head.bias"},
+)
+_GGUF = GgufNames(
+    architecture="phimoe",
+    config={
+        **CONFIG,
+        "num_local_experts": "expert_count",
+        "sliding_window": "attention.sliding_window",
+    },
+    allowed={
+        "rope.dimension_count": (),  # whole heads
+        "expert_gating_func": (0, 1),
+        "expert_weights_scale": (0.0, 1.0),
+        "expert_feed_forward_length": (),  # of the tensors, which are checked
+        "rope.scaling.attn_factor": (),
+    },
+    layer={**LAYER, "attention_norm_bias": "attn_norm.bias", "ffn_norm_bias": "ffn_norm.bias"},
+    model={
+        "embedding": "token_embd.weight",
+        "final_norm": "output_norm.weight",
+        "final_norm_bias": "output_norm.bias",
+        "head": "output.weight",
+        "head_bias": "output.bias",
+    },
+    scaling=("longrope",),
+    known=("rope_factors_short.weight", "rope_factors_long.weight"),
+)
+GGUF_ARCHITECTURE = _GGUF.architecture
+GGUF_VALUES = _GGUF.known
+
+
+def spec(config: Mapping[str, Any]) -> ModelSpec:
+    c = Config(config, MODEL_TYPE)
+    c.require(hidden_act="silu", quantization_config=None)
+    hidden, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
+    head_dim = c.integer("head_dim", default=max(1, hidden // heads), most=1 << 14)
+    bias = c.flag("attention_bias", default=False)
+    attention = AttentionSpec(
+        kind="full",
+        heads=heads,
+        kv_heads=c.integer("num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        value_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=c.rope(head_dim, 1e6, types=("default", "longrope")),
+        window=c.integer("sliding_window", most=1 << 30) if c.has("sliding_window") else None,
+        bias=bias,
+        output_bias=bias,
+    )
+    layer = LayerSpec(
+        attention,
+        ffn_dim=c.integer("intermediate_size"),
+        experts=c.integer("num_local_experts", "num_experts"),
+        top_k=c.integer("num_experts_per_tok", default=2),
+        router=RouterSpec(
+            scores="sparsemixer",
+            renormalize=False,
+            mask_threshold=2 * c.number("router_jitter_noise", default=0.01),
+        ),
+    )
+    return ModelSpec(
+        family=MODEL_TYPE,
+        vocab_size=c.integer("vocab_size"),
+        hidden_size=hidden,
+        context=c.integer("max_position_embeddings", most=1 << 30),
+        layers=(layer,) * c.layers(),
+        norm_epsilon=c.number("rms_norm_eps", default=1e-5),
+        norm="layer",
+        tied_embeddings=c.flag("tie_word_embeddings", default=False),
+        head_bias=c.flag("lm_head_bias", default=False),
+    )
+
+
+def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str]) -> dict[str, TensorSource]:
+    return _NAMES.sources(spec, names)
+
+
+def spec_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
+    if "rope_factors_long.weight" in metadata:  # some files have the factors and no type
+        metadata = {"phimoe.rope.scaling.type": "longrope", **metadata}
+    config = _GGUF.configuration(metadata, shapes)
+    return spec({**config, "attention_bias": "blk.0.attn_q.bias" in shapes, "lm_head_bias": "output.bias" in shapes})
+
+
+def gguf_tensor_sources(spec: ModelSpec, names: Collection[str]) -> dict[str, TensorSource]:
+    return _GGUF.sources(spec, names)
