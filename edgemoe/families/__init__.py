@@ -93,5 +93,21 @@ def gguf_family_for(metadata: Mapping[str, Any]) -> Family:
     return families[architecture]
 
 
+def describe(name: str) -> dict[str, Any]:
+    """What the docstring of a family says, which begins "Name (models): features.": model_type, gguf_architecture (or
+    None), name, models (a list), features."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    text = " ".join((module.__doc__ or "").partition("\n\n")[0].split())
+    title, _, rest = text.partition(" (")
+    models, _, features = rest.partition("): ")
+    return {
+        "model_type": name,
+        "gguf_architecture": getattr(module, "GGUF_ARCHITECTURE", None),
+        "name": title,
+        "models": models.split(", "),
+        "features": features.removesuffix("."),
+    }
+
+
 def _family(name: str) -> Family:
     return cast(Family, importlib.import_module(f"{__name__}.{name}"))

@@ -1,6 +1,6 @@
-"""Gemma 4 with experts (gemma-4-26B-A4B), its text part: layers that see a window and layers that see everything, each
-with head sizes and rotary embedding of their own; values without weights in their norm, in global layers the keys'
-projections; a dense part beside the experts; norms before and after every part; soft-capped logits.
+"""Gemma 4 with experts, its text part (gemma-4-26B-A4B): layers that see a window and layers that see everything, each
+with head sizes and rotary embedding of their own, normed values that global layers take from the key projection, GELU,
+a dense part beside the experts, a scale for every expert, norms before and after every part, soft-capped logits.
 
 Vision and audio tensors are not used. Per-layer embeddings and layers that share keys and values (gemma-4-E2B, E4B) are
 refused.
@@ -120,11 +120,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
             if values_are_keys:
                 kv_heads = c.integer("num_global_key_value_heads", default=kv_heads)
         ropes = c.part("rope_parameters")
-        if kind == _GLOBAL:
-            types, default = ("default", "proportional"), {"rope_type": "proportional", "partial_rotary_factor": 0.25}
-            theta = 1e6
-        else:
-            types, default, theta = ("default",), {}, 1e4
+        usual = {_LOCAL: {}, _GLOBAL: {"rope_type": "proportional", "partial_rotary_factor": 0.25}}[kind]
         return AttentionSpec(
             kind="full",
             heads=heads,
@@ -134,10 +130,10 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
             scale=1.0,
             rope=c.rope(
                 head_dim,
-                theta,
+                1e4 if kind == _LOCAL else 1e6,
                 partial=1.0,
-                types=types,
-                parameters=ropes.part(kind) if ropes.has(kind) else Config(default, MODEL_TYPE),
+                types=("default",) if kind == _LOCAL else ("default", "proportional"),
+                parameters=ropes.part(kind) if ropes.has(kind) else Config(usual, MODEL_TYPE),
             ),
             qk_norm="head",
             window=window if kind == _LOCAL else None,

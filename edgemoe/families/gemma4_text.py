@@ -1,4 +1,4 @@
-"""The text part of Gemma 4 by itself, as `Gemma4ForCausalLM` saves it."""
+"""Gemma 4's text part by itself (Gemma4ForCausalLM): as gemma4."""
 
 from __future__ import annotations
 

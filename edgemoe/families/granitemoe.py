@@ -1,6 +1,8 @@
 """Granite 3 with experts (granite-3.1-1b-a400m, granite-3.1-3b-a800m): multipliers on embeddings, attention, residual
-stream and logits; the router chooses by its logits and then normalizes. GGUF files have query and key rows in such an
-order that neighbours are a rotary pair."""
+stream and logits, a router that chooses by its logits and normalizes the chosen ones.
+
+GGUF files have query and key rows in such an order that neighbours are a rotary pair.
+"""
 
 from __future__ import annotations
 

@@ -199,7 +199,11 @@ def write_gguf(path: Path, folder: Path, case: Case, kind: Callable[[str], str] 
         values = values.astype(np.float32)
         if values.shape[0] == 1 and values.ndim == 2:
             values = values[0]
-        tensors[known] = Tensor(values.shape, BLOCKS["f32"][0], values.tobytes())
+        chosen = kind(known)
+        data = values.tobytes()
+        if chosen != "f32":
+            data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[chosen.upper()]).tobytes()
+        tensors[known] = Tensor(values.shape, BLOCKS[chosen][0], data)
     metadata = byte_level_metadata()
     metadata["general.architecture"] = case.architecture
     keys = {

@@ -247,7 +247,12 @@ def test_elementwise_is_the_same_everywhere(seed: int, size: int, wild: bool) ->
     with np.errstate(over="ignore", invalid="ignore"):
         spread = x * np.float32(rng.choice([1, 10, 100]))
     check_nan_bits(same_everywhere("rms_norm", x, y, 1e-6))
+    check_nan_bits(same_everywhere("layer_norm", spread, y, x, 1e-6))
     check_nan_bits(same_everywhere("silu_multiply", spread, y))
+    check_nan_bits(same_everywhere("gelu_multiply", spread, y))
+    check_nan_bits(same_everywhere("clamped_swiglu", spread, y, 1.702, 7.0))
+    check_nan_bits(same_everywhere("sigmoid", spread))
+    check_nan_bits(same_everywhere("softcap", 30.0, spread))
     check_nan_bits(same_everywhere("softmax", spread))
     check_nan_bits(same_everywhere("add_scaled", float(rng.standard_normal()), x, y))
     head = floats(rng, 2 * size + int(rng.integers(0, 20)), wild=wild)
@@ -271,6 +276,30 @@ def test_elementwise_against_numpy(seed: int, size: int) -> None:
     gate = x * 20
     expected = gate / (1 + np.exp(-gate.astype(np.float64))) * y64
     np.testing.assert_allclose(kernels.silu_multiply("scalar", gate, y), expected, rtol=5 * EPSILON, atol=1e-44)
+
+    wide = gate.astype(np.float64)
+    inner = np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
+    expected = wide / (1 + np.exp(-2 * inner)) * y64
+    # exp turns a relative error of its argument into one of as many units.
+    bound = (10 + 8 * np.abs(inner)) * EPSILON * np.abs(expected) + 1e-37
+    assert (np.abs(kernels.gelu_multiply("scalar", gate, y) - expected) <= bound).all()
+
+    alpha, limit = 1.702, 7.0
+    low, up = np.minimum(wide, limit), np.clip(y64 * 5, -limit, limit)
+    expected = low / (1 + np.exp(-alpha * low)) * (up + 1)
+    bound = (8 + 3 * np.abs(low)) * EPSILON * np.abs(low) * (np.abs(up) + 1)
+    actual = kernels.clamped_swiglu("scalar", gate, y * np.float32(5), alpha, limit)
+    assert (np.abs(actual - expected) <= bound + 1e-44).all()
+
+    expected = 1 / (1 + np.exp(-wide))
+    np.testing.assert_allclose(kernels.sigmoid("scalar", gate), expected, rtol=4 * EPSILON, atol=1e-44)
+    assert (np.abs(kernels.softcap("scalar", 30.0, gate) - 30 * np.tanh(wide / 30)) <= 30 * 4 * EPSILON).all()
+
+    mean, deviation = x64.mean(), x64.std()
+    expected = (x64 - mean) / np.sqrt(deviation**2 + 1e-5) * y64 + x64
+    scale = np.abs(x64).max() / np.sqrt(deviation**2 + 1e-5)
+    bound = (size / 8 + 20) * EPSILON * ((scale + 1) * (1 + scale) * np.abs(y64) + np.abs(x64))
+    assert (np.abs(kernels.layer_norm("scalar", x, y, x, 1e-5) - expected) <= bound).all()
 
     shifted = np.exp(gate.astype(np.float64) - gate.max())
     # x - max rounds: up to 2^-24 |x - max| relative in exp.
@@ -320,7 +349,11 @@ def test_a_nan_stays_visible(isa: str) -> None:
             x[place] = np.nan
             assert np.isnan(kernels.rms_norm(isa, x, y, 1e-6)).all()
             assert np.isnan(kernels.softmax(isa, x)).all()
-            assert np.isnan(kernels.silu_multiply(isa, x, y)[place])
+            assert np.isnan(kernels.layer_norm(isa, x, y, y, 1e-6)).all()
+            for name, options in (("silu_multiply", ()), ("gelu_multiply", ()), ("clamped_swiglu", (1.7, 7.0))):
+                assert np.isnan(getattr(kernels, name)(isa, x, y, *options)[place])
+            assert np.isnan(kernels.clamped_swiglu(isa, y, x, 1.7, 7.0)[place])
+            assert np.isnan(kernels.sigmoid(isa, x)[place]) and np.isnan(kernels.softcap(isa, 30.0, x)[place])
             for layout in LAYOUTS:
                 data = tame_matrix(rng, layout, 20, size)
                 assert np.isnan(kernels.matmul(isa, layout, data, 20, size, x[None])).all()
