@@ -23,7 +23,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
 from family_table import CASES, VOCABULARY, Case, expected_logits, read_folder, write_folder, write_gguf
-from gguf_writer import BLOCKS
 
 TOKENS = np.random.default_rng(2).integers(0, VOCABULARY, 150).astype(np.int32)
 F32_STATE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "memory": "2GB", "context": 512}
