@@ -247,9 +247,9 @@ class ModelSpec:
             if layer.shared_gate:
                 shapes[prefix + "shared_gate"] = (hidden,)
             if layer.expert_bias:
-                shapes[prefix + "experts.gate_bias"] = (layer.experts * layer.ffn_dim,)
-                shapes[prefix + "experts.up_bias"] = (layer.experts * layer.ffn_dim,)
-                shapes[prefix + "experts.down_bias"] = (layer.experts * hidden,)
+                shapes[prefix + "expert_gate_bias"] = (layer.experts * layer.ffn_dim,)
+                shapes[prefix + "expert_up_bias"] = (layer.experts * layer.ffn_dim,)
+                shapes[prefix + "expert_down_bias"] = (layer.experts * hidden,)
         norm("final_norm")
         if not self.tied_embeddings:
             shapes["head"] = (self.vocab_size, hidden)

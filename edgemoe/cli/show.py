@@ -68,12 +68,14 @@ def _pack_facts(path: Path) -> dict[str, Any]:
 
 def _folder_facts(path: Path) -> dict[str, Any]:
     from edgemoe.convert import SourceModel
+    from edgemoe.formats.ggml_blocks import TYPES
 
     model = SourceModel.open(path)
     sizes: dict[str, dict[str, int]] = {"dense": {}, "experts": {}}
     for name, shape, dtype in model.tensors():
         kind = sizes["experts" if ".experts." in name else "dense"]
-        kind[dtype] = kind.get(dtype, 0) + math.prod(shape) * (4 if dtype == "f32" else 2)
+        block = TYPES[dtype]
+        kind[dtype] = kind.get(dtype, 0) + math.prod(shape) * block.nbytes // block.weights
     dense, experts = sum(sizes["dense"].values()), sum(sizes["experts"].values())
     return {
         **_spec_facts(path, "safetensors", model.spec, model.generation),

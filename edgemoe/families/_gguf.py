@@ -59,7 +59,7 @@ LAYER = {
         for bias in ("", "_bias")
     },
     "shared_gate": "ffn_gate_inp_shexp.weight",
-    **{f"experts.{part}_bias": f"ffn_{part}_exps.bias" for part in ("gate", "up", "down")},
+    **{f"expert_{part}_bias": f"ffn_{part}_exps.bias" for part in ("gate", "up", "down")},
 }
 """Tensors of a layer as nearly all families name them."""
 

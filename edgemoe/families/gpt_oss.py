@@ -107,8 +107,8 @@ def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection
             sources[name] = TensorSource(MODEL[name])
             continue
         _, layer_number, part = name.split(".", 2)
-        if part.startswith("experts."):
-            matrix, every = _FIRST[part.removeprefix("experts.").removesuffix("_bias")]
+        if part.startswith("expert_"):
+            matrix, every = _FIRST[part.removeprefix("expert_").removesuffix("_bias")]
             sources[name] = TensorSource(f"model.layers.{layer_number}.mlp.experts.{matrix}_bias", every=every)
         else:
             sources[name] = TensorSource(f"model.layers.{layer_number}.{_LAYER[part]}")

@@ -1,5 +1,5 @@
-"""MiniMax-M2 (MiniMax-M2): a part of each head turns, query and key norms over all heads, sigmoid router with a bias for
-the choice, every layer a mixture of experts."""
+"""MiniMax-M2 (MiniMax-M2): a part of each head turns, query and key norms over all heads, sigmoid router with a bias
+for the choice, every layer a mixture of experts."""
 
 from __future__ import annotations
 

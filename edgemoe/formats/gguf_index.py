@@ -52,8 +52,8 @@ class GgufSource:
         shapes = {name: info.shape for name, info in model.tensors.items()}
         try:
             family = gguf_family_for(model.metadata)
-            metadata = {**model.metadata, **_values(model, getattr(family, "GGUF_VALUES", ()))}
-            spec = family.spec_from_gguf(metadata, shapes)
+            values = _values(model, getattr(family, "GGUF_VALUES", ()))
+            spec = family.spec_from_gguf({**model.metadata, **values}, shapes)
             # Before a list of all expert tensors is made: a hostile file may speak of millions.
             experts = sum(layer.experts for layer in spec.layers)
             if experts > MAX_EXPERTS:
@@ -62,7 +62,7 @@ class GgufSource:
             _check_shapes(model, spec, sources)
         except (UnsupportedModelError, SourceError) as error:
             raise type(error)(f"{model.path}: {error}") from None
-        used = {source.name for source in sources.values()}
+        used = {source.name for source in sources.values()} | values.keys()
         generation = gguf_generation(model.metadata, str(model.path))
         return cls(model, spec, sources, generation, [name for name in model.names() if name not in used])
 

@@ -133,8 +133,9 @@ def split_stacked(tensors: Arrays, config: Any) -> Arrays:
     return result
 
 
-def write_folder(folder: Path, case: Case) -> None:
-    """Random weights that are large enough for the routers to have opinions."""
+def write_folder(folder: Path, case: Case, original: bool = True) -> None:
+    """Random weights that are large enough for the routers to have opinions. original: under the names of released
+    models, otherwise under transformers' own."""
     import tokenizers
     import torch
     import transformers
@@ -154,7 +155,7 @@ def write_folder(folder: Path, case: Case) -> None:
             else:
                 fan = values.shape[-2] if config.model_type == "gpt_oss" and values.dim() == 3 else values.shape[-1]
                 values.copy_(noise * 2.0 * fan**-0.5)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=original)
     vocabulary = {f"<{i}>": i for i in range(VOCABULARY)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<0>"))
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -46,6 +46,17 @@ def logits(path: Path, **options: Any) -> np.ndarray:
         return model.logits(TOKENS)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
+def test_the_names_transformers_saves_by_itself(tmp_path: Path, name: str) -> None:
+    """Experts stacked, some tensors renamed: the pack is the same."""
+    for original in (True, False):
+        write_folder(tmp_path / str(original), CASES[name], original)
+        convert(tmp_path / str(original), tmp_path / f"{original}.emoe", 32)
+    packs = [Pack.open(tmp_path / f"{original}.emoe") for original in (True, False)]
+    assert [section.checksum for section in packs[0].sections] == [section.checksum for section in packs[1].sections]
+    assert packs[0].unused == packs[1].unused == []
+
+
 # -- MXFP4 ----------------------------------------------------------------------------------------------------------
 
 

@@ -149,9 +149,9 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
             if (spec_of.shared_dim) layer.dense = feed_forward(p + "shared.", spec_of.shared_dim, spec_of.ffn_bias);
             if (spec_of.shared_gate) layer.shared_gate = vector(p + "shared_gate", hidden);
             if (spec_of.expert_bias) {
-                layer.gate_bias = vector(p + "experts.gate_bias", spec_of.experts * spec_of.ffn_dim);
-                layer.up_bias = vector(p + "experts.up_bias", spec_of.experts * spec_of.ffn_dim);
-                layer.down_bias = vector(p + "experts.down_bias", spec_of.experts * hidden);
+                layer.gate_bias = vector(p + "expert_gate_bias", spec_of.experts * spec_of.ffn_dim);
+                layer.up_bias = vector(p + "expert_up_bias", spec_of.experts * spec_of.ffn_dim);
+                layer.down_bias = vector(p + "expert_down_bias", spec_of.experts * hidden);
             }
             const auto found = index_.experts.find(number);
             if (found == index_.experts.end() || found->second.sections.size() != size_t(spec_of.experts))
