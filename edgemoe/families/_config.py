@@ -86,6 +86,12 @@ class Config:
             raise UnsupportedModelError(f"{self._family}: {name} = {_short(value)} is not a map")
         return Config(value, f"{self._family}: {name}")
 
+    def allow(self, *names: str) -> None:
+        """Refuses everything else that is present."""
+        for name, value in self._values.items():
+            if value is not None and name not in names:
+                raise UnsupportedModelError(f"{self._family}: {name} = {_short(value)} is not supported")
+
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 

@@ -112,7 +112,9 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         head_dim = c.integer("head_dim", default=256, most=1 << 14)
         kv_heads = c.integer("num_key_value_heads", default=heads)
         if c.has("per_layer_config"):
+            c.part("per_layer_config").allow(*map(str, range(layers)))
             own = c.part("per_layer_config").part(str(number))
+            own.allow("head_dim", "num_key_value_heads")
             head_dim = own.integer("head_dim", default=head_dim, most=1 << 14)
             kv_heads = own.integer("num_key_value_heads", default=kv_heads)
         elif kind == _GLOBAL:

@@ -32,6 +32,7 @@ _GGUF = GgufNames(
         "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
         "norm_topk_prob": "expert_weights_norm",
     },
+    scaling=("linear", "yarn"),
     allowed={"expert_gating_func": (0, 1), "expert_weights_scale": (0.0, 1.0), "expert_shared_count": (0, 1)},
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
@@ -49,7 +50,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         head_dim=head_dim,
         value_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=c.rope(head_dim),
+        rope=c.rope(head_dim, types=("default", "linear", "yarn")),
         bias=c.flag("qkv_bias", default=True),
     )
     dense_layers = c.integers("mlp_only_layers")

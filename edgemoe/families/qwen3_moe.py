@@ -24,6 +24,7 @@ _GGUF = GgufNames(
         "norm_topk_prob": "expert_weights_norm",
     },
     constants={"norm_topk_prob": True},
+    scaling=("linear", "yarn"),
     allowed={"expert_gating_func": (0, 1), "expert_weights_scale": (0.0, 1.0), "expert_shared_count": (0,)},
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
@@ -49,7 +50,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         head_dim=head_dim,
         value_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=c.rope(head_dim),
+        rope=c.rope(head_dim, types=("default", "linear", "yarn")),
         qk_norm="head",
     )
     dense_layers = c.integers("mlp_only_layers")

@@ -133,16 +133,16 @@ def split_stacked(tensors: Arrays, config: Any) -> Arrays:
     return result
 
 
-def write_folder(folder: Path, case: Case, original: bool = True) -> None:
-    """Random weights that are large enough for the routers to have opinions. original: under the names of released
-    models, otherwise under transformers' own."""
+def write_folder(folder: Path, case: Case, original: bool = True) -> Any:
+    """Random weights that are large enough for the routers to have opinions; returns transformers' model of them.
+    original: under the names of released models, otherwise under transformers' own."""
     import tokenizers
     import torch
     import transformers
 
     torch.manual_seed(7)
     config = getattr(transformers, case.config)(**{**SIZES, **case.options})
-    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(torch.float32).eval()
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" in name or "embed_scale" in name:
@@ -160,6 +160,7 @@ def write_folder(folder: Path, case: Case, original: bool = True) -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<0>"))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<1>"}))
+    return model
 
 
 def read_folder(folder: Path) -> Arrays:
@@ -168,20 +169,25 @@ def read_folder(folder: Path) -> Arrays:
     return load_file(folder / "model.safetensors")
 
 
-def expected_logits(folder: Path, case: Case, tokens: npt.NDArray[np.int32]) -> Array:
-    """From the stored weights in float32, so that only the engine's own rounding is left to differ."""
+def expected_logits(model: Any, tokens: npt.NDArray[np.int32]) -> Array:
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens[None].astype(np.int64)), use_cache=False).logits[0].numpy()
+    return np.asarray(logits)
+
+
+def with_options(folder: Path, options: Mapping[str, Any]) -> Any:
+    """Transformers' model of a folder, with other options than its configuration has."""
     import torch
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    for name, value in case.oracle.items():
+    for name, value in options.items():
         setattr(config, name, value)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    return transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation="eager"
     )
-    with torch.no_grad():
-        logits = model(torch.tensor(tokens[None].astype(np.int64)), use_cache=False).logits[0].numpy()
-    return np.asarray(logits)
 
 
 def write_gguf(path: Path, folder: Path, case: Case, kind: Callable[[str], str] = lambda name: "f32") -> Path:
@@ -333,6 +339,18 @@ CASES: dict[str, Case] = {
         "qwen2moe",
         {**_QWEN2_KEYS, "expert_weights_norm": True},
     ),
+    "qwen2_moe, YaRN": Case(
+        "Qwen2MoeConfig",
+        {**_QWEN2, "num_experts": 6, "num_experts_per_tok": 2, "rope_parameters": {**_YARN, "rope_theta": 1e4}},
+        "qwen2moe",
+        {
+            **_QWEN2_KEYS,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 8.0,
+            "rope.scaling.original_context_length": 64,
+        },
+        positions=150,
+    ),
     "olmoe": Case(
         "OlmoeConfig",
         {"num_experts": 8, "num_experts_per_tok": 3},
@@ -426,7 +444,14 @@ CASES: dict[str, Case] = {
         "Glm4MoeConfig",
         {**_GLM, "norm_topk_prob": False, "first_k_dense_replace": 2},
         "glm4moe",
-        {**_GLM_KEYS, "expert_weights_norm": False, "leading_dense_block_count": 2},
+        {
+            **_GLM_KEYS,
+            "expert_weights_norm": False,
+            "leading_dense_block_count": 2,
+            "block_count": 4,
+            "nextn_predict_layers": 1,
+        },
+        lambda tensors, config: {**tensors, "blk.3.nextn.eh_proj.weight": np.zeros((64, 128), np.float32)},
     ),
     "ernie4_5_moe": Case(
         "Ernie4_5_MoeConfig",

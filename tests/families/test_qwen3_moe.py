@@ -134,8 +134,9 @@ def test_expert_count_under_its_other_name() -> None:
 @pytest.mark.parametrize(
     ("changes", "quoted"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: rope_type = 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: type = 'linear'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling: rope_type = 'dynamic'"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling: type = 'su'"),
+        ({"rope_scaling": {"type": "yarn", "factor": -4.0}}, "factor = -4.0"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: rope_type = 'llama3'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor = 0.25"),

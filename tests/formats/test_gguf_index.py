@@ -118,7 +118,7 @@ def test_generation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"rope.scaling.type": "yarn"}, UnsupportedModelError, "qwen3moe.rope.scaling.type = 'yarn'"),
+        ({"rope.scaling.type": "longrope"}, UnsupportedModelError, "qwen3moe.rope.scaling.type = 'longrope'"),
         ({"rope.dimension_count": 8}, UnsupportedModelError, "qwen3moe.rope.dimension_count = 8"),
         ({"attention.value_length": 8}, UnsupportedModelError, "qwen3moe.attention.value_length = 8"),
         ({"attention.sliding_window": 128}, UnsupportedModelError, "qwen3moe.attention.sliding_window = 128"),

@@ -19,7 +19,7 @@ void Engine::expert_ffn(int number, int count) {
     route(number, count);
 
     // Pairs of (token, slot) by expert. Experts are asked for in the order of their tokens, most first; for a single
-    // token that is its slot order, the largest weight first.
+    // token that is its slot order, the router's first choice first.
     std::vector<int32_t> begins(spec.experts + 1, 0);
     for (int pair = 0; pair < count * top_k; ++pair) ++begins[s.picks[pair] + 1];
     std::vector<int32_t> active;
