@@ -253,6 +253,7 @@ def test_elementwise_is_the_same_everywhere(seed: int, size: int, wild: bool) ->
     check_nan_bits(same_everywhere("clamped_swiglu", spread, y, 1.702, 7.0))
     check_nan_bits(same_everywhere("sigmoid", spread))
     check_nan_bits(same_everywhere("softcap", 30.0, spread))
+    check_nan_bits(same_everywhere("sigmoid_multiply", spread, y))
     check_nan_bits(same_everywhere("softmax", spread))
     check_nan_bits(same_everywhere("add_scaled", float(rng.standard_normal()), x, y))
     head = floats(rng, 2 * size + int(rng.integers(0, 20)), wild=wild)
@@ -276,6 +277,8 @@ def test_elementwise_against_numpy(seed: int, size: int) -> None:
     gate = x * 20
     expected = gate / (1 + np.exp(-gate.astype(np.float64))) * y64
     np.testing.assert_allclose(kernels.silu_multiply("scalar", gate, y), expected, rtol=5 * EPSILON, atol=1e-44)
+    gated = kernels.sigmoid_multiply("scalar", gate, y)
+    np.testing.assert_allclose(gated, y / (1 + np.exp(-gate.astype(np.float64))), rtol=5 * EPSILON, atol=1e-44)
 
     wide = gate.astype(np.float64)
     inner = np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
@@ -479,6 +482,65 @@ def test_a_nan_key_or_value_stays_visible(name: str, isa: str) -> None:
             result = (accumulator / total[:, None])[:, 40]
             if bad is np.nan or broken == "value":
                 assert not np.isfinite(result).any()
+
+
+@pytest.mark.parametrize("name", KV_TYPES)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, heads=st.integers(1, 21), dim=st.integers(1, 100), positions=st.integers(1, 150), wild=st.booleans())
+def test_latent_attention(name: str, seed: int, heads: int, dim: int, positions: int, wild: bool) -> None:
+    """The same everywhere, and what plain attention gives whose values are the keys."""
+    rng = np.random.default_rng(seed)
+    if name == "q8_0":
+        dim = (dim + 31) // 32 * 32
+    value_dim = int(rng.integers(1, dim + 1))
+    queries, keys = floats(rng, heads, dim), floats(rng, positions, dim)
+    if wild:
+        keys.reshape(-1)[rng.integers(0, keys.size, 3)] = rng.choice(SPECIAL, 3)
+    start = int(rng.integers(0, positions)) if seed % 2 else 0
+    maximum, total, accumulator = same_everywhere("attend_latent", name, queries, keys, value_dim, 0.3, start)
+    check_nan_bits(accumulator)
+    plain = kernels.attend("scalar", name, name, queries, keys, keys, 0.3, start)
+    same_bytes((plain[0], plain[1], plain[2][:, :value_dim].copy()), (maximum, total, accumulator))
+
+
+# --- convolutions and recurrences -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=seeds, channels=st.integers(1, 70), taps=st.integers(1, 6), wild=st.booleans(), silu=st.booleans())
+def test_convolution(seed: int, channels: int, taps: int, wild: bool, silu: bool) -> None:
+    rng = np.random.default_rng(seed)
+    weights, rows = floats(rng, 2, taps, channels, wild=wild)
+    missing = int(rng.integers(0, taps + 1))
+    actual = same_everywhere("convolve", weights, rows, missing, silu)
+    check_nan_bits(actual)
+    if not wild:
+        wide = (weights.astype(np.float64) * rows)[missing:]
+        expected, bound = wide.sum(0), (taps + 20) * EPSILON * np.abs(wide).sum(0)
+        if silu:
+            expected = expected / (1 + np.exp(-expected))
+        assert (np.abs(actual - expected) <= 2 * bound + 1e-30).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=seeds, key_dim=st.integers(1, 40), chunks=st.integers(1, 6), wild=st.booleans())
+def test_gated_delta_rule(seed: int, key_dim: int, chunks: int, wild: bool) -> None:
+    rng = np.random.default_rng(seed)
+    state, (query, key) = floats(rng, key_dim, 16 * chunks, wild=wild), floats(rng, 2, key_dim)
+    value = floats(rng, 16 * chunks, wild=wild)
+    decay, beta = float(np.float32(rng.random())), float(np.float32(rng.random()))
+    after, out = same_everywhere("gated_delta", state, query, key, value, decay, beta)
+    check_nan_bits(after)
+    check_nan_bits(out)
+    if not wild:
+        key = (key / np.linalg.norm(key)).astype(np.float32)
+        after, out = kernels.gated_delta("scalar", state, query, key, value, decay, beta)
+        wide, long_key = state.astype(np.float64) * decay, key.astype(np.float64)
+        expected = wide + np.outer(long_key, (value - long_key @ wide) * beta)
+        scale = np.abs(state).max() + np.abs(value).max()
+        np.testing.assert_allclose(after, expected, rtol=0, atol=(key_dim + 10) * EPSILON * scale * 4)
+        bound = (key_dim + 10) * EPSILON * scale * 8 * np.abs(query).sum()
+        np.testing.assert_allclose(out, query.astype(np.float64) @ expected, rtol=0, atol=bound)
 
 
 # --- choice and checks ----------------------------------------------------------------------------------------------

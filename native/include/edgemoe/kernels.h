@@ -150,6 +150,28 @@ struct Kernels {
     void (*attend)(KvType key_type, KvType value_type, const float* queries, int heads, int dim, float scale,
                    const std::byte* keys, const std::byte* values, int begin, int end, float* maximum, float* sum,
                    float* accumulator);
+
+    // As attend, with values that are the first value_dim elements of the keys (a latent that is stored once):
+    // queries [heads, dim], accumulator [heads, value_dim].
+    void (*attend_latent)(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
+                          const std::byte* keys, int begin, int end, float* maximum, float* sum, float* accumulator);
+
+    // out[i] = x[i] * (1 / (1 + exp(-gate[i]))). out may be x.
+    void (*sigmoid_multiply)(std::span<const float> gate, const float* x, float* out);
+
+    // One position of a causal depthwise convolution, for the channels of blocks [first, last) of `weights`, an f32
+    // matrix [channels, taps]: y[c] = sum over ascending taps of fma(weights[c, tap], rows[tap][c], y[c]), from 0.
+    // rows[tap] is the input at that tap, [channels], or null before the beginning of the sequence: left out. With
+    // `silu`, out[c] = y[c] / (1 + exp(-y[c])), otherwise y[c].
+    void (*convolve)(const Matrix& weights, const float* const* rows, int first_block, int last_block, bool silu,
+                     float* out);
+
+    // One token of the gated delta rule (Yang et al. 2024, "Gated Delta Networks", equation 10) for one head, whose
+    // state [key_dim, value_dim] it advances; value_dim is a multiple of kLanes. Per column v, k ascending:
+    //     memory = fma(state[k, v] * decay, key[k], memory), from 0; delta = (value[v] - memory) * beta
+    //     state[k, v] = fma(key[k], delta, state[k, v] * decay); out[v] = fma(state[k, v], query[k], out[v]), from 0
+    void (*gated_delta)(float* state, int key_dim, int value_dim, const float* query, const float* key,
+                        const float* value, float decay, float beta, float* out);
 };
 
 // Bytes of one row block of a layout, of a whole matrix, and of one key or value block. Throws std::invalid_argument if

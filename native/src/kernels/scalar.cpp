@@ -238,6 +238,10 @@ void softcap(float cap, std::span<float> x) {
     }
 }
 
+void sigmoid_multiply(std::span<const float> gate, const float* x, float* out) {
+    for (size_t i = 0; i < gate.size(); ++i) out[i] = canonical(x[i] * (1.0f / (1.0f + exp_of(0.0f - gate[i]))));
+}
+
 void softmax(std::span<float> x) {
     if (x.empty()) return;
     Lanes largest;
@@ -325,17 +329,20 @@ float kv_element(KvType type, const std::byte* block, int dim, size_t index, siz
            float_from_half(load_u16(block + static_cast<size_t>(dim) * kKvBlock, scale_index));
 }
 
-void attend_head(KvType key_type, KvType value_type, const float* query, int dim, float scale, const std::byte* keys,
-                 const std::byte* values, int begin, int end, float* maximum, float* sum, float* accumulator) {
+float key_element(KvType type, const std::byte* keys, int dim, int slot, int d) {
+    return kv_element(type, keys, dim, static_cast<size_t>(d) * kKvBlock + slot,
+                      static_cast<size_t>(d / kKvGroup) * kKvBlock + slot);
+}
+
+// `value_of(slot, d)` is an element of a value; the accumulator has value_dim of them.
+template <class Value>
+void attend_head(KvType key_type, const float* query, int dim, int value_dim, float scale, const std::byte* keys,
+                 const Value& value_of, int begin, int end, float* maximum, float* sum, float* accumulator) {
     std::array<float, kKvBlock> scores;
     scores.fill(-kInfinity);
     for (int slot = begin; slot < end; ++slot) {
         float score = 0.0f;
-        for (int d = 0; d < dim; ++d) {
-            const size_t index = static_cast<size_t>(d) * kKvBlock + slot;
-            const size_t scale_index = static_cast<size_t>(d / kKvGroup) * kKvBlock + slot;
-            score = std::fma(query[d], kv_element(key_type, keys, dim, index, scale_index), score);
-        }
+        for (int d = 0; d < dim; ++d) score = std::fma(query[d], key_element(key_type, keys, dim, slot, d), score);
         scores[slot] = score * scale;
     }
     Lanes largest;
@@ -353,13 +360,9 @@ void attend_head(KvType key_type, KvType value_type, const float* query, int dim
     }
     *maximum = canonical(new_maximum);
     *sum = canonical(std::fma(*sum, correction, fold_sum(total)));
-    for (int d = 0; d < dim; ++d) {
+    for (int d = 0; d < value_dim; ++d) {
         float element = accumulator[d] * correction;
-        for (int slot = begin; slot < end; ++slot) {
-            const size_t index = static_cast<size_t>(slot) * dim + d;
-            const size_t scale_index = static_cast<size_t>(slot) * (dim / kKvGroup) + d / kKvGroup;
-            element = std::fma(scores[slot], kv_element(value_type, values, dim, index, scale_index), element);
-        }
+        for (int slot = begin; slot < end; ++slot) element = std::fma(scores[slot], value_of(slot, d), element);
         accumulator[d] = canonical(element);
     }
 }
@@ -368,9 +371,52 @@ void attend(KvType key_type, KvType value_type, const float* queries, int heads,
             const std::byte* keys, const std::byte* values, int begin, int end, float* maximum, float* sum,
             float* accumulator) {
     if (begin >= end) return;
+    const auto value_of = [&](int slot, int d) {
+        return kv_element(value_type, values, dim, static_cast<size_t>(slot) * dim + d,
+                          static_cast<size_t>(slot) * (dim / kKvGroup) + d / kKvGroup);
+    };
     for (int head = 0; head < heads; ++head)
-        attend_head(key_type, value_type, queries + static_cast<ptrdiff_t>(head) * dim, dim, scale, keys, values, begin,
-                    end, maximum + head, sum + head, accumulator + static_cast<ptrdiff_t>(head) * dim);
+        attend_head(key_type, queries + static_cast<ptrdiff_t>(head) * dim, dim, dim, scale, keys, value_of, begin, end,
+                    maximum + head, sum + head, accumulator + static_cast<ptrdiff_t>(head) * dim);
+}
+
+void attend_latent(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
+                   const std::byte* keys, int begin, int end, float* maximum, float* sum, float* accumulator) {
+    if (begin >= end) return;
+    const auto value_of = [&](int slot, int d) { return key_element(type, keys, dim, slot, d); };
+    for (int head = 0; head < heads; ++head)
+        attend_head(type, queries + static_cast<ptrdiff_t>(head) * dim, dim, value_dim, scale, keys, value_of, begin,
+                    end, maximum + head, sum + head, accumulator + static_cast<ptrdiff_t>(head) * value_dim);
+}
+
+// --- convolutions and recurrences -----------------------------------------------------------------------------------
+
+void convolve(const Matrix& weights, const float* const* rows, int first_block, int last_block, bool silu, float* out) {
+    const size_t taps = weights.cols;
+    for (int channel = first_block * kRowBlock; channel < last_block * kRowBlock && channel < weights.rows; ++channel) {
+        const std::byte* block = weights.data + channel / kRowBlock * block_bytes(Layout::f32, weights.cols);
+        float sum = 0.0f;
+        for (size_t tap = 0; tap < taps; ++tap)
+            if (rows[tap])
+                sum = std::fma(load_f32(block, tap * kRowBlock + channel % kRowBlock), rows[tap][channel], sum);
+        out[channel] = canonical(silu ? sum / (1.0f + exp_of(0.0f - sum)) : sum);
+    }
+}
+
+void gated_delta(float* state, int key_dim, int value_dim, const float* query, const float* key, const float* value,
+                 float decay, float beta, float* out) {
+    for (int v = 0; v < value_dim; ++v) {
+        float memory = 0.0f;
+        for (int k = 0; k < key_dim; ++k) memory = std::fma(state[k * value_dim + v] * decay, key[k], memory);
+        const float delta = (value[v] - memory) * beta;
+        float sum = 0.0f;
+        for (int k = 0; k < key_dim; ++k) {
+            float& element = state[k * value_dim + v];
+            element = canonical(std::fma(key[k], delta, element * decay));
+            sum = std::fma(element, query[k], sum);
+        }
+        out[v] = canonical(sum);
+    }
 }
 
 }  // namespace
@@ -392,6 +438,10 @@ constinit const Kernels kScalarKernels = {
     .store_key = store_key,
     .store_value = store_value,
     .attend = attend,
+    .attend_latent = attend_latent,
+    .sigmoid_multiply = sigmoid_multiply,
+    .convolve = convolve,
+    .gated_delta = gated_delta,
 };
 
 }  // namespace edgemoe

@@ -390,6 +390,22 @@ struct VectorKernels {
         });
     }
 
+    static EDGEMOE_INLINE F sigmoid_times(F gate, F x) {
+        const F one = V::set1(1.0f);
+        return V::canonical(V::mul(x, V::div(one, V::add(one, exp_of(V::sub(V::zero(), gate))))));
+    }
+
+    static void sigmoid_multiply(std::span<const float> gate, const float* x, float* out) {
+        const float* values = gate.data();
+        const ptrdiff_t size = static_cast<ptrdiff_t>(gate.size());
+        ptrdiff_t i = 0;
+        for (; i + kLanes <= size; i += kLanes) V::store(out + i, sigmoid_times(V::load(values + i), V::load(x + i)));
+        if (i < size) {
+            const int n = size - i;
+            V::store_n(out + i, sigmoid_times(V::load_n(values + i, n), V::load_n(x + i, n)), n);
+        }
+    }
+
     static void softmax(std::span<float> x) {
         float* values = x.data();
         const ptrdiff_t size = static_cast<ptrdiff_t>(x.size());
@@ -652,13 +668,12 @@ struct VectorKernels {
         }
     }
 
+    // The weights of H heads for the positions of a block, and what they do to the state of the online softmax.
     template <int H>
-    static void attend_heads(KvType key_type, KvType value_type, const float* queries, int dim, float scale,
-                             const std::byte* keys, const std::byte* values, int begin, int end, float* maximum,
-                             float* sum, float* accumulator) {
+    static EDGEMOE_INLINE void weigh(KvType key_type, const float* queries, int dim, float scale, const std::byte* keys,
+                                     int begin, int end, float* maximum, float* sum, float (*weights)[kKvBlock],
+                                     float* corrections) {
         constexpr int chunks = kKvBlock / kLanes;
-        alignas(64) float weights[H][kKvBlock];
-        float corrections[H];
         for (int h = 0; h < H; ++h)
             for (int c = 0; c < chunks; ++c) V::store(weights[h] + c * kLanes, V::set1(-kInfinity));
         switch (key_type) {
@@ -691,6 +706,15 @@ struct VectorKernels {
             const float new_sum = __builtin_fmaf(sum[h], corrections[h], V::fold_sum(total));
             sum[h] = new_sum == new_sum ? new_sum : nan();
         }
+    }
+
+    template <int H>
+    static void attend_heads(KvType key_type, KvType value_type, const float* queries, int dim, float scale,
+                             const std::byte* keys, const std::byte* values, int begin, int end, float* maximum,
+                             float* sum, float* accumulator) {
+        alignas(64) float weights[H][kKvBlock];
+        float corrections[H];
+        weigh<H>(key_type, queries, dim, scale, keys, begin, end, maximum, sum, weights, corrections);
         switch (value_type) {
             case KvType::f32:
                 add_all_values<KvType::f32, H>(values, dim, begin, end, weights, corrections, accumulator);
@@ -732,6 +756,152 @@ struct VectorKernels {
         }
     }
 
+    // Elements d .. d + 15 of the keys of positions begin .. end-1 as rows of values; elements beyond dim are 0.
+    template <KvType K>
+    static EDGEMOE_INLINE void turn_keys(const std::byte* keys, int dim, int d, int begin, int end,
+                                         float (*rows)[kLanes]) {
+        const auto* scales = reinterpret_cast<const uint16_t*>(keys + static_cast<ptrdiff_t>(dim) * kKvBlock);
+        alignas(64) float element[kLanes][kLanes];  // [element, slot]
+        const int n = dim - d < kLanes ? dim - d : kLanes;
+        for (int first = begin / kLanes * kLanes; first < end; first += kLanes) {
+            for (int i = 0; i < n; ++i) {
+                F x = load_kv<K, true>(keys, static_cast<ptrdiff_t>(d + i) * kKvBlock + first, kLanes);
+                if constexpr (K == KvType::q8_0)
+                    x = V::mul(x, V::load_half(scales + (d + i) / kKvGroup * kKvBlock + first));
+                V::store(element[i], x);
+            }
+            for (int i = n; i < kLanes; ++i) V::store(element[i], V::zero());
+            for (int slot = 0; slot < kLanes; ++slot) {
+                EDGEMOE_UNROLL
+                for (int i = 0; i < kLanes; ++i) rows[first + slot][i] = element[i][slot];
+            }
+        }
+    }
+
+    template <int H>
+    static EDGEMOE_INLINE void add_rows(const float (*rows)[kLanes], int begin, int end,
+                                        const float (*weights)[kKvBlock], const float* corrections, int n,
+                                        ptrdiff_t stride, float* accumulator) {
+        F sums[H];
+        EDGEMOE_UNROLL
+        for (int h = 0; h < H; ++h) sums[h] = V::mul(V::load_n(accumulator + h * stride, n), V::set1(corrections[h]));
+        for (int slot = begin; slot < end; ++slot) {
+            const F value = V::load(rows[slot]);
+            EDGEMOE_UNROLL
+            for (int h = 0; h < H; ++h) sums[h] = V::fma(V::set1(weights[h][slot]), value, sums[h]);
+        }
+        EDGEMOE_UNROLL
+        for (int h = 0; h < H; ++h) V::store_n(accumulator + h * stride, V::canonical(sums[h]), n);
+    }
+
+    static void attend_latent(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
+                              const std::byte* keys, int begin, int end, float* maximum, float* sum,
+                              float* accumulator) {
+        if (begin >= end) return;
+        constexpr int kMany = 16;  // heads that share what is turned
+        alignas(64) float weights[kMany][kKvBlock];
+        alignas(64) float rows[kKvBlock][kLanes];
+        float corrections[kMany];
+        for (int first = 0; first < heads; first += kMany) {
+            const int count = heads - first < kMany ? heads - first : kMany;
+            for (int h = 0; h < count;) {
+                const float* query = queries + static_cast<ptrdiff_t>(first + h) * dim;
+                float* largest = maximum + first + h;
+                float* total = sum + first + h;
+                if (count - h >= 4) {
+                    weigh<4>(type, query, dim, scale, keys, begin, end, largest, total, weights + h, corrections + h);
+                    h += 4;
+                } else {
+                    weigh<1>(type, query, dim, scale, keys, begin, end, largest, total, weights + h, corrections + h);
+                    h += 1;
+                }
+            }
+            for (int d = 0; d < value_dim; d += kLanes) {
+                switch (type) {
+                    case KvType::f32:
+                        turn_keys<KvType::f32>(keys, dim, d, begin, end, rows);
+                        break;
+                    case KvType::f16:
+                        turn_keys<KvType::f16>(keys, dim, d, begin, end, rows);
+                        break;
+                    case KvType::q8_0:
+                        turn_keys<KvType::q8_0>(keys, dim, d, begin, end, rows);
+                        break;
+                }
+                const int n = value_dim - d < kLanes ? value_dim - d : kLanes;
+                for (int h = 0; h < count;) {
+                    float* place = accumulator + static_cast<ptrdiff_t>(first + h) * value_dim + d;
+                    if (count - h >= 4) {
+                        add_rows<4>(rows, begin, end, weights + h, corrections + h, n, value_dim, place);
+                        h += 4;
+                    } else {
+                        add_rows<1>(rows, begin, end, weights + h, corrections + h, n, value_dim, place);
+                        h += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    // --- convolutions and recurrences -------------------------------------------------------------------------------
+
+    static void convolve(const Matrix& weights, const float* const* rows, int first_block, int last_block, bool silu,
+                         float* out) {
+        const int taps = weights.cols;
+        for (int block = first_block; block < last_block; ++block) {
+            const auto* data =
+                reinterpret_cast<const float*>(weights.data) + static_cast<ptrdiff_t>(block) * taps * kLanes;
+            const ptrdiff_t channel = static_cast<ptrdiff_t>(block) * kRowBlock;
+            const int n = weights.rows - channel < kLanes ? static_cast<int>(weights.rows - channel) : kLanes;
+            F sum = V::zero();
+            for (int tap = 0; tap < taps; ++tap)
+                if (rows[tap]) sum = V::fma(V::load(data + tap * kLanes), V::load_n(rows[tap] + channel, n), sum);
+            if (silu) sum = V::div(sum, V::add(V::set1(1.0f), exp_of(V::sub(V::zero(), sum))));
+            V::store_n(out + channel, V::canonical(sum), n);
+        }
+    }
+
+    // Columns v .. v + 16 * N - 1 of the state.
+    template <int N>
+    static EDGEMOE_INLINE void gated_delta_columns(float* state, int key_dim, int value_dim, const float* query,
+                                                   const float* key, const float* value, F decay, F beta, float* out) {
+        F memory[N], sums[N];
+        EDGEMOE_UNROLL
+        for (int c = 0; c < N; ++c) memory[c] = sums[c] = V::zero();
+        for (int k = 0; k < key_dim; ++k) {
+            const float* row = state + static_cast<ptrdiff_t>(k) * value_dim;
+            const F factor = V::set1(key[k]);
+            EDGEMOE_UNROLL
+            for (int c = 0; c < N; ++c) memory[c] = V::fma(V::mul(V::load(row + c * kLanes), decay), factor, memory[c]);
+        }
+        F delta[N];
+        EDGEMOE_UNROLL
+        for (int c = 0; c < N; ++c) delta[c] = V::mul(V::sub(V::load(value + c * kLanes), memory[c]), beta);
+        for (int k = 0; k < key_dim; ++k) {
+            float* row = state + static_cast<ptrdiff_t>(k) * value_dim;
+            const F factor = V::set1(key[k]), asked = V::set1(query[k]);
+            EDGEMOE_UNROLL
+            for (int c = 0; c < N; ++c) {
+                const F element = V::fma(factor, delta[c], V::mul(V::load(row + c * kLanes), decay));
+                const F stored = V::canonical(element);
+                V::store(row + c * kLanes, stored);
+                sums[c] = V::fma(stored, asked, sums[c]);
+            }
+        }
+        EDGEMOE_UNROLL
+        for (int c = 0; c < N; ++c) V::store(out + c * kLanes, V::canonical(sums[c]));
+    }
+
+    static void gated_delta(float* state, int key_dim, int value_dim, const float* query, const float* key,
+                            const float* value, float decay, float beta, float* out) {
+        const F decays = V::set1(decay), betas = V::set1(beta);
+        int v = 0;
+        for (; v + 4 * kLanes <= value_dim; v += 4 * kLanes)
+            gated_delta_columns<4>(state + v, key_dim, value_dim, query, key, value + v, decays, betas, out + v);
+        for (; v < value_dim; v += kLanes)
+            gated_delta_columns<1>(state + v, key_dim, value_dim, query, key, value + v, decays, betas, out + v);
+    }
+
     static constexpr Kernels table(std::string_view name) {
         return {
             .name = name,
@@ -750,6 +920,10 @@ struct VectorKernels {
             .store_key = store_key,
             .store_value = store_value,
             .attend = attend,
+            .attend_latent = attend_latent,
+            .sigmoid_multiply = sigmoid_multiply,
+            .convolve = convolve,
+            .gated_delta = gated_delta,
         };
     }
 };

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -350,6 +351,78 @@ py::tuple attend(const std::string& isa, const std::string& key_name, const std:
     return py::make_tuple(maximum, sum, accumulator);
 }
 
+// Values are the first value_dim elements of the keys.
+py::tuple attend_latent(const std::string& isa, const std::string& type_name, const Floats& queries, const Floats& keys,
+                        int value_dim, float scale, int start) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    const KvType type = kv_type(type_name);
+    require_dimensions(queries, 2, "queries");
+    require_dimensions(keys, 2, "keys");
+    const auto heads = static_cast<int>(queries.shape(0)), dim = static_cast<int>(queries.shape(1));
+    require_kv(type, dim);
+    require(keys.shape(1) == dim, "queries and keys must have one dimension");
+    require(value_dim > 0 && value_dim <= dim, "value_dim must lie in 1.." + std::to_string(dim));
+    const auto positions = static_cast<int>(keys.shape(0));
+    require(start >= 0 && start <= positions, "start must lie in 0.." + std::to_string(positions));
+
+    const std::vector<Buffer> blocks = make_cache(kernels, type, true, keys, start);
+    const std::vector<float> none(heads, -std::numeric_limits<float>::infinity()), zeros(size_t(heads) * value_dim);
+    Floats maximum(heads, none.data()), sum(heads, zeros.data()), accumulator({heads, value_dim}, zeros.data());
+    for (int block = 0; block < static_cast<int>(blocks.size()); ++block) {
+        const int first = block * kKvBlock;
+        kernels.attend_latent(type, queries.data(), heads, dim, value_dim, scale, blocks[block].as<std::byte>(),
+                              std::max(start - first, 0), std::min(positions - first, kKvBlock), maximum.mutable_data(),
+                              sum.mutable_data(), accumulator.mutable_data());
+    }
+    return py::make_tuple(maximum, sum, accumulator);
+}
+
+Floats sigmoid_multiply(const std::string& isa, const Floats& gate, const Floats& x) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(gate, 1, "gate");
+    require_length(x, gate.size(), "x");
+    Floats out(gate.size());
+    kernels.sigmoid_multiply(span_of(gate), x.data(), out.mutable_data());
+    return out;
+}
+
+// weights [taps, channels]; rows [taps, channels], of which the first `missing` are before the beginning.
+Floats convolve(const std::string& isa, const Floats& weights, const Floats& rows, int missing, bool silu) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(weights, 2, "weights");
+    require_dimensions(rows, 2, "rows");
+    const auto taps = static_cast<int>(weights.shape(0)), channels = static_cast<int>(weights.shape(1));
+    require(rows.shape(0) == taps && rows.shape(1) == channels, "weights and rows must have one shape");
+    require(missing >= 0 && missing <= taps, "missing must lie in 0.." + std::to_string(taps));
+    const Buffer data(edgemoe::matrix_bytes(Layout::f32, channels, taps));
+    for (int channel = 0; channel < channels; ++channel)
+        for (int tap = 0; tap < taps; ++tap)
+            data.as<float>()[(channel / kRowBlock * taps + tap) * kRowBlock + channel % kRowBlock] =
+                weights.at(tap, channel);
+    std::vector<const float*> inputs;
+    for (int tap = 0; tap < taps; ++tap) inputs.push_back(tap < missing ? nullptr : rows.data(tap, 0));
+    Floats out(channels);
+    const int blocks = (channels + kRowBlock - 1) / kRowBlock;
+    kernels.convolve({Layout::f32, channels, taps, data.as<std::byte>()}, inputs.data(), 0, blocks, silu,
+                     out.mutable_data());
+    return out;
+}
+
+// The new state and the output.
+py::tuple gated_delta(const std::string& isa, const Floats& state, const Floats& query, const Floats& key,
+                      const Floats& value, float decay, float beta) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(state, 2, "state");
+    require_length(query, state.shape(0), "query");
+    require_length(key, state.shape(0), "key");
+    require_length(value, state.shape(1), "value");
+    require(state.shape(1) % edgemoe::kLanes == 0, "value must have a multiple of 16 elements");
+    Floats after = copy_of(state), out(state.shape(1));
+    kernels.gated_delta(after.mutable_data(), static_cast<int>(state.shape(0)), static_cast<int>(state.shape(1)),
+                        query.data(), key.data(), value.data(), decay, beta, out.mutable_data());
+    return py::make_tuple(after, out);
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& module) {
@@ -397,4 +470,10 @@ void bind_kernels(py::module_& module) {
     kernels.def("store", store, arg("isa"), arg("type"), arg("keys"), arg("vectors"));
     kernels.def("attend", attend, arg("isa"), arg("key_type"), arg("value_type"), arg("queries"), arg("keys"),
                 arg("values"), arg("scale"), arg("start") = 0);
+    kernels.def("attend_latent", attend_latent, arg("isa"), arg("type"), arg("queries"), arg("keys"), arg("value_dim"),
+                arg("scale"), arg("start") = 0);
+    kernels.def("sigmoid_multiply", sigmoid_multiply, arg("isa"), arg("gate"), arg("x"));
+    kernels.def("convolve", convolve, arg("isa"), arg("weights"), arg("rows"), arg("missing"), arg("silu"));
+    kernels.def("gated_delta", gated_delta, arg("isa"), arg("state"), arg("query"), arg("key"), arg("value"),
+                arg("decay"), arg("beta"));
 }
