@@ -108,12 +108,28 @@ class Engine {
     Matrix matrix(const std::string& name, int rows, int cols) const;
     float* vector(const std::string& name, int size) const;
     Norm norm(const std::string& name, int size) const;
+    Matrix convolution(const std::string& name, int channels, int taps) const;
+    void load_attention(Layer& layer, const AttentionSpec& spec, const std::string& prefix);
+    void load_latent_attention(Layer& layer, const AttentionSpec& spec, const std::string& prefix);
+    void load_gated_delta(Layer& layer, const AttentionSpec& spec, const std::string& prefix);
+    void load_short_convolution(Layer& layer, const AttentionSpec& spec, const std::string& prefix);
     FeedForward feed_forward(const std::string& name, int dim, bool bias) const;
 
     void forward_chunk(std::span<const int32_t> tokens, std::span<const int32_t> positions,
                        std::span<const int32_t> sequence_ids, std::span<const int32_t> wanted, float* logits,
                        const std::function<void()>& check);
+    // What reads other positions, by the layer's kind: of scratch.normed, into scratch.attended [count, o.cols].
     void attention(int layer, int count, std::span<const int32_t> positions, std::span<const int32_t> sequence_ids);
+    void latent_attention(int layer, int count, std::span<const int32_t> positions,
+                          std::span<const int32_t> sequence_ids);
+    void gated_delta(int layer, int count, std::span<const int32_t> positions, std::span<const int32_t> sequence_ids);
+    void short_convolution(int layer, int count, std::span<const int32_t> positions,
+                           std::span<const int32_t> sequence_ids);
+    void mix(int layer, int count, std::span<const int32_t> positions, std::span<const int32_t> sequence_ids);
+    void convolve(int layer, int count, std::span<const int32_t> positions, std::span<const int32_t> sequence_ids,
+                  const float* inputs, bool silu, float* outputs);
+    void head_products(const Matrix& matrix, int rows, int first, int heads, int count, const float* values,
+                       size_t input_step, size_t input_stride, float* out, size_t output_step, size_t output_stride);
     void dense_ffn(int layer, int count);
     void expert_ffn(int layer, int count);
     void shared_expert(int layer, int count);

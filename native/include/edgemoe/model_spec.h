@@ -16,10 +16,14 @@ struct RopeSpec {
 
 enum class QkNorm { none, head, full };
 
+enum class AttentionKind { full, mla, gated_delta, short_conv };
+
 struct AttentionSpec {
+    AttentionKind kind = AttentionKind::full;
     int heads = 0;
     int kv_heads = 0;
     int head_dim = 0;
+    int value_dim = 0;
     float scale = 0;
     QkNorm qk_norm = QkNorm::none;
     int rope = -1;   // into ModelSpec::ropes, -1 for none
@@ -30,6 +34,18 @@ struct AttentionSpec {
     bool value_norm = false;
     bool values_are_keys = false;
     float clip_qkv = 0;
+    bool output_gate = false;
+    int q_rank = 0;
+    int kv_rank = 0;
+    int rope_dim = 0;
+    int conv_size = 0;
+    bool tiled_heads = false;
+    bool fused_beta_alpha = false;
+
+    // Of a layer's convolution.
+    int channels() const {
+        return kind == AttentionKind::short_conv ? heads * head_dim : 2 * kv_heads * head_dim + heads * value_dim;
+    }
 };
 
 enum class RouterScores { softmax, softmax_topk, sigmoid, sparsemixer };

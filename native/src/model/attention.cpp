@@ -17,6 +17,25 @@ void separate_pairs(float* head, int pairs, float* scratch) {
     std::copy_n(scratch, 2 * pairs, head);
 }
 
+void Engine::load_attention(Layer& layer, const AttentionSpec& a, const std::string& p) {
+    const int hidden = spec_.hidden_size, queries = a.heads * a.head_dim, keys = a.kv_heads * a.head_dim;
+    layer.q = matrix(p + "q", a.output_gate ? 2 * queries : queries, hidden);
+    layer.k = matrix(p + "k", keys, hidden);
+    if (!a.values_are_keys) layer.v = matrix(p + "v", keys, hidden);
+    if (a.bias) {
+        layer.q_bias = vector(p + "q_bias", queries);
+        layer.k_bias = vector(p + "k_bias", keys);
+        if (!a.values_are_keys) layer.v_bias = vector(p + "v_bias", keys);
+    }
+    if (a.qk_norm != QkNorm::none) {
+        const bool full = a.qk_norm == QkNorm::full;
+        layer.q_norm = norm(p + "q_norm", full ? queries : a.head_dim).weight;
+        layer.k_norm = norm(p + "k_norm", full ? keys : a.head_dim).weight;
+    }
+    if (a.value_norm) ones_.resize(std::max<size_t>(ones_.size(), a.head_dim), 1.0f);
+    if (a.sinks) layer.sinks = vector(p + "sinks", a.heads);
+}
+
 void Engine::attention(int number, int count, std::span<const int32_t> positions,
                        std::span<const int32_t> sequence_ids) {
     Scratch& s = *scratch_;
@@ -25,11 +44,17 @@ void Engine::attention(int number, int count, std::span<const int32_t> positions
     const int hidden = spec_.hidden_size, dim = a.head_dim, group = a.heads / a.kv_heads;
     const size_t query_size = size_t(a.heads) * dim, key_size = size_t(a.kv_heads) * dim;
 
-    normalize(layer.attention_norm, s.x, count, s.normed);
     const std::array<Matrix, 3> projections{layer.q, layer.k, layer.v};
     const std::span<const Matrix> projected(projections.data(), a.values_are_keys ? 2 : 3);
     const Activations input = prepare(s.normed, count, hidden, projected);
-    product(projected, input, count, std::array{s.queries, s.keys, s.values});
+    product(projected, input, count, std::array{a.output_gate ? s.gates : s.queries, s.keys, s.values});
+    // With an output gate, the projection gives each head's query and behind it its gate.
+    if (a.output_gate)
+        each_token(count, [&](int t) {
+            for (int h = 0; h < a.heads; ++h)
+                std::copy_n(s.gates + (t * query_size + size_t(h) * dim) * 2, dim,
+                            s.queries + t * query_size + size_t(h) * dim);
+        });
 
     // Every token's key and value are stored before any token of the chunk attends, so a token sees the stored form
     // (rounded to the state's type) of its own chunk just as of earlier ones.
@@ -104,17 +129,15 @@ void Engine::attention(int number, int count, std::span<const int32_t> positions
                             state.values(number, block, kv_head), std::max(start - begin, 0),
                             std::min(kKvBlock, length - begin), maximum, sum, out);
         }
-        for (int h = 0; h < group; ++h)
-            for (int d = 0; d < dim; ++d) out[size_t(h) * dim + d] /= sum[h];
+        for (int h = 0; h < group; ++h) {
+            float* head = out + size_t(h) * dim;
+            for (int d = 0; d < dim; ++d) head[d] /= sum[h];
+            if (a.output_gate) {
+                const float* gate = s.gates + (t * query_size + (first_head + h) * dim) * 2 + dim;
+                kernels_.sigmoid_multiply({gate, size_t(dim)}, head, head);
+            }
+        }
     });
-
-    const Activations attended = prepare(s.attended, count, static_cast<int>(query_size), {&layer.o, 1});
-    product({&layer.o, 1}, attended, count, {&s.projected, 1});
-    if (layer.o_bias)
-        each_token(count, [&](int t) {
-            kernels_.add_scaled(1.0f, layer.o_bias, {s.projected + size_t(t) * hidden, size_t(hidden)});
-        });
-    add_to_stream(s.projected, layer.attention_output_norm, count);
 }
 
 }  // namespace edgemoe

@@ -56,9 +56,28 @@ void require_in_place(const std::string& name, int rows, uint64_t place) {
 
 std::vector<KvShape> kv_shapes(const ModelSpec& spec, const EngineOptions& options) {
     std::vector<KvShape> shapes;
-    for (const LayerSpec& layer : spec.layers)
-        shapes.push_back({layer.attention.kv_heads, layer.attention.head_dim, options.key_type, options.value_type,
-                          layer.attention.window});
+    for (const LayerSpec& layer : spec.layers) {
+        const AttentionSpec& a = layer.attention;
+        KvShape shape{0, 0, options.key_type, options.value_type, a.window};
+        switch (a.kind) {
+            case AttentionKind::full:
+                shape.kv_heads = a.kv_heads;
+                shape.head_dim = a.head_dim;
+                break;
+            case AttentionKind::mla:
+                shape.kv_heads = 1;
+                shape.head_dim = a.kv_rank + a.rope_dim;
+                shape.latent = true;
+                break;
+            case AttentionKind::gated_delta:
+                shape.recurrence = size_t(a.heads) * a.head_dim * a.value_dim;
+                [[fallthrough]];
+            case AttentionKind::short_conv:
+                shape.convolution = size_t(a.channels()) * a.conv_size;
+                break;
+        }
+        shapes.push_back(shape);
+    }
     return shapes;
 }
 
@@ -104,27 +123,25 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
         const LayerSpec& spec_of = spec_.layers[number];
         const AttentionSpec& a = spec_of.attention;
         const RouterSpec& router = spec_of.router;
-        const int queries = a.heads * a.head_dim, keys = a.kv_heads * a.head_dim;
         const std::string p = prefix(number);
         Layer layer{};
         layer.attention_norm = norm(p + "attention_norm", hidden);
-        layer.q = matrix(p + "q", queries, hidden);
-        layer.k = matrix(p + "k", keys, hidden);
-        if (!a.values_are_keys) layer.v = matrix(p + "v", keys, hidden);
-        layer.o = matrix(p + "o", hidden, queries);
-        if (a.bias) {
-            layer.q_bias = vector(p + "q_bias", queries);
-            layer.k_bias = vector(p + "k_bias", keys);
-            if (!a.values_are_keys) layer.v_bias = vector(p + "v_bias", keys);
+        switch (a.kind) {
+            case AttentionKind::full:
+                load_attention(layer, a, p);
+                break;
+            case AttentionKind::mla:
+                load_latent_attention(layer, a, p);
+                break;
+            case AttentionKind::gated_delta:
+                load_gated_delta(layer, a, p);
+                break;
+            case AttentionKind::short_conv:
+                load_short_convolution(layer, a, p);
+                break;
         }
+        layer.o = matrix(p + "o", hidden, a.heads * a.value_dim);
         if (a.output_bias) layer.o_bias = vector(p + "o_bias", hidden);
-        if (a.qk_norm != QkNorm::none) {
-            const bool full = a.qk_norm == QkNorm::full;
-            layer.q_norm = norm(p + "q_norm", full ? queries : a.head_dim).weight;
-            layer.k_norm = norm(p + "k_norm", full ? keys : a.head_dim).weight;
-        }
-        if (a.value_norm) ones_.resize(std::max<size_t>(ones_.size(), a.head_dim), 1.0f);
-        if (a.sinks) layer.sinks = vector(p + "sinks", a.heads);
         layer.ffn_norm = norm(p + "ffn_norm", hidden);
         if (spec_of.output_norms) {
             layer.attention_output_norm = norm(p + "attention_output_norm", hidden);
@@ -252,6 +269,15 @@ float* Engine::vector(const std::string& name, int size) const {
     return reinterpret_cast<float*>(dense_sections_[tensor.section] + tensor.offset);
 }
 
+// Weights of a convolution [channels, taps]; they are small, and never quantized.
+Matrix Engine::convolution(const std::string& name, int channels, int taps) const {
+    const Matrix weights = matrix(name, channels, taps);
+    if (weights.layout != Layout::f32)
+        throw std::invalid_argument("tensor " + name + " is of type " + std::string(layout_name(weights.layout)) +
+                                    ": convolutions are f32");
+    return weights;
+}
+
 Norm Engine::norm(const std::string& name, int size) const {
     float* weight = vector(name, size);
     if (spec_.norm_offset != 0)
@@ -327,8 +353,13 @@ void Engine::forward(std::span<const int32_t> tokens, std::span<const int32_t> p
         std::vector<int32_t> local;
         while (end_wanted < wanted.size() && wanted[end_wanted] < static_cast<int64_t>(done + size))
             local.push_back(wanted[end_wanted++] - static_cast<int32_t>(done));
-        forward_chunk(tokens.subspan(done, size), positions.subspan(done, size), sequence_ids.subspan(done, size),
-                      local, logits + first_wanted * spec_.vocab_size, check);
+        try {
+            forward_chunk(tokens.subspan(done, size), positions.subspan(done, size), sequence_ids.subspan(done, size),
+                          local, logits + first_wanted * spec_.vocab_size, check);
+        } catch (...) {
+            for (const auto& state : sequences_) state->give_up_writing();
+            throw;
+        }
         for (size_t i = 0; i < size; ++i) {
             SequenceState& state = *sequences_[sequence_ids[done + i]];
             state.set_length(positions[done + i] + 1);
@@ -427,7 +458,7 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
 
     for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
         check();
-        attention(layer, count, positions, sequence_ids);
+        mix(layer, count, positions, sequence_ids);
         normalize(layers_[layer].ffn_norm, s.x, count, s.normed);
         if (spec_.layers[layer].experts)
             expert_ffn(layer, count);
@@ -455,6 +486,32 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
             for (float& logit : row) logit /= spec_.logits_divisor;
         if (spec_.logits_softcap != 0) kernels_.softcap(spec_.logits_softcap, row);
     });
+}
+
+// The token-mixing part of a layer.
+void Engine::mix(int number, int count, std::span<const int32_t> positions, std::span<const int32_t> sequence_ids) {
+    Scratch& s = *scratch_;
+    const Layer& layer = layers_[number];
+    const size_t hidden = spec_.hidden_size;
+    normalize(layer.attention_norm, s.x, count, s.normed);
+    switch (spec_.layers[number].attention.kind) {
+        case AttentionKind::full:
+            attention(number, count, positions, sequence_ids);
+            break;
+        case AttentionKind::mla:
+            latent_attention(number, count, positions, sequence_ids);
+            break;
+        case AttentionKind::gated_delta:
+            gated_delta(number, count, positions, sequence_ids);
+            break;
+        case AttentionKind::short_conv:
+            short_convolution(number, count, positions, sequence_ids);
+            break;
+    }
+    product({&layer.o, 1}, prepare(s.attended, count, layer.o.cols, {&layer.o, 1}), count, {&s.projected, 1});
+    if (layer.o_bias)
+        each_token(count, [&](int t) { kernels_.add_scaled(1.0f, layer.o_bias, {s.projected + t * hidden, hidden}); });
+    add_to_stream(s.projected, layer.attention_output_norm, count);
 }
 
 // out may be x.

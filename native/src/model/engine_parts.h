@@ -21,6 +21,38 @@ int blocks_per_item(const Matrix& matrix, int tokens);
 // Makes interleaved rotary pairs of a head such as Kernels::rope turns; scratch: 2 * pairs floats.
 void separate_pairs(float* head, int pairs, float* scratch);
 
+// Heads of latent attention that are computed at a time.
+constexpr int kLatentHeads = 16;
+
+// Floats per token that a layer's mixing of tokens takes in each buffer of Scratch; `input` counts columns of a
+// product's input.
+struct MixerWidths {
+    size_t queries, keys, values, gates, attended, input;
+};
+
+inline MixerWidths mixer_widths(const AttentionSpec& a) {
+    const size_t queries = size_t(a.heads) * a.head_dim, keys = size_t(a.kv_heads) * a.head_dim,
+                 values = size_t(a.heads) * a.value_dim;
+    switch (a.kind) {
+        case AttentionKind::full:
+            return {queries, keys, keys, a.output_gate ? 2 * queries : 0, queries, queries};
+        case AttentionKind::mla: {
+            const size_t heads = std::min(a.heads, kLatentHeads), rank = a.q_rank, latent = a.kv_rank + a.rope_dim;
+            const size_t head_inputs = size_t(std::max(groups(a.head_dim - a.rope_dim), groups(a.kv_rank))) * kGroup;
+            return {queries, std::max(rank, heads * latent),
+                    latent,  heads * a.kv_rank,
+                    values,  std::max({rank, heads * head_inputs, values})};
+        }
+        case AttentionKind::gated_delta: {
+            const size_t channels = a.channels(), rates = 2 * size_t(a.heads);
+            return {channels, channels, rates, values, values, values};
+        }
+        case AttentionKind::short_conv:
+            return {3 * values, values, 0, 0, values, values};
+    }
+    return {};
+}
+
 // int8 inputs of a product.
 struct Codes {
     int8_t* codes;
@@ -56,6 +88,20 @@ struct Engine::Layer {
     const float* k_norm;
     const float* sinks;  // [heads]
     Norm attention_output_norm;
+    // Of latent attention, beside q, o and q_norm.
+    Matrix q_down;   // [q_rank, hidden]
+    Matrix kv_down;  // [kv_rank + rope_dim, hidden]
+    Matrix k_up;     // [heads * kv_rank, head_dim - rope_dim]
+    Matrix v_up;     // [heads * value_dim, kv_rank]
+    const float* kv_norm;
+    // Of convolutions and the gated delta rule, beside o.
+    Matrix mixed;             // [channels or 3 * channels, hidden]
+    Matrix conv;              // [channels, taps]
+    Matrix output_gate;       // [heads * value_dim, hidden]
+    Matrix beta, alpha;       // [heads, hidden], or beta [2 * heads, hidden] has both
+    const float* decay_rate;  // [heads], negative
+    const float* step_bias;   // [heads]
+    const float* head_norm;   // [value_dim]
 
     Norm ffn_norm;
     FeedForward dense;         // what every token goes through: a dense layer's part, or the shared expert
@@ -99,30 +145,31 @@ struct Engine::Scratch {
         return measured.layout({nullptr}, spec, chunk);
     }
 
-    float* x;                 // [T, hidden] the residual stream
-    float* normed;            // [T, hidden]
-    float* projected;         // [T, hidden] output of attention or of the feed-forward part
-    float* shared;            // [T, hidden] output of the shared expert
-    Codes input;              // [T, widest input of a product]
-    float* queries;           // [T, heads * head_dim]
-    float* keys;              // [T, kv_heads * head_dim]
-    float* values;            // [T, kv_heads * head_dim]
-    float* attended;          // [T, heads * head_dim]
-    float* maximum;           // [T, heads] online softmax
-    float* sum;               // [T, heads]
-    float* cosine;            // [ropes, T, pairs]
-    float* sine;              // [ropes, T, pairs]
-    float* scores;            // [T, experts] router
-    float* choice;            // [T, experts] what experts are chosen by
-    float* weights;           // [T, top_k]
-    int32_t* picks;           // [T, top_k]
-    int32_t* order;           // [max experts of a layer] scratch of the selection, per token: [T, experts]
-    int32_t* pairs;           // [P] pair numbers, sorted by expert
-    int32_t* tokens;          // [P] their tokens
-    float* gate;              // [P, ffn], or [T, ffn] of a dense part
-    float* up;                // as gate
-    Codes hidden;             // as gate
-    float* outputs;           // [P, hidden] each expert's output for each of its tokens
+    float* x;          // [T, hidden] the residual stream
+    float* normed;     // [T, hidden]
+    float* projected;  // [T, hidden] output of attention or of the feed-forward part
+    float* shared;     // [T, hidden] output of the shared expert
+    Codes input;       // [T, widest input of a product]
+    float* queries;    // [T, heads * head_dim]; here and in the next four, other kinds of layers keep other things
+    float* keys;       // [T, kv_heads * head_dim]
+    float* values;     // [T, kv_heads * head_dim]
+    float* gates;      // [T, heads * head_dim * 2] queries and gates
+    float* attended;   // [T, heads * value_dim]
+    float* maximum;    // [T, heads] online softmax
+    float* sum;        // [T, heads]
+    float* cosine;     // [ropes, T, pairs]
+    float* sine;       // [ropes, T, pairs]
+    float* scores;     // [T, experts] router
+    float* choice;     // [T, experts] what experts are chosen by
+    float* weights;    // [T, top_k]
+    int32_t* picks;    // [T, top_k]
+    int32_t* order;    // [max experts of a layer] scratch of the selection, per token: [T, experts]
+    int32_t* pairs;    // [P] pair numbers, sorted by expert
+    int32_t* tokens;   // [P] their tokens
+    float* gate;       // [P, ffn], or [T, ffn] of a dense part
+    float* up;         // as gate
+    Codes hidden;      // as gate
+    float* outputs;    // [P, hidden] each expert's output for each of its tokens
     size_t widest_pairs = 0;  // cosine and sine: floats per token and rope
     Arena arena;
 
@@ -131,13 +178,16 @@ struct Engine::Scratch {
 
     size_t layout(Layout place, const ModelSpec& spec, int chunk) {
         const size_t t = chunk, hidden = spec.hidden_size;
-        size_t heads = 0, query = 0, key = 0, experts = 0, top_k = 0, pair_count = 0, shared_rows = 0, ffn = 0,
-               ffn_codes = 0, ffn_groups = 0;
+        MixerWidths widest{};
+        size_t heads = 0, experts = 0, top_k = 0, pair_count = 0, shared_rows = 0, ffn = 0, ffn_codes = 0,
+               ffn_groups = 0;
         for (const LayerSpec& layer : spec.layers) {
             const AttentionSpec& a = layer.attention;
             heads = std::max<size_t>(heads, a.heads);
-            query = std::max<size_t>(query, size_t(a.heads) * a.head_dim);
-            key = std::max<size_t>(key, size_t(a.kv_heads) * a.head_dim);
+            const MixerWidths widths = mixer_widths(a);
+            for (size_t MixerWidths::* width : {&MixerWidths::queries, &MixerWidths::keys, &MixerWidths::values,
+                                                &MixerWidths::gates, &MixerWidths::attended, &MixerWidths::input})
+                widest.*width = std::max(widest.*width, widths.*width);
             experts = std::max<size_t>(experts, layer.experts);
             top_k = std::max<size_t>(top_k, layer.top_k);
             const size_t rows = t * std::max(layer.top_k, 1);
@@ -148,7 +198,7 @@ struct Engine::Scratch {
         }
         for (const RopeSpec& rope : spec.ropes) widest_pairs = std::max(widest_pairs, rope.inverse_frequencies.size());
         ffn_codes = ffn_groups * kGroup;
-        const size_t input_groups = groups(static_cast<int>(std::max(hidden, query)));
+        const size_t input_groups = groups(static_cast<int>(std::max(hidden, widest.input)));
         place.place(x, t * hidden);
         place.place(normed, t * hidden);
         place.place(projected, t * hidden);
@@ -156,10 +206,11 @@ struct Engine::Scratch {
         place.place(input.codes, t * input_groups * kGroup);
         place.place(input.scales, t * input_groups);
         place.place(input.sums, t * input_groups);
-        place.place(queries, t * query);
-        place.place(keys, t * key);
-        place.place(values, t * key);
-        place.place(attended, t * query);
+        place.place(queries, t * widest.queries);
+        place.place(keys, t * widest.keys);
+        place.place(values, t * widest.values);
+        place.place(gates, t * widest.gates);
+        place.place(attended, t * widest.attended);
         place.place(maximum, t * heads);
         place.place(sum, t * heads);
         place.place(cosine, spec.ropes.size() * t * widest_pairs);

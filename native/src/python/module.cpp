@@ -55,11 +55,19 @@ T choice(const py::handle& map, const char* name, const std::map<std::string, T>
     return found->second;
 }
 
+const std::map<std::string, edgemoe::AttentionKind> kAttentionKinds{
+    {"full", edgemoe::AttentionKind::full},
+    {"mla", edgemoe::AttentionKind::mla},
+    {"gated_delta", edgemoe::AttentionKind::gated_delta},
+    {"short_conv", edgemoe::AttentionKind::short_conv}};
+
 edgemoe::AttentionSpec make_attention(const py::handle& data, std::vector<edgemoe::RopeSpec>& ropes) {
     edgemoe::AttentionSpec attention;
+    attention.kind = choice(data, "kind", kAttentionKinds);
     attention.heads = field<int>(data, "heads");
     attention.kv_heads = field<int>(data, "kv_heads");
     attention.head_dim = field<int>(data, "head_dim");
+    attention.value_dim = field<int>(data, "value_dim");
     attention.scale = field<float>(data, "scale");
     attention.qk_norm = choice(data, "qk_norm", kQkNorms);
     attention.window = field<std::optional<int>>(data, "window").value_or(0);
@@ -69,6 +77,13 @@ edgemoe::AttentionSpec make_attention(const py::handle& data, std::vector<edgemo
     attention.value_norm = field<bool>(data, "value_norm");
     attention.values_are_keys = field<bool>(data, "values_are_keys");
     attention.clip_qkv = field<float>(data, "clip_qkv");
+    attention.output_gate = field<bool>(data, "output_gate");
+    attention.q_rank = field<int>(data, "q_rank");
+    attention.kv_rank = field<int>(data, "kv_rank");
+    attention.rope_dim = field<int>(data, "rope_dim");
+    attention.conv_size = field<int>(data, "conv_size");
+    attention.tiled_heads = field<bool>(data, "tiled_heads");
+    attention.fused_beta_alpha = field<bool>(data, "fused_beta_alpha");
     if (const py::handle rope = data["rope"]; !rope.is_none()) {
         const edgemoe::RopeSpec found{field<std::vector<float>>(rope, "inverse_frequencies"),
                                       field<float>(rope, "attention_factor"), field<bool>(rope, "interleaved")};
@@ -293,6 +308,9 @@ PYBIND11_MODULE(_core, module) {
         .def("add_sequence", &Engine::add_sequence)
         .def("length", [](Engine& engine, int id) { return engine.sequence(id).length(); })
         .def("truncate", [](Engine& engine, int id, int length) { engine.sequence(id).truncate(length); })
+        .def("mark", [](Engine& engine, int id) { engine.sequence(id).mark(); })
+        .def("marked", [](Engine& engine, int id) { return engine.sequence(id).marked(); })
+        .def("has_constants", [](Engine& engine, int id) { return engine.sequence(id).has_constants(); })
         .def("snapshot",
              [](Engine& engine, int id) {
                  const edgemoe::SequenceState& state = engine.sequence(id);
