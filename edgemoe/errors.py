@@ -29,7 +29,8 @@ class ContextLengthError(EdgemoeError):
 
 
 class StateError(EdgemoeError):
-    """A sequence cannot go back to a position: a layer with a window does not keep what it would need there."""
+    """A sequence cannot go back to a position: a layer with a window or a recurrence does not keep what it would
+    need there."""
 
 
 class TokenizerError(EdgemoeError):

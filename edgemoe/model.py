@@ -182,8 +182,14 @@ class Model:
         if eviction not in EVICTION_POLICIES:
             raise OptionError(f"eviction policy {eviction!r} is not one of {', '.join(EVICTION_POLICIES)}")
         for layer in self.spec.layers:
-            if "q8_0" in (cache_type_k, cache_type_v) and layer.attention.head_dim % 32:
-                raise OptionError(f"cache type q8_0 needs heads of a multiple of 32, not {layer.attention.head_dim}")
+            attention = layer.attention
+            types, dim = {cache_type_k, cache_type_v}, attention.head_dim
+            if attention.kind == "mla":  # the latent is a key; it has no values beside it
+                types, dim = {cache_type_k}, attention.kv_rank + attention.rope_dim
+            elif attention.kind != "full":
+                types = set()
+            if "q8_0" in types and dim % 32:
+                raise OptionError(f"cache type q8_0 needs heads of a multiple of 32, not {dim}")
 
         spec, index = self.spec.for_context(self.context).to_dict(), _engine_index(pack)
         options: dict[str, Any] = {
@@ -414,30 +420,42 @@ class Model:
         held = min(len(self._tokens), len(history) - 1)
         if self._tokens[:held] != history[:held]:
             held = next(i for i in range(held) if self._tokens[i] != history[i])
-        try:
-            engine.truncate(0, min(held, engine.length(0)))
-        except StateError:  # a window has moved on: from the beginning
-            engine.truncate(0, 0)
+        self._go_back(min(held, engine.length(0)))
         held = engine.length(0)
         del self._tokens[held:]
         new = np.asarray(history[held:], np.int32)
+        if len(new) > 1 and engine.has_constants(0):
+            # What another answer to this prompt, or what follows an answer that is told otherwise, can go back to.
+            self._forward(new[:-1], np.empty(0, np.int32))
+            engine.mark(0)
+            new = new[-1:]
         logits: NDArray[np.float32] = self._forward(new, np.asarray([len(new) - 1], np.int32))[0]
         return logits
 
+    def _go_back(self, length: int) -> None:
+        """Truncates sequence 0 to the most positions, up to `length`, that its layers can go back to."""
+        engine = self._open()
+        marked = engine.marked(0)
+        for possible in (length, marked if marked < length else 0, 0):
+            try:
+                return engine.truncate(0, possible)
+            except StateError:  # a window has moved on, or a recurrence went over it
+                continue
+
     def _forward(self, tokens: NDArray[np.int32], wanted: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Appends `tokens` to sequence 0. If it fails, what was finished is kept and known."""
+        """Appends `tokens` to sequence 0. If it fails, what was finished is kept and known; layers with a recurrence go
+        back to their mark."""
         engine = self._open()
         begin = engine.length(0)
         positions = np.arange(begin, begin + len(tokens), dtype=np.int32)
         try:
             return engine.forward(tokens, positions, np.zeros(len(tokens), np.int32), wanted)
         finally:
-            done = engine.length(0) - begin
-            self._tokens += tokens[:done].tolist()
+            self._tokens = (self._tokens + tokens.tolist())[: engine.length(0)]
             if self._trace is not None:
                 writer, part = self._trace
                 picks, weights, predicted = engine.take_routing()
-                writer.extend([part] * done, positions[:done], picks, weights, predicted)
+                writer.extend([part] * len(picks), positions[: len(picks)], picks, weights, predicted)
 
     @contextmanager
     def trace(self, path: str | os.PathLike[str], part: str = "text") -> Iterator[None]:

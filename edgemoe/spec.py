@@ -10,7 +10,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ MAX_DIMENSION = 1 << 24
 MAX_LAYERS = 1024
 
 # What the engine implements of each choice. A spec may name more (a newer file); it is refused by name.
-ATTENTION_KINDS = ("full",)
+ATTENTION_KINDS = ("full", "mla", "gated_delta", "short_conv")
 ROUTER_SCORES = ("softmax", "softmax_topk", "sigmoid", "sparsemixer")
 GROUP_SCORES = ("largest", "two_largest")
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
@@ -51,9 +51,11 @@ class RopeSpec:
 class AttentionSpec:
     """One token-mixing layer.
 
-    kind: "full" (grouped-query attention over a key/value cache). Reserved: "mla", "gated_delta", "short_conv".
-    heads, kv_heads: query heads and key/value heads; heads is a multiple of kv_heads.
-    head_dim, value_dim: size of one query/key head and of one value head.
+    kind: "full" (grouped-query attention over a key/value cache); "mla" (multi-head latent attention, DeepSeek-V2,
+        section 2.1); "gated_delta" (Gated DeltaNet, Yang et al. 2024); "short_conv" (LFM2's gated short convolution).
+    heads, kv_heads: query heads and key/value heads; heads is a multiple of kv_heads. Of mla, whose heads share one
+        latent, kv_heads is 1; of gated_delta they are value heads and query/key heads; a short_conv has one head.
+    head_dim, value_dim: size of one query/key head and of one value head; of a short_conv, its channels.
     scale: multiplies q.k before the softmax.
     qk_norm: RMSNorm on queries and keys before RoPE: "none", "head" (per head) or "full" (over all heads).
     window: positions a token sees, itself included; None for all.
@@ -61,11 +63,16 @@ class AttentionSpec:
     bias: query, key and value projections have a bias; output_bias: the output projection has one.
     value_norm: RMSNorm without weights on each value head (Gemma 4).
     values_are_keys: there is no value projection, values are what the key projection gives, before norms and RoPE.
-    output_gate: a sigmoid gate on the attention output (Qwen3-Next).
+    output_gate: a sigmoid gate on the attention output (Qwen3-Next); the query projection gives each head's query and,
+        behind it, its gate.
     softcap: scores become softcap * tanh(score / softcap); 0 for none.
     clip_qkv: queries, keys and values are clamped to +-clip_qkv (OLMoE); 0 for none.
-    q_rank, kv_rank, rope_dim: latent sizes of multi-head latent attention (DeepSeek-V2, section 2.1).
-    conv_size: taps of the short convolution of a linear-attention or convolution layer.
+    q_rank, kv_rank: sizes of the latents of mla that queries (0: of none) and keys and values are made of. rope_dim:
+        elements at the end of its query and key heads that RoPE turns; those of the key are shared by all heads.
+    conv_size: taps of the convolution of a gated_delta or short_conv layer.
+    tiled_heads: value head i of gated_delta goes with key head i % kv_heads (GGUF's order), not with
+        i // (heads / kv_heads).
+    fused_beta_alpha: one projection of gated_delta gives, for each key head, beta and then alpha of its value heads.
     """
 
     kind: str
@@ -89,6 +96,15 @@ class AttentionSpec:
     kv_rank: int = 0
     rope_dim: int = 0
     conv_size: int = 0
+    tiled_heads: bool = False
+    fused_beta_alpha: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution of a gated_delta or short_conv layer."""
+        if self.kind == "short_conv":
+            return self.heads * self.head_dim
+        return 2 * self.kv_heads * self.head_dim + self.heads * self.value_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +318,30 @@ class ModelSpec:
 def _attention_tensors(attention: AttentionSpec, hidden: int) -> dict[str, tuple[int, ...]]:
     queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     values = attention.kv_heads * attention.value_dim
-    shapes: dict[str, tuple[int, ...]] = {"q": (queries, hidden), "k": (keys, hidden)}
+    shapes: dict[str, tuple[int, ...]]
+    if attention.kind == "mla":
+        rank, heads = attention.kv_rank, attention.heads
+        shapes = {"q": (queries, hidden)}
+        if attention.q_rank:
+            shapes = {"q_down": (attention.q_rank, hidden), "q_norm": (attention.q_rank,)}
+            shapes["q"] = (queries, attention.q_rank)
+        shapes |= {"kv_down": (rank + attention.rope_dim, hidden), "kv_norm": (rank,)}
+        shapes["k_up"] = (heads * rank, attention.head_dim - attention.rope_dim)
+        return shapes | {"v_up": (heads * attention.value_dim, rank), "o": (hidden, heads * attention.value_dim)}
+    if attention.kind == "gated_delta":
+        heads, values = attention.heads, attention.heads * attention.value_dim
+        shapes = {"mixed": (attention.channels, hidden), "output_gate": (values, hidden)}
+        if attention.fused_beta_alpha:
+            shapes["beta_alpha"] = (2 * heads, hidden)
+        else:
+            shapes["beta"] = shapes["alpha"] = (heads, hidden)
+        shapes |= {"conv": (attention.channels, attention.conv_size), "decay_rate": (heads,), "step_bias": (heads,)}
+        return shapes | {"head_norm": (attention.value_dim,), "o": (hidden, values)}
+    if attention.kind == "short_conv":
+        channels = attention.channels
+        shapes = {"mixed": (3 * channels, hidden), "conv": (channels, attention.conv_size)}
+        return shapes | {"o": (hidden, channels)}
+    shapes = {"q": (queries * (2 if attention.output_gate else 1), hidden), "k": (keys, hidden)}
     if not attention.values_are_keys:
         shapes["v"] = (values, hidden)
     shapes["o"] = (hidden, attention.heads * attention.value_dim)
@@ -354,6 +393,45 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+_FULL = ("qk_norm", "window", "sinks", "bias", "value_norm", "values_are_keys", "clip_qkv", "output_gate")
+_LATENT = ("q_rank", "kv_rank", "rope_dim")
+_RECURRENT = ("tiled_heads", "fused_beta_alpha")
+# Fields of AttentionSpec that mean nothing to a kind of layer.
+_ABSENT: dict[str, tuple[str, ...]] = {
+    "full": (*_LATENT, "conv_size", *_RECURRENT),
+    "mla": (*_FULL, "conv_size", *_RECURRENT),
+    "gated_delta": (*_FULL, *_LATENT),
+    "short_conv": (*_FULL, *_LATENT, *_RECURRENT),
+}
+
+
+def _validate_mixer(
+    attention: AttentionSpec, where: str, require: Callable[[bool, str], None], size: Callable[[str, int, int], None]
+) -> None:
+    """What the kinds of AttentionSpec demand of its sizes."""
+    if attention.kind == "full":
+        require(attention.value_dim == attention.head_dim, where + "value_dim differs from head_dim")
+        require(attention.head_dim % 2 == 0, f"{where}head_dim = {attention.head_dim} is odd")
+        require(not (attention.output_gate and attention.bias), where + "an output gate with a bias is not supported")
+        return
+    if attention.kind == "mla":
+        require(attention.kv_heads == 1, f"{where}kv_heads = {attention.kv_heads} of latent attention is not 1")
+        size(where + "kv_rank", attention.kv_rank, 1 << 14)
+        size(where + "rope_dim", attention.rope_dim, attention.head_dim - 1)
+        require(0 <= attention.q_rank <= MAX_DIMENSION, f"{where}q_rank = {attention.q_rank}")
+        whole: tuple[str, ...] = ("kv_rank", "value_dim")
+    else:
+        require(attention.rope is None, f"{where}a rope in a layer of kind {attention.kind}")
+        size(where + "conv_size", attention.conv_size, 64)
+        whole = ("value_dim",) if attention.kind == "gated_delta" else ()
+    if attention.kind == "short_conv":
+        require(attention.heads == 1, f"{where}heads = {attention.heads} of a convolution is not 1")
+        require(attention.value_dim == attention.head_dim, where + "value_dim differs from head_dim")
+    for name in whole:  # of a head, whose rows must be whole blocks
+        value = getattr(attention, name)
+        require(value % 16 == 0, f"{where}{name} = {value} of {attention.kind} is not a multiple of 16")
+
+
 def _validate(spec: ModelSpec) -> None:
     def require(condition: bool, message: str) -> None:
         if not condition:
@@ -388,9 +466,8 @@ def _validate(spec: ModelSpec) -> None:
         one_of(where + "activation", layer.activation, ACTIVATIONS)
         size(where + "heads", attention.heads, 1 << 16)
         size(where + "kv_heads", attention.kv_heads, attention.heads)
-        size(where + "head_dim", attention.head_dim, 1 << 14)
-        require(attention.value_dim == attention.head_dim, where + "value_dim differs from head_dim")
-        require(attention.head_dim % 2 == 0, f"{where}head_dim = {attention.head_dim} is odd")
+        size(where + "head_dim", attention.head_dim, 1 << 14 if attention.kind != "short_conv" else MAX_DIMENSION)
+        size(where + "value_dim", attention.value_dim, 1 << 14 if attention.kind != "short_conv" else MAX_DIMENSION)
         require(
             attention.heads % attention.kv_heads == 0,
             f"{where}{attention.heads} heads cannot share {attention.kv_heads} key/value heads evenly",
@@ -402,19 +479,14 @@ def _validate(spec: ModelSpec) -> None:
         if attention.rope is not None:
             rope = attention.rope
             pairs = len(rope.inverse_frequencies)
-            require(
-                1 <= pairs <= attention.head_dim // 2,
-                f"{where}{pairs} rotary pairs in a head of {attention.head_dim}",
-            )
+            turning = attention.rope_dim if attention.kind == "mla" else attention.head_dim
+            require(1 <= pairs <= turning // 2, f"{where}{pairs} rotary pairs in a head of {turning}")
             require(
                 len(rope.long_inverse_frequencies) in (0, pairs),
                 f"{where}{len(rope.long_inverse_frequencies)} long rotary pairs for {pairs} short ones",
             )
-        absent(
-            attention,
-            where + "attention ",
-            *("output_gate", "softcap", "q_rank", "kv_rank", "rope_dim", "conv_size"),
-        )
+        absent(attention, where + "attention ", "softcap", *_ABSENT[attention.kind])
+        _validate_mixer(attention, where, require, size)
         size(where + "ffn_dim", layer.ffn_dim)
         if layer.activation == "clamped_swiglu":
             require(layer.swiglu_limit > 0, f"{where}swiglu_limit = {layer.swiglu_limit} is not positive")
