@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from edgemoe._core import __version__
 from edgemoe.errors import OptionError, PackError, SourceError, UnsupportedModelError
-from edgemoe.families import TensorSource, family_for
+from edgemoe.families import Slices, TensorSource, family_for
 from edgemoe.formats.ggml_blocks import READABLE, TYPES, BlockType, dequantize, mxfp4_blocks
 from edgemoe.formats.gguf import GgufModel, is_gguf
 from edgemoe.formats.gguf_index import GgufSource
@@ -377,7 +377,7 @@ def _plan_dense(plan: _Plan, sources: Mapping[str, TensorSource], bits: int | No
         dtypes[name] = _checked_dtype(plan.folder, name, sources[name], shape)
         if len(shape) == 1:
             layouts[name] = "vector"
-        elif bits is not None and name.endswith(".router"):
+        elif bits is not None and name.endswith((".router", ".conv")):
             layouts[name] = "f32"
         else:
             layouts[name] = _layout(plan.folder, bits, {name: sources[name]}, {dtypes[name]})
@@ -472,11 +472,31 @@ def _checked_dtype(folder: TensorFiles, name: str, source: TensorSource, shape: 
     if source.every is not None:
         axis, (first, step) = (len(found) - 1 if len(shape) == 1 else 0), source.every
         found = tuple(len(range(first, size, step)) if i == axis else size for i, size in enumerate(found))
+    if source.flat and found:
+        found = (math.prod(found[:-1]), found[-1])
+    if source.slices is not None:
+        found = _sliced_shape(found, source.slices)
     if len(shape) == 1:
         found = (math.prod(found),)
     if found != shape:
         raise SourceError(f"{where}: shape {list(info.shape)} does not give {name} {list(shape)}")
     return dtype
+
+
+def _sliced_shape(shape: tuple[int, ...], slices: Slices) -> tuple[int, ...]:
+    """Of what remains; () where the ranges do not lie within groups of this shape."""
+    if len(shape) != 2 or shape[0] % slices.groups or slices.ranges[-1][1] > shape[0] // slices.groups:
+        return ()
+    rows = sum(end - first for first, end in slices.ranges)
+    return (slices.groups * shape[1], rows) if slices.transpose else (slices.groups * rows, shape[1])
+
+
+def _sliced(values: npt.NDArray[Any], slices: Slices) -> npt.NDArray[Any]:
+    groups = values.reshape(slices.groups, -1, values.shape[1])
+    pieces = [groups[:, first:end] for first, end in slices.ranges]
+    if slices.transpose:
+        pieces = [piece.swapaxes(1, 2) for piece in pieces]
+    return np.concatenate([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
 
 
 def _generation(config: Mapping[str, Any], generation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -523,13 +543,21 @@ def _packed_rows(folder: TensorFiles, tensor: _Tensor) -> Iterator[Bytes]:
     source = tensor.source
     first, step = source.every or (0, 1)
     if tensor.layout == "vector":
-        values = folder.read(source.name, source.rows, source.index)[..., first::step]
-        yield pack("vector", _float32(values, tensor.dtype)).data
+        vector = _float32(folder.read(source.name, source.rows, source.index)[..., first::step], tensor.dtype)
+        yield pack("vector", -np.exp(vector) if source.negative_exp else vector).data
         return
     rows, columns = tensor.shape
     whole = None
+    if tensor.layout in ROW_MAJOR and source.flat:
+        assert isinstance(folder, GgufTensors)
+        yield memoryview(folder.read_blocks(source.name))
+        return
     if source.transpose:
         whole = folder.read(source.name, source.rows, source.index).T[first::step]
+    elif source.flat or source.slices is not None:
+        whole = folder.read(source.name)
+        whole = whole.reshape(-1, whole.shape[-1])
+        whole = whole if source.slices is None else _sliced(whole, source.slices)
     at_once = max(1, _WEIGHTS_AT_ONCE // (columns * ROWS_AT_ONCE)) * ROWS_AT_ONCE
     first += source.rows[0] if source.rows else 0
 

@@ -69,6 +69,7 @@ class AttentionSpec:
     clip_qkv: queries, keys and values are clamped to +-clip_qkv (OLMoE); 0 for none.
     q_rank, kv_rank: sizes of the latents of mla that queries (0: of none) and keys and values are made of. rope_dim:
         elements at the end of its query and key heads that RoPE turns; those of the key are shared by all heads.
+    latent_norm_epsilon: of the norms of those latents.
     conv_size: taps of the convolution of a gated_delta or short_conv layer.
     tiled_heads: value head i of gated_delta goes with key head i % kv_heads (GGUF's order), not with
         i // (heads / kv_heads).
@@ -95,6 +96,7 @@ class AttentionSpec:
     q_rank: int = 0
     kv_rank: int = 0
     rope_dim: int = 0
+    latent_norm_epsilon: float = 0.0
     conv_size: int = 0
     tiled_heads: bool = False
     fused_beta_alpha: bool = False
@@ -394,7 +396,7 @@ def _short(value: Any) -> str:
 
 
 _FULL = ("qk_norm", "window", "sinks", "bias", "value_norm", "values_are_keys", "clip_qkv", "output_gate")
-_LATENT = ("q_rank", "kv_rank", "rope_dim")
+_LATENT = ("q_rank", "kv_rank", "rope_dim", "latent_norm_epsilon")
 _RECURRENT = ("tiled_heads", "fused_beta_alpha")
 # Fields of AttentionSpec that mean nothing to a kind of layer.
 _ABSENT: dict[str, tuple[str, ...]] = {
@@ -419,6 +421,8 @@ def _validate_mixer(
         size(where + "kv_rank", attention.kv_rank, 1 << 14)
         size(where + "rope_dim", attention.rope_dim, attention.head_dim - 1)
         require(0 <= attention.q_rank <= MAX_DIMENSION, f"{where}q_rank = {attention.q_rank}")
+        epsilon = attention.latent_norm_epsilon
+        require(0 < epsilon < 1, f"{where}latent_norm_epsilon = {epsilon} is not between 0 and 1")
         whole: tuple[str, ...] = ("kv_rank", "value_dim")
     else:
         require(attention.rope is None, f"{where}a rope in a layer of kind {attention.kind}")

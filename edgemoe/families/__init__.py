@@ -18,6 +18,17 @@ from edgemoe.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
+class Slices:
+    """Rows taken out of groups: the source's rows are `groups` groups of as many. Of each group the rows of every range
+    (first, end) remain, those of the first range of all groups before those of the second. transpose: every piece
+    [rows, columns] becomes [columns, rows]."""
+
+    groups: int
+    ranges: tuple[tuple[int, int], ...]
+    transpose: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSource:
     """Where an engine tensor lies in the source.
 
@@ -26,6 +37,8 @@ class TensorSource:
     result, or the elements of a vector's last axis, (first, step) says which remain, for alternating ones. They apply
     in this order. scales: the source is MXFP4 blocks, uint8 [..., rows, blocks, 16], and this tensor their exponents,
     uint8 [..., rows, blocks]. A vector may have any shape with as many elements in the source.
+    flat: all axes of the source but the last are one, [heads, rows, columns] or [channels, 1, taps]. slices: rows out
+    of groups of rows. negative_exp: the tensor is -exp of the source. These three go with none of the others.
     """
 
     name: str
@@ -34,6 +47,9 @@ class TensorSource:
     transpose: bool = False
     every: tuple[int, int] | None = None
     scales: str | None = None
+    flat: bool = False
+    slices: Slices | None = None
+    negative_exp: bool = False
 
 
 class Family(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgemoe.errors import SourceError, UnsupportedModelError
 from edgemoe.families import TensorSource
-from edgemoe.families._names import stacked
+from edgemoe.families._names import first_of, stacked
 from edgemoe.spec import MAX_LAYERS, ModelSpec
 
 # What changes a model's arithmetic, if a family does not know it.
@@ -81,14 +81,15 @@ class GgufNames:
     allowed: keys that a file may have, with the only values that are supported (an empty tuple: any, it has no effect).
     per_layer: configuration values that may be lists, with an entry for each layer. scaling: values of
     "rope.scaling.type" that become `rope_scaling`.
-    layer: every engine tensor that a layer may have -> tensor, after "blk.N.". experts: part -> tensor of all experts
+    layer: every engine tensor that a layer may have -> tensor, after "blk.N."; where kinds of layers differ, a tuple of
+    the possible ones. experts: part -> tensor of all experts
     of a layer; gate_up: the tensor of their gates above their ups, where a file has them so. known: tensors of layers
     and "rope_" tensors that a file may have without effect.
     """
 
     architecture: str
     config: Mapping[str, str]
-    layer: Mapping[str, str] = field(default_factory=lambda: LAYER)
+    layer: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: LAYER)
     experts: Mapping[str, str] = field(default_factory=lambda: EXPERTS)
     gate_up: str = "ffn_gate_up_exps.weight"
     per_layer: frozenset[str] = frozenset()
@@ -169,7 +170,7 @@ class GgufNames:
                 sources[name] = TensorSource(self.model[name])
             else:
                 _, layer_number, part = name.split(".", 2)
-                sources[name] = TensorSource(f"blk.{layer_number}.{self.layer[part]}")
+                sources[name] = TensorSource(first_of(names, f"blk.{layer_number}.", self.layer[part]))
         for number, layer in enumerate(spec.layers):
             here, gate_up = f"layers.{number}.experts.", f"blk.{number}.{self.gate_up}"
             for expert in range(layer.experts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edgemoe.families import TensorSource
 from edgemoe.spec import ModelSpec
@@ -69,9 +69,7 @@ class Names:
                 sources[name] = TensorSource(re.sub("^model\\.", root, self.model[name]))
             else:
                 _, layer_number, part = name.split(".", 2)
-                known = self.layer[part]
-                found = [f"{root}layers.{layer_number}.{n}" for n in ([known] if isinstance(known, str) else known)]
-                sources[name] = TensorSource(next((n for n in found if n in names), found[0]))
+                sources[name] = TensorSource(first_of(names, f"{root}layers.{layer_number}.", self.layer[part]))
         for number, layer in enumerate(spec.layers):
             here, there = f"layers.{number}.experts.", f"{root}layers.{number}."
             pairs = [(there + gate_up, there + down) for gate_up, down in self.stacked]
@@ -83,6 +81,20 @@ class Names:
                     for part, form in self.experts.items():
                         sources[f"{here}{expert}.{part}"] = TensorSource(there + form.format(expert))
         return sources
+
+
+def first_of(names: Collection[str], prefix: str, known: str | tuple[str, ...]) -> str:
+    """The first of the known names, with the prefix, that is one of `names`; the very first if none is."""
+    found = [prefix + name for name in ([known] if isinstance(known, str) else known)]
+    return next((name for name in found if name in names), found[0])
+
+
+def flat(sources: Mapping[str, TensorSource], *parts: str) -> dict[str, TensorSource]:
+    """The same sources; those of these tensors of layers are of more than two axes."""
+    return {
+        name: replace(source, flat=True) if name.rpartition(".")[2] in parts else source
+        for name, source in sources.items()
+    }
 
 
 def stacked(expert_name: str, size: int, expert: int, gate_up: str, down: str) -> dict[str, TensorSource]:

@@ -174,6 +174,8 @@ def _check_shape(model: GgufModel, name: str, source: TensorSource, shape: tuple
         found = found[1:] if len(found) > 1 and source.index < found[0] else ()
     if source.rows is not None:
         found = (source.rows[1] - source.rows[0], *found[1:]) if found and source.rows[1] <= found[0] else ()
+    if source.flat and found:
+        found = (math.prod(found[:-1]), found[-1])
     if len(shape) == 1:
         found = (math.prod(found),)
     if found != shape:

@@ -220,7 +220,7 @@ def write_gguf(path: Path, folder: Path, case: Case, kind: Callable[[str], str] 
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": SIZES["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None) or config.norm_eps,
         **case.metadata,
     }
     metadata |= {f"{case.architecture}.{key}": value for key, value in keys.items() if value is not None}

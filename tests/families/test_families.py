@@ -19,7 +19,11 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
-from family_table import CASES, VOCABULARY, expected_logits, with_options, write_folder, write_gguf
+import mixer_table
+from family_table import CASES as FAMILY_CASES
+from family_table import VOCABULARY, expected_logits, with_options, write_folder, write_gguf
+
+CASES = {**FAMILY_CASES, **mixer_table.CASES}
 
 F32_STATE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "memory": "2GB"}
 Load = Callable[..., edgemoe.Model]

@@ -38,6 +38,7 @@ struct AttentionSpec {
     int q_rank = 0;
     int kv_rank = 0;
     int rope_dim = 0;
+    float latent_norm_epsilon = 0;
     int conv_size = 0;
     bool tiled_heads = false;
     bool fused_beta_alpha = false;

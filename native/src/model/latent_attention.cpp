@@ -68,7 +68,7 @@ void Engine::latent_attention(int number, int count, std::span<const int32_t> po
     if (a.q_rank) {
         each_token(count, [&](int t) {
             const std::span<float> row{s.keys + size_t(t) * a.q_rank, size_t(a.q_rank)};
-            kernels_.rms_norm(row, layer.q_norm, spec_.norm_epsilon, row.data());
+            kernels_.rms_norm(row, layer.q_norm, a.latent_norm_epsilon, row.data());
         });
         product({&layer.q, 1}, prepare(s.keys, count, a.q_rank, {&layer.q, 1}), count, {&s.queries, 1});
     }
@@ -76,7 +76,7 @@ void Engine::latent_attention(int number, int count, std::span<const int32_t> po
     each_token(count, [&](int t) {
         SequenceState& state = *sequences_[sequence_ids[t]];
         const std::span<float> row{s.values + t * latent, latent};
-        kernels_.rms_norm(row.first(rank), layer.kv_norm, spec_.norm_epsilon, row.data());
+        kernels_.rms_norm(row.first(rank), layer.kv_norm, a.latent_norm_epsilon, row.data());
         if (a.rope >= 0) {
             const RopeSpec& spec = spec_.ropes[a.rope];
             const auto pairs = static_cast<int>(spec.inverse_frequencies.size());

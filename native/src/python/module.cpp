@@ -81,6 +81,7 @@ edgemoe::AttentionSpec make_attention(const py::handle& data, std::vector<edgemo
     attention.q_rank = field<int>(data, "q_rank");
     attention.kv_rank = field<int>(data, "kv_rank");
     attention.rope_dim = field<int>(data, "rope_dim");
+    attention.latent_norm_epsilon = field<float>(data, "latent_norm_epsilon");
     attention.conv_size = field<int>(data, "conv_size");
     attention.tiled_heads = field<bool>(data, "tiled_heads");
     attention.fused_beta_alpha = field<bool>(data, "fused_beta_alpha");
