@@ -1,5 +1,6 @@
-"""What the families with multi-head latent attention share: DeepSeek-V2, DeepSeek-V3 and GLM-4.7-Flash. Their GGUF files
-all have the architecture "deepseek2"."""
+"""What the families with multi-head latent attention share: DeepSeek-V2, DeepSeek-V3 and GLM-4.7-Flash.
+
+Their GGUF files all have the architecture "deepseek2"."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""LFM2-MoE (LFM2-8B-A1B): gated short convolutions, and grouped-query attention with per-head query and key norms in some
-layers; sigmoid router with a bias for the choice, dense first layers."""
+"""LFM2-MoE (LFM2-8B-A1B): gated short convolutions, in some layers grouped-query attention with per-head query and key
+norms; sigmoid router with a bias for the choice, dense first layers."""
 
 from __future__ import annotations
 

@@ -33,6 +33,52 @@ def convolution_names(tensors: Arrays, config: Any) -> Arrays:
     return result
 
 
+def tiled(values: Array, config: Any, size: int, axis: int = 0) -> Array:
+    """Value heads along an axis so that neighbours belong to different key heads (llama.cpp's order)."""
+    heads = np.moveaxis(values, axis, 0)
+    heads = heads.reshape(config.linear_num_key_heads, -1, size, *heads.shape[1:]).swapaxes(0, 1)
+    return np.ascontiguousarray(np.moveaxis(heads.reshape(-1, *heads.shape[3:]), 0, axis))
+
+
+def split_delta(tensors: Arrays, config: Any) -> Arrays:
+    """Gated DeltaNet: one added to zero-centred norms, decay rates taken out of the logarithm, the projection of
+    Qwen3-Next cut up and gathered by parts, value heads of Qwen3.5 reordered."""
+    result: Arrays = {}
+    key_heads, key_dim = config.linear_num_key_heads, config.linear_key_head_dim
+    value_dim, keys = config.linear_value_head_dim, 2 * key_heads * key_dim
+    reorder = config.model_type == "qwen3_5_moe_text"
+    for name, values in tensors.items():
+        if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+            values = values + 1
+        elif name.endswith(".conv1d.weight"):
+            values = values[:, 0]
+            if reorder:
+                values = np.concatenate([values[:keys], tiled(values[keys:], config, value_dim)])
+        elif name.endswith(".A_log"):
+            values = -np.exp(tiled(values, config, 1) if reorder else values)
+        elif name.endswith(".dt_bias"):
+            name = name.replace(".dt_bias", ".dt_proj.bias")
+            values = tiled(values, config, 1) if reorder else values
+        elif name.endswith(".in_proj_qkv.weight"):
+            values = np.concatenate([values[:keys], tiled(values[keys:], config, value_dim)])
+        elif name.endswith((".in_proj_z.weight", ".in_proj_a.weight", ".in_proj_b.weight")):
+            values = tiled(values, config, value_dim if "in_proj_z" in name else 1)
+        elif name.endswith("linear_attn.out_proj.weight") and reorder:
+            values = tiled(values, config, value_dim, 1)
+        elif name.endswith(".in_proj_qkvz.weight"):
+            groups = values.reshape(key_heads, -1, values.shape[1])
+            size = config.linear_num_value_heads // key_heads * value_dim
+            q, k, v, z = np.split(groups, [key_dim, 2 * key_dim, 2 * key_dim + size], axis=1)
+            here = name.replace("model.layers.", "blk.").split(".linear_attn")[0]
+            result[here + ".attn_qkv.weight"] = np.concatenate(
+                [part.reshape(-1, values.shape[1]) for part in (q, k, v)]
+            )
+            result[here + ".attn_gate.weight"] = z.reshape(-1, values.shape[1])
+            continue
+        result[name] = values
+    return result
+
+
 _LATENT = {
     "num_key_value_heads": 4,
     "qk_nope_head_dim": 24,
@@ -82,6 +128,35 @@ _CONVOLUTION_KEYS = {
     "expert_feed_forward_length": 48,
     "expert_gating_func": 2,
     "rope.freq_base": 1e6,
+}
+
+_DELTA = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 40,
+    "num_hidden_layers": 4,
+}
+_DELTA_KEYS = {
+    "attention.key_length": 32,
+    "attention.value_length": 32,
+    "rope.dimension_count": 8,
+    "rope.freq_base": 10000.0,
+    "full_attention_interval": 4,
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 24,
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 6,
+    "ssm.inner_size": 96,
+    "expert_count": 6,
+    "expert_used_count": 2,
+    "expert_feed_forward_length": 48,
+    "expert_shared_feed_forward_length": 40,
 }
 
 CASES: dict[str, Case] = {
@@ -223,5 +298,54 @@ CASES: dict[str, Case] = {
             "expert_weights_scale": 1.5,
         },
         convolution_names,
+    ),
+    "qwen3_next": Case("Qwen3NextConfig", _DELTA, "qwen3next", _DELTA_KEYS, split_delta),
+    "qwen3_next, other proportions, a dense layer": Case(
+        "Qwen3NextConfig",
+        {
+            **_DELTA,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "mlp_only_layers": [1],
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_key_head_dim": 40,
+            "linear_value_head_dim": 80,
+            "linear_conv_kernel_dim": 3,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 256,
+            "rope_parameters": {**_YARN, "partial_rotary_factor": 0.5},
+        },
+        "",
+        {},
+        context=256,
+    ),
+    "qwen3_5_moe": Case("Qwen3_5MoeTextConfig", _DELTA, "qwen35moe", _DELTA_KEYS, split_delta),
+    "qwen3_5_moe, tied, more heads": Case(
+        "Qwen3_5MoeTextConfig",
+        {
+            **_DELTA,
+            "num_hidden_layers": 2,
+            "full_attention_interval": 2,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 32,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5},
+        },
+        "qwen35moe",
+        {
+            **_DELTA_KEYS,
+            "full_attention_interval": 2,
+            "rope.dimension_count": 16,
+            "rope.freq_base": 1e7,
+            "ssm.state_size": 16,
+            "ssm.group_count": 4,
+            "ssm.time_step_rank": 8,
+            "ssm.inner_size": 256,
+        },
+        split_delta,
     ),
 }
