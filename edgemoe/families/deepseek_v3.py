@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (DeepSeek-V3, R1, V3.1): multi-head latent attention, sigmoid router with groups and a bias for the choice,
+"""DeepSeek-V3 (DeepSeek-V3, R1, V3.1): multi-head latent attention, sigmoid router with groups and a bias for choosing,
 shared expert, dense first layers. Layers that predict several tokens are not used."""
 
 from __future__ import annotations

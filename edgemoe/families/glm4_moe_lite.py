@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash: DeepSeek-V3's layers, of which any may be dense."""
+"""GLM-4.7-Flash (GLM-4.7-Flash): the layers of DeepSeek-V3, of which any may be dense."""
 
 from __future__ import annotations
 

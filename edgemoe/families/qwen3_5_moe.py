@@ -1,6 +1,7 @@
-"""Qwen3.5-MoE (Qwen3.5-35B-A3B, Qwen3.5-397B-A17B, Qwen3.6): the layers of Qwen3-Next with projections of their own.
+"""Qwen3.5-MoE (Qwen3.5-35B-A3B, Qwen3.5-397B-A17B, Qwen3.6): the layers of Qwen3-Next, each of whose
+inputs has a projection of its own.
 
-Its text part: the tensors of vision, and the layers that predict several tokens, are not used.
+This is its text part: the tensors of vision, and the layers that predict several tokens, are not used.
 """
 
 from __future__ import annotations

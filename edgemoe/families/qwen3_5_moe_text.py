@@ -1,4 +1,4 @@
-"""The text part of Qwen3.5-MoE by itself, as `Qwen3_5MoeForCausalLM` saves it."""
+"""Qwen3.5-MoE's text part by itself (Qwen3_5MoeForCausalLM): as qwen3_5_moe."""
 
 from __future__ import annotations
 
