@@ -51,7 +51,7 @@ from edgemoe.formats.pack import (
 )
 from edgemoe.formats.safetensors import SafetensorsFolder, TensorInfo, read_bytes, read_json
 from edgemoe.quantize.rtn import quantize
-from edgemoe.spec import ModelSpec
+from edgemoe.spec import FLOAT_TENSORS, ModelSpec
 from edgemoe.text.gguf_tokenizer import tokenizer_files
 
 BITS = (32, 16, 8, 4)
@@ -82,8 +82,8 @@ def convert(
     quantized, is float32); 8 and 4: groups of 64 weights with a scale and an offset each. None: the blocks of a GGUF
     file as they are, and 4 for a folder. MXFP4 weights of a folder stay what they are unless 32 is asked for.
     dense_bits: of embedding, attention, dense feed-forward parts and output head; unless given, 8 or `bits` if that is
-    more, and as they are if the experts are. Routers and vectors are float32, the routers of a GGUF file whose weights
-    are kept excepted.
+    more, and as they are if the experts are. Routers, convolutions and vectors are float32, the routers of a GGUF file
+    whose weights are kept excepted.
     progress: called with (bytes written, bytes in all).
 
     The target appears when it is complete. An interrupted conversion (KeyboardInterrupt, a killed process) leaves
@@ -377,7 +377,7 @@ def _plan_dense(plan: _Plan, sources: Mapping[str, TensorSource], bits: int | No
         dtypes[name] = _checked_dtype(plan.folder, name, sources[name], shape)
         if len(shape) == 1:
             layouts[name] = "vector"
-        elif bits is not None and name.endswith((".router", ".conv")):
+        elif bits is not None and name.endswith(FLOAT_TENSORS):
             layouts[name] = "f32"
         else:
             layouts[name] = _layout(plan.folder, bits, {name: sources[name]}, {dtypes[name]})

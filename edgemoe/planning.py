@@ -31,7 +31,7 @@ from edgemoe.formats.pack import (
 from edgemoe.formats.safetensors import read_json
 from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now
 from edgemoe.model import DEFAULT_CONTEXT, _engine_index
-from edgemoe.spec import ModelSpec
+from edgemoe.spec import FLOAT_TENSORS, ModelSpec
 
 if TYPE_CHECKING:
     from edgemoe.profiling import Trace
@@ -221,7 +221,7 @@ def _config_facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
     lengths: list[int] = []
     dense: dict[str, DenseTensor] = {}
     for name, shape in spec.dense_tensors().items():
-        layout = "vector" if len(shape) == 1 else "f32" if name.endswith(".router") else layouts[max(bits, 8)]
+        layout = "vector" if len(shape) == 1 else "f32" if name.endswith(FLOAT_TENSORS) else layouts[max(bits, 8)]
         dense[name] = DenseTensor(len(lengths), 0, layout, shape)
         lengths.append(tensor_size(layout, shape))
     experts: dict[int, ExpertLayer] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgemoe.families import TensorSource
 from edgemoe.families._config import Config
-from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
+from edgemoe.families._gguf import CONFIG, LAYER, GgufNames, layers_used
 from edgemoe.families._names import ATTENTION, Names, flat, gated
 from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
 
@@ -153,7 +153,9 @@ def gguf_spec(
     values = c.integer("linear_values", least=value_heads)
     c.require(linear_values=values // value_heads * value_heads)
     config["linear_value_head_dim"] = values // value_heads
-    config["num_hidden_layers"] = c.layers() - c.integer("num_nextn_predict_layers", default=0, least=0)
+    config["num_hidden_layers"] = layers_used(
+        c.layers(), c.integer("num_nextn_predict_layers", default=0, least=0), shapes
+    )
     head_dim = c.integer("head_dim", default=256)
     config["partial_rotary_factor"] = c.integer("rotary_dim", default=max(1, head_dim // 4)) / head_dim
     tied = c.flag("tie_word_embeddings", default=False)

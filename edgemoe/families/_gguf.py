@@ -191,6 +191,17 @@ class GgufNames:
         return sources
 
 
+def layers_used(count: int, further: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many of a file's `count` layers make up the model, where up to `further` of them at the end may be there to
+    predict more tokens: some files do not count them, others do, with their tensors or without."""
+    for last in range(count - 1, max(count - 1 - further, 0), -1):
+        here = f"blk.{last}."
+        if here + "attn_norm.weight" in shapes and here + "nextn.eh_proj.weight" not in shapes:
+            return last + 1
+        count = last
+    return count
+
+
 def _layer(name: str) -> int:
     """The layer of a tensor; a number beyond all layers for one outside of them."""
     first, _, rest = name.partition(".")

@@ -11,7 +11,7 @@ from typing import Any
 from edgemoe.errors import UnsupportedModelError
 from edgemoe.families import Slices, TensorSource
 from edgemoe.families._config import Config, yarn_attention_factor
-from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
+from edgemoe.families._gguf import CONFIG, LAYER, GgufNames, layers_used
 from edgemoe.families._names import ATTENTION, Names, flat, gated
 from edgemoe.spec import AttentionSpec, ModelSpec
 
@@ -127,7 +127,9 @@ def gguf_configuration(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[i
     c = Config(config, GGUF.architecture)
     rope_dim = c.integer("qk_rope_head_dim")
     config["qk_nope_head_dim"] = c.integer("qk_head_dim", least=rope_dim + 1) - rope_dim
-    config["num_hidden_layers"] = c.layers() - c.integer("num_nextn_predict_layers", default=0, least=0)
+    config["num_hidden_layers"] = layers_used(
+        c.layers(), c.integer("num_nextn_predict_layers", default=0, least=0), shapes
+    )
     config.setdefault("q_lora_rank", None)
     del config["num_key_value_heads"]  # 1, of the latent
     if "rope_scaling" in config and "yarn_log_multiplier" in config:

@@ -18,6 +18,7 @@ from edgemoe import _core
 from edgemoe.convert import convert
 from edgemoe.errors import StateError, UnsupportedModelError
 from edgemoe.families import family_for
+from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.pack import Pack
 from edgemoe.memory import plan_budget
 from edgemoe.spec import ModelSpec
@@ -382,6 +383,27 @@ def test_old_files_of_latent_attention_are_refused(tmp_path: Path, packs: Callab
     path = write_gguf(tmp_path / "old.gguf", packs(name).parent / "hf", case)
     with pytest.raises(UnsupportedModelError, match=r"attn_kv_b\.weight: the file is of an old form"):
         edgemoe.load(path)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_5_moe"])
+@pytest.mark.parametrize("form", ["left out", "counted", "counted, without tensors"])
+def test_files_with_layers_for_further_predictions(
+    tmp_path: Path, packs: Callable[[str], Path], name: str, form: str
+) -> None:
+    case, folder = CASES[name], packs(name).parent / "hf"
+    layers = len(Pack.open(packs(name)).spec.layers)
+
+    def convert_all(tensors: dict[str, Any], config: Any) -> dict[str, Any]:
+        further = {f"blk.{layers}.{part}.weight": np.ones(64, np.float32) for part in ("attn_norm", "nextn.eh_proj")}
+        return {**case.convert(tensors, config), **(further if form == "counted" else {})}
+
+    keys = {**case.metadata, "nextn_predict_layers": 1, "block_count": layers + (form != "left out")}
+    path = write_gguf(
+        tmp_path / "a.gguf", folder, Case(case.config, case.options, case.architecture, keys, convert_all)
+    )
+    source = GgufSource.open(path)
+    assert len(source.spec.layers) == layers
+    assert len(source.unused) == 2 * (form == "counted")
 
 
 QUANTIZED = {
