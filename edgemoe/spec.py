@@ -416,9 +416,12 @@ def _validate_mixer(
     if attention.kind == "full":
         require(attention.value_dim == attention.head_dim, where + "value_dim differs from head_dim")
         require(attention.head_dim % 2 == 0, f"{where}head_dim = {attention.head_dim} is odd")
+        size(where + "width of the heads", attention.heads * attention.head_dim, MAX_DIMENSION)
         require(not (attention.output_gate and attention.bias), where + "an output gate with a bias is not supported")
         return
     if attention.kind == "mla":
+        width = attention.heads * max(attention.head_dim, attention.value_dim, attention.kv_rank)
+        size(where + "width of the heads", width, MAX_DIMENSION)
         require(attention.kv_heads == 1, f"{where}kv_heads = {attention.kv_heads} of latent attention is not 1")
         size(where + "kv_rank", attention.kv_rank, 1 << 14)
         size(where + "rope_dim", attention.rope_dim, attention.head_dim - 1)
@@ -429,6 +432,7 @@ def _validate_mixer(
     else:
         require(attention.rope is None, f"{where}a rope in a layer of kind {attention.kind}")
         size(where + "conv_size", attention.conv_size, 64)
+        size(where + "channels", attention.channels, MAX_DIMENSION)
         whole = ("value_dim",) if attention.kind == "gated_delta" else ()
     if attention.kind == "short_conv":
         require(attention.heads == 1, f"{where}heads = {attention.heads} of a convolution is not 1")
