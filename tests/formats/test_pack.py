@@ -196,7 +196,7 @@ CHANGES: list[tuple[Change, str]] = [
     (set_at("spec", "layers", to=[]), "number of layers = 0"),
     (set_at("spec", "layers", 1, "experts", to=1 << 62), "experts"),
     (set_at("spec", "layers", 1, "experts", to=4), "sections is not a list of 4 experts"),
-    (set_at("spec", "layers", 1, "attention", "kind", to="mla"), "attention kind = 'mla' is not supported"),
+    (set_at("spec", "layers", 1, "attention", "kind", to="mamba2"), "attention kind = 'mamba2' is not supported"),
     (set_at("spec", "vocab_size", to=1 << 23), "tensor embedding"),
     (set_at("files", to=[]), "files does not begin with the pack itself"),
     (set_at("files", to=["a.emoe"]), "files does not begin with the pack itself"),
