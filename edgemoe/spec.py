@@ -519,6 +519,10 @@ def _validate(spec: ModelSpec) -> None:
         size(where + "router groups", router.groups, layer.experts)
         size(where + "router groups_kept", router.groups_kept, router.groups)
         require(
+            router.groups == 1 or router.group_score == "largest" or layer.experts >= 2 * router.groups,
+            f"{where}{layer.experts} experts in {router.groups} groups have no two largest scores",
+        )
+        require(
             layer.experts % router.groups == 0 and layer.top_k <= layer.experts // router.groups * router.groups_kept,
             f"{where}{layer.experts} experts in {router.groups} groups, {router.groups_kept} of them kept, do not give "
             f"{layer.top_k}",

@@ -281,6 +281,7 @@ def test_longrope_is_chosen_by_the_context(tmp_path: Path) -> None:
         ("gpt_oss", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type = 'llama3'"),
         ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit = 0"),
         ("glm4_moe", {"n_group": 3}, "8 experts in 3 groups"),
+        ("glm4_moe", {"n_group": 8}, "8 experts in 8 groups have no two largest scores"),
         ("glm4_moe", {"topk_group": 5}, "groups_kept = 5"),
         ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor = 1.5"),
         ("ernie4_5_moe", {"moe_norm_min": 0}, "moe_norm_min = 0"),
