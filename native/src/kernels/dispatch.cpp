@@ -11,6 +11,11 @@
 
 #if defined(EDGEMOE_X86)
 #include <cpuid.h>
+#elif defined(EDGEMOE_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(EDGEMOE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace edgemoe {
@@ -30,11 +35,35 @@ bool has_avx2() {
            (c & bit_F16C);
 }
 
+#if defined(EDGEMOE_AVXVNNI)
+// Older compilers have no name for it: leaf 7.1.
+bool has_avxvnni() {
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+#endif
+
 bool has_avx512vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
 }
+#elif defined(EDGEMOE_NEON)
+#if defined(__APPLE__)
+bool has_feature(const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+bool has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
 #endif
 
 const std::vector<const Kernels*>& available_tables() {
@@ -43,7 +72,14 @@ const std::vector<const Kernels*>& available_tables() {
 #if defined(EDGEMOE_X86)
         __builtin_cpu_init();
         if (has_avx2()) found.push_back(&kAvx2Kernels);
+#if defined(EDGEMOE_AVXVNNI)
+        if (has_avxvnni()) found.push_back(&kAvxVnniKernels);
+#endif
         if (has_avx512vnni()) found.push_back(&kAvx512VnniKernels);
+#elif defined(EDGEMOE_NEON)
+        found.push_back(&kNeonKernels);
+        if (has_dotprod()) found.push_back(&kNeonDotprodKernels);
+        if (has_i8mm()) found.push_back(&kNeonI8mmKernels);
 #endif
         return found;
     }();

@@ -11,6 +11,14 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512VnniKernels;
 #endif
+#if defined(EDGEMOE_AVXVNNI)
+extern const Kernels kAvxVnniKernels;
+#endif
+#if defined(EDGEMOE_NEON)
+extern const Kernels kNeonKernels;
+extern const Kernels kNeonDotprodKernels;
+extern const Kernels kNeonI8mmKernels;
+#endif
 
 // Bytes of one group (kGroup columns) of a row block: codes, then kRowBlock scales, then kRowBlock offsets (float16).
 inline constexpr size_t kQ8Codes = size_t{kRowBlock} * kGroup;

@@ -1,0 +1,268 @@
+// A small mixture of experts with random weights: the same logits, to the bit, however it is run.
+#include "edgemoe/engine.h"
+
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <numeric>
+
+#include "check.h"
+#include "edgemoe/crc32c.h"
+
+namespace edgemoe::tests {
+namespace {
+
+constexpr int kVocabulary = 80, kHidden = 128, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kFfn = 96, kExperts = 8,
+              kTopK = 3, kLayerCount = 3, kContext = 200;
+
+// A model in a file, of the given layouts; `gguf`: experts row by row, in an extent for each matrix that begins
+// anywhere.
+class Model {
+  public:
+    Model(const char* dense, const char* expert, bool gguf) : dense_(dense), expert_(expert), gguf_(gguf) {
+        spec.vocab_size = kVocabulary;
+        spec.hidden_size = kHidden;
+        spec.context = kContext;
+        spec.norm_epsilon = 1e-6f;
+        spec.ropes.push_back({});
+        for (int i = 0; i < kHeadDim / 2; ++i)
+            spec.ropes[0].inverse_frequencies.push_back(std::pow(1e4f, -2.0f * i / kHeadDim));
+        add_matrix("embedding", kVocabulary, kHidden);
+        add_matrix("head", kVocabulary, kHidden);
+        add_vector("final_norm", kHidden);
+        for (int number = 0; number < kLayerCount; ++number) {
+            LayerSpec layer;
+            layer.attention = {kHeads, kKvHeads, kHeadDim, 0.2f, true, 0};
+            layer.ffn_dim = kFfn;
+            const std::string p = "layers." + std::to_string(number) + ".";
+            for (const char* name : {"attention_norm", "ffn_norm"}) add_vector(p + name, kHidden);
+            for (const char* name : {"q_norm", "k_norm"}) add_vector(p + name, kHeadDim);
+            add_matrix(p + "q", kHeads * kHeadDim, kHidden);
+            add_matrix(p + "k", kKvHeads * kHeadDim, kHidden);
+            add_matrix(p + "v", kKvHeads * kHeadDim, kHidden);
+            add_matrix(p + "o", kHidden, kHeads * kHeadDim);
+            if (number == 0) {
+                add_matrix(p + "ffn.gate", kFfn, kHidden);
+                add_matrix(p + "ffn.up", kFfn, kHidden);
+                add_matrix(p + "ffn.down", kHidden, kFfn);
+            } else {
+                layer.experts = kExperts;
+                layer.top_k = kTopK;
+                layer.renormalize = true;
+                dense_ = "f32";
+                add_matrix(p + "router", kExperts, kHidden);
+                dense_ = dense;
+                add_experts(number);
+            }
+            spec.layers.push_back(layer);
+        }
+        file = std::make_unique<TemporaryFile>(content);
+        index.files = {file->path()};
+    }
+
+    ModelSpec spec;
+    PackIndex index;
+    std::vector<std::byte> content;
+    std::unique_ptr<TemporaryFile> file;
+
+  private:
+    uint32_t add_section(std::vector<std::vector<std::byte>> extents) {
+        Section section;
+        uint32_t checksum = 0;
+        for (const auto& bytes : extents) {
+            if (gguf_)
+                content.resize(content.size() + 32);
+            else
+                content.resize((content.size() + kDiskBlock - 1) / kDiskBlock * kDiskBlock);
+            section.extents.push_back({0, content.size(), bytes.size()});
+            content.insert(content.end(), bytes.begin(), bytes.end());
+            checksum = crc32c(bytes, checksum);
+        }
+        if (!gguf_) section.checksum = checksum;
+        index.sections.push_back(section);
+        return static_cast<uint32_t>(index.sections.size() - 1);
+    }
+
+    void add_vector(const std::string& name, int size) {
+        std::vector<float> values(size);
+        for (float& value : values) value = 1.0f + 0.1f * normal_(random_);
+        const std::span bytes = std::as_bytes(std::span(values));
+        index.dense[name] = {add_section({{bytes.begin(), bytes.end()}}), 0, "vector", size, 1};
+    }
+
+    void add_matrix(const std::string& name, int rows, int cols) {
+        index.dense[name] = {add_section({matrix(dense_, rows, cols)}), 0, dense_, rows, cols};
+    }
+
+    void add_experts(int number) {
+        ExpertLayer& layer = index.experts[number];
+        const StoredLayout stored = stored_layout(expert_);
+        const int shapes[3][2] = {{kFfn, kHidden}, {kFfn, kHidden}, {kHidden, kFfn}};
+        for (int part = 0; part < 3; ++part)
+            layer.parts[part] = {stored, gguf_ ? static_cast<uint32_t>(part) : 0, 0, shapes[part][0], shapes[part][1]};
+        for (int expert = 0; expert < kExperts; ++expert) {
+            std::vector<std::vector<std::byte>> extents;
+            for (int part = 0; part < 3; ++part) {
+                auto bytes = matrix(expert_, shapes[part][0], shapes[part][1]);
+                if (gguf_ || part == 0) {
+                    extents.push_back(std::move(bytes));
+                } else {
+                    extents[0].resize((extents[0].size() + 63) / 64 * 64);
+                    layer.parts[part].offset = extents[0].size();
+                    extents[0].insert(extents[0].end(), bytes.begin(), bytes.end());
+                }
+            }
+            layer.sections.push_back(add_section(std::move(extents)));
+        }
+    }
+
+    // Weights of about 1 / sqrt(cols).
+    std::vector<std::byte> matrix(const std::string& layout, int rows, int cols) {
+        std::vector<std::byte> bytes(stored_bytes(stored_layout(layout), rows, cols));
+        const auto put = [&](size_t at, uint16_t value) { std::memcpy(bytes.data() + at, &value, sizeof value); };
+        if (layout == "f32") {
+            for (size_t i = 0; i < bytes.size(); i += sizeof(float)) {
+                const float value = normal_(random_) / std::sqrt(static_cast<float>(cols));
+                std::memcpy(bytes.data() + i, &value, sizeof value);
+            }
+            return bytes;
+        }
+        for (std::byte& byte : bytes) byte = static_cast<std::byte>(random_());
+        if (layout == "q4g64") {
+            const size_t group = kRowBlock * kGroup / 2 + 2 * kRowBlock * sizeof(uint16_t);
+            for (size_t at = group; at <= bytes.size(); at += group)
+                for (size_t i = 0; i < kRowBlock; ++i) {
+                    put(at - 64 + 2 * i, 0x2400);  // 0.0156
+                    put(at - 32 + 2 * i, 0xAF80);  // -0.117
+                }
+        } else {
+            check(layout == "ggml.q4_0", "the test makes no " + layout);
+            for (size_t at = 0; at < bytes.size(); at += 18) put(at, 0x2400);
+        }
+        return bytes;
+    }
+
+    std::string dense_, expert_;
+    bool gguf_;
+    Random random_{3};
+    std::normal_distribution<float> normal_;
+};
+
+Aligned<float> logits(Engine& engine, int count, int step) {
+    std::vector<int32_t> tokens(count), positions(count), ids(count, 0), wanted(count);
+    Random random(4);
+    for (int32_t& token : tokens) token = pick(random, 0, kVocabulary - 1);
+    std::iota(positions.begin(), positions.end(), 0);
+    std::iota(wanted.begin(), wanted.end(), 0);
+    Aligned<float> result(static_cast<size_t>(count) * kVocabulary);
+    for (int done = 0; done < count; done += step) {
+        const int size = std::min(step, count - done);
+        engine.forward(std::span(tokens).subspan(done, size), std::span(positions).subspan(done, size),
+                       std::span(ids).first(size), std::span(wanted).first(size),
+                       result.data() + static_cast<size_t>(done) * kVocabulary, [] {});
+    }
+    return result;
+}
+
+void test_model(const Model& model, KvType kv_type) {
+    constexpr int count = 75;
+    const int all = kExperts * (kLayerCount - 1);
+    const auto run = [&](EngineOptions options, int step) {
+        options.context = kContext;
+        options.key_type = options.value_type = kv_type;
+        const MemoryPlan plan = Engine::plan(model.spec, model.index, options);
+        check(plan.minimum_slots == kTopK && plan.experts == all, "the plan has other numbers of experts");
+        Engine engine(model.spec, model.index, options);
+        return logits(engine, count, step);
+    };
+    EngineOptions options{.threads = 1, .chunk = 64, .store = {.slots = all}, .isa = "scalar"};
+    const auto expected = run(options, count);
+    bool finite = true;
+    for (const float value : expected.span()) finite &= std::isfinite(value);
+    check(finite, "the model's logits are not all numbers");
+    for (const std::string_view isa : available_isas()) {
+        options.isa = isa;
+        const std::string name(isa);
+        options.threads = 3;
+        check_same(expected, run(options, count), name + ", three threads");
+        options.chunk = 7;
+        check_same(expected, run(options, 13), name + ", other chunks");
+    }
+    for (const Eviction eviction : {Eviction::lru, Eviction::next_use})
+        for (const bool prefetch : {false, true}) {
+            options.store = {
+                .slots = kTopK + (prefetch ? 2 : 0), .readers = 2, .eviction = eviction, .prefetch = prefetch};
+            check_same(expected, run(options, count), "few experts in memory");
+            check_same(expected, run(options, 1), "few experts in memory, token by token");
+        }
+}
+
+void test_damage() {
+    const Model model("q4g64", "q4g64", false);
+    EngineOptions options{.threads = 2, .context = kContext, .chunk = 16, .store = {.slots = kTopK}, .isa = ""};
+    Engine engine(model.spec, model.index, options);
+    auto damaged = model.content;
+    for (const uint32_t section : model.index.experts.at(1).sections)
+        damaged[model.index.sections[section].extents[0].offset + 17] ^= std::byte{4};
+    model.file->write(damaged);
+    check_throws<IoError>([&] { logits(engine, 20, 20); }, "a model with damaged experts");
+    check(engine.sequence(0).length() == 0, "a failed chunk left positions behind");
+    model.file->write(model.content);
+    Engine other(model.spec, model.index, options);
+    check_same(logits(other, 20, 20), logits(engine, 20, 20), "after a failure");
+
+    for (const auto& [name, tensor] : model.index.dense) {
+        damaged = model.content;
+        damaged[model.index.sections[tensor.section].extents[0].offset] ^= std::byte{1};
+        model.file->write(damaged);
+        check_throws<IoError>([&] { Engine(model.spec, model.index, options); }, name + ", damaged,");
+        PackIndex index = model.index;
+        index.sections[tensor.section].extents[0].length -= 4;
+        index.sections[tensor.section].checksum.reset();
+        check_throws<std::invalid_argument>([&] { Engine(model.spec, index, options); }, name + ", too short,");
+    }
+    damaged.resize(damaged.size() / 2);
+    model.file->write(damaged);
+    check_throws<std::runtime_error>(
+        [&] {
+            Engine truncated(model.spec, model.index, options);
+            logits(truncated, 20, 20);
+        },
+        "half a file");
+    model.file->write(model.content);
+}
+
+// A sequence that goes back, and one that is put aside and restored.
+void test_sequences() {
+    const Model model("q4g64", "q4g64", false);
+    EngineOptions options{.threads = 2, .context = kContext, .chunk = 32, .store = {.slots = 6}, .isa = ""};
+    Engine engine(model.spec, model.index, options);
+    const auto expected = logits(engine, 70, 70);
+    SequenceState& state = engine.sequence(0);
+    std::vector<std::byte> snapshot(state.snapshot_bytes());
+    state.snapshot(snapshot);
+    for (const int length : {65, 64, 3, 0}) {
+        state.truncate(length);
+        check(state.length() == length, "a truncated sequence has another length");
+    }
+    check_same(expected, logits(engine, 70, 11), "the same tokens once more");
+    state.truncate(0);
+    state.restore(snapshot);
+    check(state.length() == 70, "a restored sequence has another length");
+    check_throws<std::invalid_argument>([&] { state.restore(std::span(snapshot).first(snapshot.size() - 1)); },
+                                        "a snapshot that is too short");
+    check_throws<ContextError>([&] { logits(engine, 5, 5); }, "tokens at positions that are taken");
+}
+
+}  // namespace
+
+void test_engine() {
+    test_model(Model("f32", "f32", false), KvType::f32);
+    test_model(Model("q4g64", "q4g64", false), KvType::f16);
+    test_model(Model("ggml.q4_0", "ggml.q4_0", true), KvType::q8_0);
+    test_damage();
+    test_sequences();
+}
+
+}  // namespace edgemoe::tests

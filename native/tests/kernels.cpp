@@ -1,0 +1,247 @@
+// Every instruction set against the scalar reference, byte by byte: random inputs of all magnitudes, odd sizes, tails.
+#include "edgemoe/kernels.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+
+#include "check.h"
+
+namespace edgemoe {
+
+#if defined(EDGEMOE_AVXVNNI_EVEX)
+extern const Kernels kAvxVnniEvexKernels;  // avxvnni_evex.cpp
+#endif
+
+namespace tests {
+namespace {
+
+constexpr Layout kLayouts[] = {Layout::f32,         Layout::bf16,      Layout::f16,       Layout::q8g64,
+                               Layout::q4g64,       Layout::ggml_q4_0, Layout::ggml_q4_1, Layout::ggml_q5_0,
+                               Layout::ggml_q5_1,   Layout::ggml_q8_0, Layout::ggml_q2_k, Layout::ggml_q3_k,
+                               Layout::ggml_q4_k,   Layout::ggml_q5_k, Layout::ggml_q6_k, Layout::ggml_iq4_nl,
+                               Layout::ggml_iq4_xs, Layout::ggml_mxfp4};
+
+// Columns of which a row must have a multiple.
+int block_columns(Layout layout) {
+    if (!is_ggml(layout)) return 1;
+    const bool super = (layout >= Layout::ggml_q2_k && layout <= Layout::ggml_q6_k) || layout == Layout::ggml_iq4_xs;
+    return super ? 256 : 32;
+}
+
+// Normal numbers, or (wild) numbers of all magnitudes, special values and any bit patterns.
+void fill(Random& random, std::span<float> values, bool wild) {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    constexpr std::array special{0.0f,   -0.0f, infinity, -infinity, std::nanf(""), 1e-45f,  -1e-45f,
+                                 1e-38f, 3e38f, -3e38f,   65504.0f,  65520.0f,      2.9e-8f, 1.0f};
+    std::normal_distribution<float> normal;
+    for (float& value : values) {
+        value = normal(random);
+        if (!wild) continue;
+        const int kind = pick(random, 0, 15);
+        if (kind == 0)
+            value = special[random() % special.size()];
+        else if (kind == 1)
+            value = std::bit_cast<float>(static_cast<uint32_t>(random()));
+        else if (kind < 8)
+            value = std::ldexp(value, pick(random, -140, 126));
+    }
+}
+
+Aligned<float> floats(Random& random, size_t size, bool wild) {
+    Aligned<float> values(size);
+    fill(random, values.span(), wild);
+    return values;
+}
+
+Aligned<std::byte> noise(Random& random, size_t size) {
+    Aligned<std::byte> bytes(size);
+    for (std::byte& byte : bytes.span()) byte = static_cast<std::byte>(random());
+    return bytes;
+}
+
+std::string describe(std::string_view isa, std::string_view what, std::initializer_list<int> numbers) {
+    std::string text = std::string(isa) + " " + std::string(what);
+    for (const int number : numbers) text.append(" ").append(std::to_string(number));
+    return text;
+}
+
+void compare_products(const Kernels& kernels, const Kernels& reference, Random& random, Layout layout, bool wild) {
+    const int columns = block_columns(layout);
+    const int rows = pick(random, 1, 90);
+    const int cols = columns == 1 ? pick(random, 1, 260) : columns * pick(random, 1, columns == 256 ? 2 : 9);
+    const int tokens = pick(random, 1, 27), groups = (cols + kGroup - 1) / kGroup;
+    const auto matrix_data = noise(random, matrix_bytes(layout, rows, cols));
+    if (!wild) {
+        if (layout == Layout::f32)
+            fill(random, {reinterpret_cast<float*>(matrix_data.data()), matrix_data.size() / 4}, false);
+        // The top bits of exponents off: no infinities, no NaN where there are halves.
+        else
+            for (std::byte& byte : matrix_data.span()) byte &= std::byte{0xBF};
+    }
+    const Matrix matrix{layout, rows, cols, matrix_data.data()};
+    const auto x = floats(random, static_cast<size_t>(tokens) * cols, wild && pick(random, 0, 1));
+    Aligned<int8_t> codes(static_cast<size_t>(tokens) * groups * kGroup);
+    Aligned<float> scales(static_cast<size_t>(tokens) * groups), sums(static_cast<size_t>(tokens) * groups);
+    for (int t = 0; t < tokens; ++t)
+        reference.quantize({x.data() + t * cols, static_cast<size_t>(cols)}, codes.data() + t * groups * kGroup,
+                           scales.data() + t * groups, sums.data() + t * groups);
+    const Activations input{x.data(), cols, codes.data(), scales.data(), sums.data()};
+    std::vector<int32_t> chosen(static_cast<size_t>(pick(random, 0, 1) * pick(random, 1, 30)));
+    for (int32_t& token : chosen) token = pick(random, 0, tokens - 1);
+    const int count = chosen.empty() ? tokens : static_cast<int>(chosen.size());
+    const int blocks = (rows + kRowBlock - 1) / kRowBlock;
+    const int first = pick(random, 0, 1) * pick(random, 0, blocks - 1), last = pick(random, first + 1, blocks);
+    const int stride = rows + pick(random, 0, 5);
+    Aligned<float> expected(static_cast<size_t>(count) * stride), actual(static_cast<size_t>(count) * stride);
+    reference.matmul(matrix, input, chosen, count, first, last, expected.data(), stride);
+    kernels.matmul(matrix, input, chosen, count, first, last, actual.data(), stride);
+    check_same(expected, actual,
+               describe(kernels.name, "product", {static_cast<int>(layout), rows, cols, count, first, last}));
+}
+
+void compare_vectors(const Kernels& kernels, const Kernels& reference, Random& random, bool wild) {
+    const auto size = static_cast<size_t>(pick(random, 1, 200));
+    const int number = static_cast<int>(size), groups = (number + kGroup - 1) / kGroup;
+    const auto x = floats(random, size, wild), y = floats(random, size, wild);
+    const float a = floats(random, 1, wild)[0];
+    const auto what = [&](std::string_view name) { return describe(kernels.name, name, {number}); };
+    const auto same = [&](std::string_view name, auto&& run) {
+        Aligned<float> expected(size), actual(size);
+        std::memcpy(expected.data(), y.data(), size * sizeof(float));
+        std::memcpy(actual.data(), y.data(), size * sizeof(float));
+        run(reference, expected);
+        run(kernels, actual);
+        check_same(expected, actual, what(name));
+    };
+    same("rms_norm", [&](const Kernels& k, Aligned<float>& out) { k.rms_norm(x.span(), y.data(), 1e-6f, out.data()); });
+    same("silu_multiply",
+         [&](const Kernels& k, Aligned<float>& out) { k.silu_multiply(x.span(), y.data(), out.data()); });
+    same("softmax", [&](const Kernels& k, Aligned<float>& out) { k.softmax(out.span()); });
+    same("add_scaled", [&](const Kernels& k, Aligned<float>& out) { k.add_scaled(a, x.data(), out.span()); });
+    same("rope",
+         [&](const Kernels& k, Aligned<float>& out) { k.rope(out.data(), x.data(), x.data() + size / 2, number / 2); });
+
+    Aligned<int8_t> codes(groups * kGroup), other_codes(groups * kGroup);
+    Aligned<float> scales(groups), other_scales(groups), sums(groups), other_sums(groups);
+    reference.quantize(x.span(), codes.data(), scales.data(), sums.data());
+    kernels.quantize(x.span(), other_codes.data(), other_scales.data(), other_sums.data());
+    check_same(codes, other_codes, what("quantize, codes"));
+    check_same(scales, other_scales, what("quantize, scales"));
+    check_same(sums, other_sums, what("quantize, sums"));
+}
+
+void compare_attention(const Kernels& kernels, const Kernels& reference, Random& random, KvType key_type,
+                       KvType value_type, bool wild) {
+    const bool grouped = key_type == KvType::q8_0 || value_type == KvType::q8_0;
+    const int dim = grouped ? kKvGroup * pick(random, 1, 4) : pick(random, 1, 140), heads = pick(random, 1, 13);
+    const auto size = static_cast<size_t>(dim);
+    Aligned<std::byte> keys(kv_block_bytes(key_type, dim)), other_keys(keys.size());
+    Aligned<std::byte> values(kv_block_bytes(value_type, dim)), other_values(values.size());
+    const int end = pick(random, 1, kKvBlock), begin = pick(random, 0, 1) * pick(random, 0, end - 1);
+    const auto compare = [&](const Aligned<std::byte>& one, const Aligned<std::byte>& other, const char* what) {
+        check(std::memcmp(one.data(), other.data(), one.size()) == 0, describe(kernels.name, what, {dim}));
+    };
+    for (int slot = 0; slot < end; ++slot) {
+        const auto x = floats(random, size, wild && slot % 8 == 3);
+        reference.store_key(key_type, x.span(), slot, keys.data());
+        kernels.store_key(key_type, x.span(), slot, other_keys.data());
+        reference.store_value(value_type, x.span(), slot, values.data());
+        kernels.store_value(value_type, x.span(), slot, other_values.data());
+    }
+    compare(keys, other_keys, "store_key");
+    compare(values, other_values, "store_value");
+
+    const auto queries = floats(random, size * heads, wild && pick(random, 0, 3) == 0);
+    struct State {
+        explicit State(int heads, int dim) : maximum(heads), sum(heads), accumulator(static_cast<size_t>(heads) * dim) {
+            for (float& value : maximum.span()) value = -std::numeric_limits<float>::infinity();
+            for (float& value : sum.span()) value = 0;
+            for (float& value : accumulator.span()) value = 0;
+        }
+        Aligned<float> maximum, sum, accumulator;
+    };
+    State expected(heads, dim), actual(heads, dim);
+    const auto run = [&](const Kernels& k, State& s, int from, int to) {
+        k.attend(key_type, value_type, queries.data(), heads, dim, 0.3f, keys.data(), values.data(), from, to,
+                 s.maximum.data(), s.sum.data(), s.accumulator.data());
+    };
+    for (auto [k, s] : {std::pair{&reference, &expected}, std::pair{&kernels, &actual}}) {
+        run(*k, *s, begin, end);
+        run(*k, *s, 0, end);
+    }
+    const std::string what = describe(kernels.name, "attend", {dim, heads, begin, end});
+    check_same(expected.maximum, actual.maximum, what + ", maximum");
+    check_same(expected.sum, actual.sum, what + ", sum");
+    check_same(expected.accumulator, actual.accumulator, what + ", accumulator");
+}
+
+// All codes and activations at their extremes: sums that 16 bits might not hold.
+void compare_extremes(const Kernels& kernels, const Kernels& reference, Layout layout) {
+    constexpr int rows = kRowBlock, cols = 256, tokens = 5, groups = cols / kGroup;
+    for (const unsigned pattern : {0x00u, 0xFFu, 0x7Fu, 0x80u}) {
+        Aligned<std::byte> data(matrix_bytes(layout, rows, cols));
+        for (std::byte& byte : data.span()) byte = static_cast<std::byte>(pattern);
+        Aligned<float> x(size_t{tokens} * cols);
+        for (size_t i = 0; i < x.size(); ++i) x[i] = i / cols % 2 ? -127.0f : 127.0f;
+        Aligned<int8_t> codes(size_t{tokens} * cols);
+        Aligned<float> scales(size_t{tokens} * groups), sums(size_t{tokens} * groups);
+        for (int t = 0; t < tokens; ++t)
+            reference.quantize({x.data() + t * cols, cols}, codes.data() + t * cols, scales.data() + t * groups,
+                               sums.data() + t * groups);
+        // With scales of NaN nothing could be seen: finite halves where the parameters lie.
+        if (layout == Layout::q8g64 || layout == Layout::q4g64)
+            for (size_t group = data.size() / groups, g = 0; g < groups; ++g)
+                for (size_t i = 0; i < 64; ++i) data[(g + 1) * group - 64 + i] = std::byte{0x20};
+        else if (is_ggml(layout))
+            for (size_t i = data.size() * 3 / 4; pattern != 0 && i < data.size(); ++i) data[i] &= std::byte{0xBF};
+        const Matrix matrix{layout, rows, cols, data.data()};
+        const Activations input{x.data(), cols, codes.data(), scales.data(), sums.data()};
+        Aligned<float> expected(size_t{tokens} * rows), actual(size_t{tokens} * rows);
+        reference.matmul(matrix, input, {}, tokens, 0, 1, expected.data(), rows);
+        kernels.matmul(matrix, input, {}, tokens, 0, 1, actual.data(), rows);
+        check_same(expected, actual, describe(kernels.name, "extremes of layout", {static_cast<int>(layout)}));
+        for (int t = 0; t < tokens; ++t) {
+            Aligned<float> alone(rows), row(rows);
+            const Activations token{x.data() + t * cols, cols, codes.data() + t * cols, scales.data() + t * groups,
+                                    sums.data() + t * groups};
+            kernels.matmul(matrix, token, {}, 1, 0, 1, alone.data(), rows);
+            std::memcpy(row.data(), expected.data() + t * rows, rows * sizeof(float));
+            check_same(row, alone, describe(kernels.name, "extremes of one token", {static_cast<int>(layout)}));
+        }
+    }
+}
+
+void compare_with_scalar(const Kernels& kernels, const char* name) {
+    const Kernels& reference = select_kernels("scalar");
+    Random random(1);
+    for (const Layout layout : kLayouts) {
+        for (int round = 0; round < 24; ++round) compare_products(kernels, reference, random, layout, round % 3 == 0);
+        compare_extremes(kernels, reference, layout);
+    }
+    for (int round = 0; round < 100; ++round) compare_vectors(kernels, reference, random, round % 2 == 0);
+    constexpr KvType types[] = {KvType::f32, KvType::f16, KvType::q8_0};
+    for (const KvType key_type : types)
+        for (const KvType value_type : types)
+            for (int round = 0; round < 8; ++round)
+                compare_attention(kernels, reference, random, key_type, value_type, round % 2 == 0);
+    std::printf("kernels: %s equals scalar\n", name);
+}
+
+}  // namespace
+
+void test_kernels() {
+    const auto isas = available_isas();
+    for (const std::string_view isa : isas)
+        if (isa != "scalar") compare_with_scalar(select_kernels(isa), std::string(isa).c_str());
+#if defined(EDGEMOE_AVXVNNI_EVEX)
+    if (std::ranges::count(isas, "avx512vnni")) compare_with_scalar(kAvxVnniEvexKernels, "avxvnni, as AVX-512,");
+#endif
+    check_throws<std::invalid_argument>([] { select_kernels("sse9"); }, "an unknown instruction set");
+}
+
+}  // namespace tests
+}  // namespace edgemoe
