@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "edgemoe/kernel_speed.h"
 #include "edgemoe/kernels.h"
 
 namespace py = pybind11;
@@ -423,6 +424,36 @@ py::tuple gated_delta(const std::string& isa, const Floats& state, const Floats&
     return py::make_tuple(after, out);
 }
 
+py::dict as_dict(const edgemoe::KernelSpeed& speed) {
+    using namespace py::literals;
+    return py::dict("bytes"_a = speed.bytes, "operations"_a = speed.operations, "seconds"_a = speed.seconds);
+}
+
+py::dict product_speed(const std::string& isa, const std::string& layout, int rows, int cols, int tokens, int threads,
+                       uint64_t memory, double seconds) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    const Layout found = edgemoe::layout_from_name(layout);
+    require(rows > 0 && cols > 0 && tokens > 0 && threads > 0, "rows, cols, tokens and threads must be positive");
+    edgemoe::matrix_bytes(found, rows, cols);
+    edgemoe::KernelSpeed speed;
+    {
+        const py::gil_scoped_release release;
+        speed = edgemoe::product_speed(kernels, found, rows, cols, tokens, threads, memory, seconds);
+    }
+    return as_dict(speed);
+}
+
+py::dict byte_product_speed(const std::string& isa, int threads, double seconds) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require(threads > 0, "threads must be positive");
+    edgemoe::KernelSpeed speed;
+    {
+        const py::gil_scoped_release release;
+        speed = edgemoe::byte_product_speed(kernels.name, threads, seconds);
+    }
+    return as_dict(speed);
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& module) {
@@ -448,6 +479,9 @@ void bind_kernels(py::module_& module) {
     kernels.def("quantize", quantize, arg("isa"), arg("x"));
     kernels.def("matmul", matmul, arg("isa"), arg("layout"), arg("data"), arg("rows"), arg("cols"), arg("x"),
                 arg("tokens") = py::none(), arg("first_block") = 0, arg("last_block") = py::none());
+    kernels.def("product_speed", product_speed, arg("isa"), arg("layout"), arg("rows"), arg("cols"), arg("tokens"),
+                arg("threads"), arg("memory"), arg("seconds"));
+    kernels.def("byte_product_speed", byte_product_speed, arg("isa"), arg("threads"), arg("seconds"));
     kernels.def(
         "stored_bytes",
         [](const std::string& name, int rows, int cols) {
