@@ -28,13 +28,10 @@ import contextlib
 import json
 import math
 import os
-import platform
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +45,7 @@ sys.path.append(str(ROOT))
 from bench._bounds import belady_misses, lru_misses  # noqa: E402
 from bench._cage import Cage, Outcome, drop_cache, readahead, run  # noqa: E402
 from bench._disk import random_read_bandwidth  # noqa: E402
+from bench._machine import machine, peer_version, say  # noqa: E402
 from edgemoe.disk import reading_threads  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.formats.gguf import is_gguf  # noqa: E402
@@ -326,38 +324,6 @@ def decode_groups(trace: Path, layer_experts: Sequence[int], prompt: int, tokens
     return groups, first
 
 
-def machine() -> dict[str, Any]:
-    """What the results depend on."""
-    model = next((line.split(":")[1].strip() for line in read("/proc/cpuinfo") if line.startswith("model name")), "")
-    memory = next((int(line.split()[1]) * 1024 for line in read("/proc/meminfo") if line.startswith("MemTotal")), 0)
-    return {
-        "processor": model or platform.processor(),
-        "processors": len(os.sched_getaffinity(0)),
-        "memory": memory,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def read(path: str) -> list[str]:
-    with contextlib.suppress(OSError):
-        return Path(path).read_text().splitlines()
-    return []
-
-
-def peer_version(python: str | None) -> str | None:
-    """The version of xllamacpp in that interpreter; None without one."""
-    if not python:
-        return None
-    code = "import xllamacpp, importlib.metadata as m; print(m.version('xllamacpp'))"
-    try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def subjects(options: argparse.Namespace) -> list[Subject]:
     """The models, made where they do not exist yet."""
     from tools.inflate import InflatedModel
@@ -399,10 +365,6 @@ def clean(found: Sequence[Subject]) -> None:
     for subject in found:
         for path in subject.made:
             path.unlink(missing_ok=True)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,8 +14,9 @@ struct Throughput {
     double bytes_per_second() const { return seconds > 0 ? double(bytes) / seconds : 0; }
 };
 
-// Reads `size` bytes of ordinary memory over and over with so many threads, each its own part, for `seconds`.
-Throughput memory_read_speed(size_t size, int threads, double seconds);
+// Reads `size` bytes of ordinary memory over and over with so many threads, each its own part, for `seconds`. A thread
+// reads `streams` places of its part in turns: some processors are faster with several.
+Throughput memory_read_speed(size_t size, int threads, double seconds, int streams = 1);
 
 // Reads blocks at random places of a file (as direct reads where the filesystem takes them), `depth` threads with one
 // read each under way, for `seconds` or until `limit` bytes were read. `block` is a multiple of the disk block and at

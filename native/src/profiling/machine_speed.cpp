@@ -46,9 +46,10 @@ double run_together(int threads, const Body& body) {
 
 }  // namespace
 
-Throughput memory_read_speed(size_t size, int threads, double seconds) {
-    constexpr size_t kWords = 512;  // read between looks at the clock's answer
-    const size_t part = std::max<size_t>(size / sizeof(uint64_t) / threads / kWords, 1) * kWords;
+Throughput memory_read_speed(size_t size, int threads, double seconds, int streams) {
+    constexpr size_t kWords = 512;  // of a place, before the next one's turn
+    const size_t stream = std::max<size_t>(size / sizeof(uint64_t) / threads / streams / kWords, 1) * kWords;
+    const size_t part = stream * streams;
     std::vector<uint64_t> memory(part * threads, 1);
     std::atomic<uint64_t> bytes{0};
     std::atomic<uint64_t> sink{0};
@@ -57,8 +58,9 @@ Throughput memory_read_speed(size_t size, int threads, double seconds) {
         const uint64_t* data = memory.data() + part * thread;
         uint64_t sum = 0, rounds = 0;
         do {
-            for (size_t i = 0; i < part; i += kWords)
-                for (size_t j = 0; j < kWords; ++j) sum += data[i + j];
+            for (size_t i = 0; i < stream; i += kWords)
+                for (size_t place = i; place < part; place += stream)
+                    for (size_t j = 0; j < kWords; ++j) sum += data[place + j];
             ++rounds;
         } while (seconds_since(begin) < seconds);
         sink += sum;  // keeps the loop from being dropped

@@ -445,16 +445,17 @@ void bind_profiling(py::module_& module) {
 
     profiling.def(
         "memory_read_speed",
-        [](size_t size, int threads, double seconds) {
-            require(size >= 4096 && threads >= 1 && threads <= 1024, "size or threads out of range");
+        [](size_t size, int threads, double seconds, int streams) {
+            require(size >= 4096 && threads >= 1 && threads <= 1024 && streams >= 1 && streams <= 64,
+                    "size, threads or streams out of range");
             edgemoe::Throughput result;
             {
                 const py::gil_scoped_release release;
-                result = edgemoe::memory_read_speed(size, threads, seconds);
+                result = edgemoe::memory_read_speed(size, threads, seconds, streams);
             }
             return as_tuple(result);
         },
-        py::arg("size"), py::arg("threads"), py::arg("seconds"));
+        py::arg("size"), py::arg("threads"), py::arg("seconds"), py::arg("streams") = 1);
     profiling.def(
         "disk_read_speed",
         [](const std::string& path, size_t block, int depth, double seconds, uint64_t limit) {
