@@ -2,6 +2,7 @@
 // sanitizers (tools/native_tests.py).
 #pragma once
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstddef>
@@ -9,12 +10,11 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <memory>
-#include <new>
 #include <random>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace edgemoe::tests {
@@ -38,27 +38,43 @@ void check_throws(Body&& body, const std::string& what) {
     throw std::runtime_error(what + " did not throw");
 }
 
-// Elements at an address that is a multiple of 64 and no more memory than they take, so that a sanitizer sees every
-// access beyond them.
+// Elements at an address that is a multiple of 64. Their end is that of a page, but for what makes up that multiple,
+// and the next page cannot be read: vector kernels that go beyond are caught without a sanitizer, which takes minutes
+// to compile them.
 template <class T>
 class Aligned {
   public:
-    explicit Aligned(size_t size)
-        : size_(size), data_(static_cast<T*>(::operator new[](size * sizeof(T), std::align_val_t{64}))) {
-        std::memset(static_cast<void*>(data_.get()), 0xA5, size * sizeof(T));
+    explicit Aligned(size_t size) : size_(size) {
+        const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+        const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
+        mapped_ = (bytes + page - 1) / page * page + page;
+        void* mapping = ::mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        check(mapping != MAP_FAILED, "there is no memory");
+        mapping_ = static_cast<std::byte*>(mapping);
+        check(::mprotect(mapping_ + mapped_ - page, page, PROT_NONE) == 0, "a page cannot be protected");
+        data_ = reinterpret_cast<T*>(mapping_ + mapped_ - page - bytes);
+        std::memset(static_cast<void*>(data_), 0xA5, bytes);
     }
-    T* data() const { return data_.get(); }
+    ~Aligned() {
+        if (mapping_) ::munmap(mapping_, mapped_);
+    }
+    Aligned(Aligned&& other) noexcept
+        : size_(other.size_),
+          mapped_(other.mapped_),
+          mapping_(std::exchange(other.mapping_, nullptr)),
+          data_(other.data_) {}
+    Aligned& operator=(Aligned&&) = delete;
+
+    T* data() const { return data_; }
     size_t size() const { return size_; }
-    T& operator[](size_t i) const { return data_.get()[i]; }
+    T& operator[](size_t i) const { return data_[i]; }
     std::span<T> span() const { return {data(), size_}; }
-    std::span<const std::byte> bytes() const { return std::as_bytes(span()); }
 
   private:
-    struct Delete {
-        void operator()(T* data) const { ::operator delete[](static_cast<void*>(data), std::align_val_t{64}); }
-    };
     size_t size_;
-    std::unique_ptr<T[], Delete> data_;
+    size_t mapped_ = 0;
+    std::byte* mapping_ = nullptr;
+    T* data_ = nullptr;
 };
 
 template <class T>

@@ -1,5 +1,6 @@
 // The expert cache: what it hands out is what the file holds, whatever leaves, is read ahead or fails.
 #include <algorithm>
+#include <memory>
 
 #include "check.h"
 #include "edgemoe/crc32c.h"
