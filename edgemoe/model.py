@@ -148,6 +148,7 @@ class Model:
     spec: ModelSpec
     generation_defaults: dict[str, Any]
     context: int
+    threads: int
     budget: Budget
     readers: int
     """Reads under way at once."""
@@ -176,6 +177,7 @@ class Model:
         threads = threads or os.cpu_count() or 1
         if not 1 <= threads <= 1024:
             raise OptionError(f"{threads} threads are not between 1 and 1024")
+        self.threads = threads
         for name in (cache_type_k, cache_type_v):
             if name not in CACHE_TYPES:
                 raise OptionError(f"cache type {name!r} is not one of {', '.join(CACHE_TYPES)}")

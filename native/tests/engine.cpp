@@ -34,7 +34,10 @@ class Model {
         add_vector("final_norm", kHidden);
         for (int number = 0; number < kLayerCount; ++number) {
             LayerSpec layer;
-            layer.attention = {kHeads, kKvHeads, kHeadDim, 0.2f, true, 0};
+            layer.attention = {.heads = kHeads, .kv_heads = kKvHeads, .head_dim = kHeadDim, .scale = 0.2f};
+            layer.attention.qk_norm = QkNorm::head;
+            layer.attention.rope = 0;
+            layer.attention.window = number == 2 ? 40 : 0;
             layer.ffn_dim = kFfn;
             const std::string p = "layers." + std::to_string(number) + ".";
             for (const char* name : {"attention_norm", "ffn_norm"}) add_vector(p + name, kHidden);
@@ -50,7 +53,7 @@ class Model {
             } else {
                 layer.experts = kExperts;
                 layer.top_k = kTopK;
-                layer.renormalize = true;
+                layer.router.renormalize = true;
                 dense_ = "f32";
                 add_matrix(p + "router", kExperts, kHidden);
                 dense_ = dense;

@@ -120,6 +120,15 @@ void compare_vectors(const Kernels& kernels, const Kernels& reference, Random& r
     same("rms_norm", [&](const Kernels& k, Aligned<float>& out) { k.rms_norm(x.span(), y.data(), 1e-6f, out.data()); });
     same("silu_multiply",
          [&](const Kernels& k, Aligned<float>& out) { k.silu_multiply(x.span(), y.data(), out.data()); });
+    same("layer_norm",
+         [&](const Kernels& k, Aligned<float>& out) { k.layer_norm(x.span(), y.data(), x.data(), 1e-5f, out.data()); });
+    same("gelu_multiply",
+         [&](const Kernels& k, Aligned<float>& out) { k.gelu_multiply(x.span(), y.data(), out.data()); });
+    same("clamped_swiglu", [&](const Kernels& k, Aligned<float>& out) {
+        k.clamped_swiglu(x.span(), y.data(), 1.702f, 7.0f, out.data());
+    });
+    same("sigmoid", [&](const Kernels& k, Aligned<float>& out) { k.sigmoid(out.span()); });
+    same("softcap", [&](const Kernels& k, Aligned<float>& out) { k.softcap(30.0f, out.span()); });
     same("softmax", [&](const Kernels& k, Aligned<float>& out) { k.softmax(out.span()); });
     same("add_scaled", [&](const Kernels& k, Aligned<float>& out) { k.add_scaled(a, x.data(), out.span()); });
     same("rope",

@@ -347,6 +347,10 @@ struct Avx2 {
         return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
     }
     static EDGEMOE_INLINE I or_i(I a, I b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
+    static EDGEMOE_INLINE I select_bits(I mask, I a, I b) {
+        return {_mm256_or_si256(_mm256_and_si256(mask.low, a.low), _mm256_andnot_si256(mask.low, b.low)),
+                _mm256_or_si256(_mm256_and_si256(mask.high, a.high), _mm256_andnot_si256(mask.high, b.high))};
+    }
     static EDGEMOE_INLINE I sub_8(I a, I b) { return {_mm256_sub_epi8(a.low, b.low), _mm256_sub_epi8(a.high, b.high)}; }
     static EDGEMOE_INLINE I add_16(I a, I b) {
         return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)};
@@ -417,6 +421,8 @@ struct Avx2 {
                                          I (&dots)[R][T]) {
         if constexpr (Dot::kQuads)
             add_quads<N, Scaled, R, T>(weights, codes, scales, dots);
+        else if constexpr (Max > 127)
+            add_nibbles<N, Scaled, R, T>(weights, codes, scales, dots);
         else
             add_all_pairs<Max, N, Scaled, R, T>(weights, codes, scales, dots);
     }
@@ -448,6 +454,26 @@ struct Avx2 {
                                    _mm256_mullo_epi32(parts[r][t].high, scales[r].high)};
                 dots[r][t] = add_i(dots[r][t], parts[r][t]);
             }
+        }
+    }
+
+    // Products of 8-bit codes: the halves of a byte one after the other.
+    template <int N, bool Scaled, int R, int T, class Weights>
+    static EDGEMOE_INLINE void add_nibbles(const Weights& weights, const int8_t* codes, const I (&scales)[R],
+                                           I (&dots)[R][T]) {
+        static_assert(!Scaled);
+        const auto low = [&](int n, int r) __attribute__((always_inline)) { return and_i(weights(n, r), set1_8(15)); };
+        const auto high = [&](int n, int r) __attribute__((always_inline)) {
+            return and_i(shift_right_16<4>(weights(n, r)), set1_8(15));
+        };
+        I upper[R][T];
+        clear(upper);
+        add_all_pairs<15, N, false, R, T>(low, codes, scales, dots);
+        add_all_pairs<15, N, false, R, T>(high, codes, scales, upper);
+        EDGEMOE_UNROLL
+        for (int r = 0; r < R; ++r) {
+            EDGEMOE_UNROLL
+            for (int t = 0; t < T; ++t) dots[r][t] = add_i(dots[r][t], shift_left<4>(upper[r][t]));
         }
     }
 

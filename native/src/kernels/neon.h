@@ -434,6 +434,10 @@ struct Neon {
     static EDGEMOE_INLINE I or_i(I x, I y) {
         return integers_of([](auto p, auto q) { return vorrq_s32(p, q); }, x, y);
     }
+    static EDGEMOE_INLINE I select_bits(I mask, I x, I y) {
+        return integers_of([](auto m, auto p, auto q) { return vbslq_s32(vreinterpretq_u32_s32(m), p, q); }, mask, x,
+                           y);
+    }
     static EDGEMOE_INLINE I sub_8(I x, I y) {
         return integers_of(
             [](auto p, auto q) {
@@ -512,16 +516,36 @@ struct Neon {
     static EDGEMOE_INLINE void dot_quads(const Weights& weights, const int8_t* codes, const I (&scales)[R],
                                          I (&dots)[R][T]) {
         const auto x = [&](int t) __attribute__((always_inline)) { return codes + t * kGroup; };
-        if constexpr (!Scaled) return add_quads<Max, N, R, T>(weights, x, dots);
-        I parts[R][T];
-        clear(parts);
-        add_quads<Max, N, R, T>(weights, x, parts);
-        EDGEMOE_UNROLL
-        for (int r = 0; r < R; ++r) {
+        if constexpr (Max > 127 && !Dot::kTiles) {
+            // As signed bytes codes of 8 bits are too large: the halves of a byte one after the other.
+            static_assert(!Scaled);
+            const auto low = [&](int n, int r)
+                                 __attribute__((always_inline)) { return and_i(weights(n, r), set1_8(15)); };
+            const auto high = [&](int n, int r) __attribute__((always_inline)) {
+                return and_i(shift_right_16<4>(weights(n, r)), set1_8(15));
+            };
+            I upper[R][T];
+            clear(upper);
+            add_quads<15, N, R, T>(low, x, dots);
+            add_quads<15, N, R, T>(high, x, upper);
             EDGEMOE_UNROLL
-            for (int t = 0; t < T; ++t)
-                dots[r][t] = integers_of([](auto sum, auto p, auto q) { return vmlaq_s32(sum, p, q); }, dots[r][t],
-                                         parts[r][t], scales[r]);
+            for (int r = 0; r < R; ++r) {
+                EDGEMOE_UNROLL
+                for (int t = 0; t < T; ++t) dots[r][t] = add_i(dots[r][t], shift_left<4>(upper[r][t]));
+            }
+        } else if constexpr (!Scaled) {
+            add_quads<Max, N, R, T>(weights, x, dots);
+        } else {
+            I parts[R][T];
+            clear(parts);
+            add_quads<Max, N, R, T>(weights, x, parts);
+            EDGEMOE_UNROLL
+            for (int r = 0; r < R; ++r) {
+                EDGEMOE_UNROLL
+                for (int t = 0; t < T; ++t)
+                    dots[r][t] = integers_of([](auto sum, auto p, auto q) { return vmlaq_s32(sum, p, q); }, dots[r][t],
+                                             parts[r][t], scales[r]);
+            }
         }
     }
 };
