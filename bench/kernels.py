@@ -10,7 +10,8 @@ reach in registers, of the instruction that the kernels of that set use; float l
 The shape is that of an expert of Qwen3-30B-A3B, 768 x 2048.
 
 The expert layer: router, 8 of 128 such experts, 4 bits. edgemoe and llama.cpp run a model of layers whose attention is
-next to nothing (one head of 64), the same GGUF file, and a layer is their time divided by the layers; onnxruntime its
+next to nothing (one head of 64), the same GGUF file, and a layer is their time divided by the layers; of a prompt, for
+llama.cpp, by one less, as it computes the last layer's experts for the last token only. onnxruntime runs its
 `com.microsoft.QMoE` alone, with 4-bit codes and a scale for 64 of them, which gets the router's logits as an input.
 PYTHON: an interpreter with xllamacpp and onnxruntime; what it lacks is left out.
 """
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from bench._machine import machine, peer_version, say  # noqa: E402
-from bench._rates import QUIET, busy, contenders, publish, read_bandwidth  # noqa: E402
+from bench._rates import OURS, QUIET, busy, contenders, publish, read_bandwidth  # noqa: E402
 from edgemoe import _core  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
 from tools.model_files import write_gguf  # noqa: E402
@@ -94,7 +95,8 @@ def layer_times(options: argparse.Namespace) -> dict[str, dict[int, list[float]]
                         calls = answer["tokens"] if tokens == 1 else 1
                         if number:  # the first round does not count
                             values = times.setdefault(one.name, {}).setdefault(tokens, [])
-                            values.append(answer["seconds"] / calls / options.layers)
+                            layers = options.layers - (tokens > 1 and one.name != OURS)
+                            values.append(answer["seconds"] / calls / layers)
     if options.onnx:
         command = [options.onnx_python, str(ROOT / "bench" / "_qmoe.py")]
         shape = {"hidden": COLS, "ffn": ROWS, "experts": EXPERTS, "top_k": TOP_K, "threads": options.threads}
@@ -123,12 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help=f"default: {','.join(LAYOUTS)}")
     parser.add_argument("--isas", default=",".join(isas), help="default: all that this processor has but scalar")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement (default: 0.5)")
-    parser.add_argument(
-        "--memory", type=int, default=256 << 20, help="bytes of matrices at one token (default: 256 MiB)"
-    )
-    parser.add_argument(
-        "--layers", type=int, default=4, help="of the expert layer's model; 0: not measured (default: 4)"
-    )
+    parser.add_argument("--memory", type=int, default=256 << 20, help="bytes at one token (default: 256 MiB)")
+    parser.add_argument("--layers", type=int, default=4, help="of the expert layer's model; 0: none (default: 4)")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of the expert layer (default: 5)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all processors")
     parser.add_argument("--peer-python", help="an interpreter that has xllamacpp, onnxruntime and onnx")
@@ -141,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for value in getattr(options, name):
             if value not in known:
                 parser.error(f"--{name}: {value} is not one of {', '.join(known)}")
+    if options.layers == 1 or min(options.layers, options.repetitions - 1, options.threads - 1) < 0:
+        parser.error("--layers must be 0 or at least 2, --repetitions and --threads at least 1")
     options.onnx_python, options.onnx = options.peer_python, onnx_version(options.peer_python)
     version = peer_version(options.peer_python)
     if version is None:
@@ -163,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"kernels: {error}") from None
     bandwidths = [row["bandwidth"] for row in rows]
     lines += [
-        f"Matrices of {ROWS} x {COLS}. Memory is read at {min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f} GB/s "
-        "(before each line). In brackets: of the byte products in registers.",
+        f"Matrices of {ROWS} x {COLS}. Memory is read at {min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f} "
+        "GB/s (before each line). In brackets: of the byte products in registers.",
         "",
         "| instructions | layout | 1 token, GB/s | of the bandwidth | "
         + " | ".join(f"{tokens} tokens, GOP/s" for tokens in TILES)
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *map(kernel_line, rows),
     ]
     if times:
-        ours = {tokens: statistics.mean(values) for tokens, values in times["edgemoe"].items()}
+        ours = {tokens: statistics.mean(values) for tokens, values in times[OURS].items()}
         peers = f"xllamacpp {version}" if version else "no llama.cpp"
         peers += f", onnxruntime {options.onnx}" if options.onnx else ", no onnxruntime"
         lines += [
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cells = [name]
             for tokens, values in found.items():
                 mean = statistics.mean(values)
-                cells += [f"{1e3 * mean:.2f}", "" if name == "edgemoe" else f"{mean / ours[tokens]:.2f}"]
+                cells += [f"{1e3 * mean:.2f}", "" if name == OURS else f"{mean / ours[tokens]:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
     publish(options, lines, {"busy_percent_before": before, "kernels": rows, "expert_layer_seconds": times})
 
