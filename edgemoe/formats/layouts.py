@@ -7,7 +7,8 @@ own blocks, row after row (`ggml_blocks`).
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,10 @@ GROUP = 64
 LAYOUTS = ("vector", "f32", "bf16", "f16", "q8g64", "q4g64")
 QUANTIZED = {"q8g64": 8, "q4g64": 4}
 """Layout -> bits per code, for the layouts that have codes, scales and offsets."""
+
+NESTED = tuple(f"{kind}{bits}g64" for kind in ("base", "refine") for bits in range(1, 9))
+"""Layouts of one level of a nested matrix: "base2g64" is level 0 of 2 bits, "refine1g64" a later one that adds one."""
+_CHUNK = 4  # groups of a nested level whose codes lie together, followed by their parameters
 
 _PLAIN: dict[str, npt.DTypeLike] = {"f32": "<f4", "bf16": "<u2", "f16": "<f2"}
 
@@ -44,6 +49,8 @@ def packed_size(layout: str, rows: int, columns: int = 1) -> int:
     if layout == "vector":
         return 4 * rows * columns
     blocks = -(-rows // BLOCK)
+    if layout in NESTED:
+        return blocks * _level(layout).block_bytes(-(-columns // GROUP))
     if layout in _PLAIN:
         return blocks * BLOCK * columns * np.dtype(_PLAIN[layout]).itemsize
     return blocks * -(-columns // GROUP) * _group_bytes(layout)
@@ -140,6 +147,136 @@ def unpack_codes(
     pairs = np.ascontiguousarray(packed[:, :, -4 * BLOCK :]).view("<f2").reshape(blocks, groups, 2, BLOCK)
     by_row = np.ascontiguousarray(pairs.transpose(2, 0, 3, 1)).reshape(2, blocks * BLOCK, groups)
     return codes[:rows], by_row[0, :rows], by_row[1, :rows]
+
+
+class _Level(NamedTuple):
+    """A level of a nested matrix: the bits it adds to a code; whether it is level 0."""
+
+    bits: int
+    base: bool
+
+    def chunks(self, groups: int) -> list[tuple[int, int, int, int]]:
+        """(first group, groups, offset in the row block, offset of the parameters there) of every chunk."""
+        places, at = [], 0
+        for first in range(0, groups, _CHUNK):
+            count = min(_CHUNK, groups - first)
+            places.append((first, count, at, at + count * 128 * self.bits))
+            at = places[-1][3] + -(-count * BLOCK * (3 if self.base else 2) // 64) * 64
+        return places
+
+    def block_bytes(self, groups: int) -> int:
+        """Bytes of 16 rows."""
+        _, count, _, parameters = self.chunks(groups)[-1]
+        return parameters + -(-count * BLOCK * (3 if self.base else 2) // 64) * 64
+
+    def types(self) -> tuple[npt.DTypeLike, npt.DTypeLike]:
+        return ("<f2" if self.base else "i1"), "i1"
+
+    def planes(self) -> list[int]:
+        """Shifts of the planes' bits within this level's part of a code, high bits first."""
+        return list(range(self.bits - 2, -1, -2)) + ([0] if self.bits % 2 else [])
+
+    def plane_bits(self) -> list[int]:
+        return [2] * (self.bits // 2) + [1] * (self.bits % 2)
+
+
+def level_bits(layout: str) -> tuple[int, bool]:
+    """(bits that a nested layout's level adds, whether it is level 0). Raises ValueError for another layout."""
+    return _level(layout)
+
+
+def pack_level(
+    layout: str,
+    codes: npt.NDArray[np.uint8],
+    first: npt.NDArray[np.float16] | npt.NDArray[np.int8],
+    second: npt.NDArray[np.int8],
+) -> npt.NDArray[np.uint8]:
+    """The bytes of one level of a nested matrix, a one-dimensional uint8 array of `packed_size` elements.
+
+    layout: one of NESTED. codes: uint8 [rows, groups * 64], the d bits of this level only (values below 2^d).
+    first, second: [rows, groups]; scale (float16) and offset (int8) of level 0, ratio and shift (int8) of later ones.
+    """
+    level = _level(layout)
+    rows, columns = codes.shape
+    blocks, groups = -(-rows // BLOCK), columns // GROUP
+    types = level.types()
+    if codes.dtype != np.uint8 or columns % GROUP or first.dtype != np.dtype(types[0]) or second.dtype != np.int8:
+        raise TypeError(f"layout {layout} takes uint8 codes in whole groups of {GROUP}, {types[0]} and int8 parameters")
+    if codes.size and int(codes.max()) >> level.bits:
+        raise ValueError(f"layout {layout}: a code of {codes.max()} has more than {level.bits} bits")
+    packed = np.zeros((blocks, level.block_bytes(groups)), np.uint8)
+    # [block, group, quad, row, k]
+    quads = _pad_rows(codes, blocks).reshape(blocks, BLOCK, groups, 16, 4).transpose(0, 2, 3, 1, 4)
+    planes = []
+    for shift, width in zip(level.planes(), level.plane_bits(), strict=True):
+        fields = (quads >> np.uint8(shift)) & np.uint8((1 << width) - 1)
+        per_byte = 8 // width  # quads in a byte
+        split = fields.reshape(blocks, groups, 16 // per_byte, per_byte, BLOCK, 4) << _shifts(width)[:, None, None]
+        planes.append(np.bitwise_or.reduce(split, axis=3).reshape(blocks, groups, -1))
+    lanes = [
+        np.ascontiguousarray(
+            _pad_rows(values.astype(kind, copy=False), blocks).reshape(blocks, BLOCK, groups).transpose(0, 2, 1)
+        ).view(np.uint8)
+        for values, kind in zip((first, second), types, strict=True)
+    ]
+    bytes_of_group = np.concatenate(planes, axis=2)
+    for begin, count, at, parameters in level.chunks(groups):
+        part = slice(begin, begin + count)
+        packed[:, at:parameters] = bytes_of_group[:, part].reshape(blocks, -1)
+        for values in lanes:
+            data = values[:, part].reshape(blocks, -1)
+            packed[:, parameters : parameters + data.shape[1]] = data
+            parameters += data.shape[1]
+    return packed.reshape(-1)
+
+
+def unpack_level(
+    layout: str, data: npt.NDArray[np.uint8] | bytes | memoryview, rows: int, columns: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any], npt.NDArray[np.int8]]:
+    """The inverse of `pack_level`: (codes [rows, columns padded to whole groups], first, second [rows, groups])."""
+    level = _level(layout)
+    raw = np.frombuffer(data, np.uint8)
+    if raw.size != packed_size(layout, rows, columns):
+        raise ValueError(
+            f"{layout} [{rows}, {columns}] takes {packed_size(layout, rows, columns)} bytes, not {raw.size}"
+        )
+    blocks, groups = -(-rows // BLOCK), -(-columns // GROUP)
+    packed = raw.reshape(blocks, -1)
+    bytes_of_group = np.empty((blocks, groups, 128 * level.bits), np.uint8)
+    types = level.types()
+    lanes = [np.empty((blocks, groups, BLOCK), kind) for kind in types]
+    for begin, count, at, parameters in level.chunks(groups):
+        part = slice(begin, begin + count)
+        bytes_of_group[:, part] = packed[:, at:parameters].reshape(blocks, count, -1)
+        for values, kind in zip(lanes, types, strict=True):
+            end = parameters + count * BLOCK * np.dtype(kind).itemsize
+            values[:, part] = np.ascontiguousarray(packed[:, parameters:end]).view(kind).reshape(blocks, count, BLOCK)
+            parameters = end
+    quads = np.zeros((blocks, groups, 16, BLOCK, 4), np.uint8)
+    at = 0
+    for shift, width in zip(level.planes(), level.plane_bits(), strict=True):
+        per_byte = 8 // width
+        plane = bytes_of_group[:, :, at : at + 128 * width].reshape(blocks, groups, 16 // per_byte, 1, BLOCK, 4)
+        fields = (plane >> _shifts(width)[:, None, None]) & np.uint8((1 << width) - 1)
+        quads |= fields.reshape(quads.shape) << np.uint8(shift)
+        at += 128 * width
+    codes = np.ascontiguousarray(quads.transpose(0, 3, 1, 2, 4)).reshape(blocks * BLOCK, groups * GROUP)
+    by_row = [values.transpose(0, 2, 1).reshape(blocks * BLOCK, groups)[:rows] for values in lanes]
+    return codes[:rows], by_row[0], by_row[1]
+
+
+def _shifts(width: int) -> npt.NDArray[np.uint8]:
+    """Where the quads of a byte of a plane have their bits: 8 / width of them, in ascending column order."""
+    if width == 2:
+        return np.arange(0, 8, 2, dtype=np.uint8)
+    return np.array([0, 2, 4, 6, 1, 3, 5, 7], np.uint8)
+
+
+def _level(layout: str) -> _Level:
+    match = re.fullmatch(r"(base|refine)([1-8])g64", layout)
+    if match is None:
+        raise ValueError(f"layout {layout!r} is not a level of a nested matrix ({', '.join(NESTED)})")
+    return _Level(int(match[2]), match[1] == "base")
 
 
 def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

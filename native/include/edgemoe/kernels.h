@@ -11,9 +11,11 @@
 // The scalar table is the reference that the others are compared with, byte by byte.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -46,12 +48,22 @@ enum class Layout : uint8_t {
     ggml_iq4_nl,
     ggml_iq4_xs,
     ggml_mxfp4,
+    nested,  // levels that lie apart: Matrix::levels instead of Matrix::data
 };
+
+inline constexpr int kMaxLevels = 8;
 
 bool is_ggml(Layout layout);
 
 // Whether products with this layout read the int8 codes of the activations; otherwise they read the float values.
 bool reads_codes(Layout layout);
+
+// The levels of a nested matrix that a product works with, coarse to fine: at most 8 bits in all.
+struct NestedLevels {
+    int count = 0;
+    std::array<uint8_t, kMaxLevels> bits{};            // that each level adds
+    std::array<const std::byte*, kMaxLevels> data{};  // 64-byte aligned
+};
 
 // A weight matrix [rows, cols] in memory, 64-byte aligned.
 struct Matrix {
@@ -59,6 +71,7 @@ struct Matrix {
     int rows;
     int cols;
     const std::byte* data;
+    NestedLevels levels{};  // of the nested layout
 };
 
 // The inputs of a product, for up to `tokens` tokens. Float layouts read `values`; quantized layouts read the rest.
@@ -88,6 +101,9 @@ struct Kernels {
     //     blocks of 256 columns, per group of 64, with the integer scales and minimums of its sub-blocks:
     //         acc = fma(d * x_scale, float(sum of scale * dot), acc); with minimums:
     //         acc = fma(-(dmin * x_scale), float(sum of minimum * x_code_sum), acc)
+    // Nested layouts as the quantized ones, with the concatenated bits of their levels as codes and, of level 0 of b
+    // bits: scale = s, offset = s * (o / 32 - (2^b - 1) / 2); of each later level of d bits, in ascending order:
+    //     scale = (scale / 2^d) * (1 + ratio / 256); offset = fma(scale, shift / 64 - (2^d - 1) / 2, offset)
     void (*matmul)(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,
                    int first_block, int last_block, float* out, ptrdiff_t out_stride);
 
@@ -177,15 +193,19 @@ struct Kernels {
 // Bytes of one row block of a layout, of a whole matrix, and of one key or value block. Throws std::invalid_argument if
 // cols is not a multiple of the layout's block (32 or 256 columns of the ggml layouts).
 size_t block_bytes(Layout layout, int cols);
+size_t block_bytes(const Matrix& matrix);  // of a nested one: of all its levels
 size_t matrix_bytes(Layout layout, int rows, int cols);
 size_t kv_block_bytes(KvType type, int dim);
 
 // Matrices as files store them: the layouts above as they are, or row after row as in GGUF (`row_major`), which must be
 // interleaved once they are in memory. Names of row-major ones are "ggml.f32", "ggml.f16", "ggml.bf16" (their layouts
-// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4".
+// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4". One level of a nested matrix: "base2g64" is level 0 of 2 bits,
+// "refine1g64" a later level that adds one.
 struct StoredLayout {
     Layout layout;
     bool row_major;
+    int level_bits = 0;
+    bool refines = false;
 };
 StoredLayout stored_layout(std::string_view name);  // throws std::invalid_argument
 // Bytes of the file: rows beyond the last are not stored in row-major matrices, so that this may be less than
@@ -206,6 +226,7 @@ void dequantize_row(const Matrix& matrix, int row, float* out);
 
 Layout layout_from_name(std::string_view name);  // throws std::invalid_argument
 std::string_view layout_name(Layout layout);
+std::string stored_name(StoredLayout stored);
 
 // The tables this build has and this processor can run, best last; scalar is always first.
 std::vector<std::string_view> available_isas();

@@ -179,6 +179,7 @@ struct Avx512 {
     static EDGEMOE_INLINE I set1_16(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
     static EDGEMOE_INLINE I and_i(I a, I b) { return _mm512_and_si512(a, b); }
     static EDGEMOE_INLINE I or_i(I a, I b) { return _mm512_or_si512(a, b); }
+    static EDGEMOE_INLINE I select_bits(I mask, I a, I b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xCA); }
     static EDGEMOE_INLINE I sub_8(I a, I b) { return _mm512_sub_epi8(a, b); }
     static EDGEMOE_INLINE I add_16(I a, I b) { return _mm512_add_epi16(a, b); }
     static EDGEMOE_INLINE I sub_16(I a, I b) { return _mm512_sub_epi16(a, b); }

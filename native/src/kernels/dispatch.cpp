@@ -7,6 +7,7 @@
 
 #include "ggml_formats.h"
 #include "half.h"
+#include "nested_format.h"
 #include "tables.h"
 
 #if defined(EDGEMOE_X86)
@@ -24,7 +25,7 @@ namespace {
 constexpr std::string_view kLayoutNames[] = {"f32",         "bf16",        "f16",       "q8g64",     "q4g64",
                                              "ggml.q4_0",   "ggml.q4_1",   "ggml.q5_0", "ggml.q5_1", "ggml.q8_0",
                                              "ggml.q2_k",   "ggml.q3_k",   "ggml.q4_k", "ggml.q5_k", "ggml.q6_k",
-                                             "ggml.iq4_nl", "ggml.iq4_xs", "ggml.mxfp4"};
+                                             "ggml.iq4_nl", "ggml.iq4_xs", "ggml.mxfp4", "nested"};
 
 #if defined(EDGEMOE_X86)
 // The compiler's feature bits include the operating system's support of the wide registers; F16C has none of its own
@@ -88,7 +89,7 @@ const std::vector<const Kernels*>& available_tables() {
 
 }  // namespace
 
-bool is_ggml(Layout layout) { return layout >= Layout::ggml_q4_0; }
+bool is_ggml(Layout layout) { return layout >= Layout::ggml_q4_0 && layout != Layout::nested; }
 
 bool reads_codes(Layout layout) { return layout >= Layout::q8g64; }
 
@@ -108,6 +109,14 @@ size_t block_bytes(Layout layout, int cols) {
         default:
             return ggml_block_bytes(layout, cols);
     }
+}
+
+size_t block_bytes(const Matrix& matrix) {
+    if (matrix.layout != Layout::nested) return block_bytes(matrix.layout, matrix.cols);
+    size_t bytes = 0;
+    for (int level = 0; level < matrix.levels.count; ++level)
+        bytes += nested_block_bytes(matrix.levels.bits[level], level == 0, matrix.cols);
+    return bytes;
 }
 
 size_t matrix_bytes(Layout layout, int rows, int cols) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ggml_formats.h"
+#include "nested_format.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -137,17 +138,30 @@ StoredLayout stored_layout(std::string_view name) {
     if (name == "ggml.f32") return {Layout::f32, true};
     if (name == "ggml.f16") return {Layout::f16, true};
     if (name == "ggml.bf16") return {Layout::bf16, true};
+    for (const bool refines : {false, true})
+        for (int bits = 1; bits <= 8; ++bits)
+            if (const StoredLayout level{Layout::nested, false, bits, refines}; name == stored_name(level)) return level;
     const Layout layout = layout_from_name(name);
+    if (layout == Layout::nested) throw std::invalid_argument("layout nested is not stored as such");
     return {layout, is_ggml(layout)};
 }
 
+std::string stored_name(StoredLayout stored) {
+    if (stored.layout == Layout::nested)
+        return (stored.refines ? "refine" : "base") + std::to_string(stored.level_bits) + "g64";
+    return (stored.row_major && !is_ggml(stored.layout) ? "ggml." : "") + std::string(layout_name(stored.layout));
+}
+
 size_t stored_bytes(StoredLayout stored, int rows, int cols) {
+    if (stored.layout == Layout::nested)
+        return (static_cast<size_t>(rows) + kRowBlock - 1) / kRowBlock *
+               nested_block_bytes(stored.level_bits, !stored.refines, cols);
     if (!stored.row_major) return matrix_bytes(stored.layout, rows, cols);
     return block_bytes(stored.layout, cols) / kRowBlock * static_cast<size_t>(rows);
 }
 
 void interleave(Layout layout, int rows, int cols, const std::byte* source, std::byte* target, std::byte* scratch) {
-    if (layout == Layout::q8g64 || layout == Layout::q4g64)
+    if (layout == Layout::q8g64 || layout == Layout::q4g64 || layout == Layout::nested)
         throw std::invalid_argument("layout " + std::string(layout_name(layout)) + " is interleaved as it is stored");
     const size_t bytes = block_bytes(layout, cols);
     const int blocks = (rows + kRowBlock - 1) / kRowBlock;

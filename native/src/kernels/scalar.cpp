@@ -11,6 +11,7 @@
 #include "exp.h"
 #include "ggml_formats.h"
 #include "half.h"
+#include "nested_format.h"
 #include "tables.h"
 
 namespace edgemoe {
@@ -132,6 +133,8 @@ void quantized_product(const Matrix& matrix, const std::byte* block, const int8_
 
 void matmul(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count, int first_block,
             int last_block, float* out, ptrdiff_t out_stride) {
+    if (matrix.layout == Layout::nested)
+        return nested_matmul_scalar(matrix, x, tokens, count, first_block, last_block, out, out_stride);
     if (is_ggml(matrix.layout))
         return ggml_matmul_scalar(matrix, x, tokens, count, first_block, last_block, out, out_stride);
     const size_t groups = (static_cast<size_t>(matrix.cols) + kGroup - 1) / kGroup;

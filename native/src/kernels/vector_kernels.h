@@ -36,6 +36,7 @@
 #endif
 
 #include "ggml_vector.h"
+#include "nested_vector.h"
 
 namespace edgemoe {
 
@@ -206,6 +207,8 @@ struct VectorKernels {
 
     static void matmul(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,
                        int first_block, int last_block, float* out, ptrdiff_t out_stride) {
+        if (matrix.layout == Layout::nested)
+            return NestedKernels<V>::matmul(matrix, x, tokens, count, first_block, last_block, out, out_stride);
         if (matrix.layout >= Layout::ggml_q4_0)
             return GgmlKernels<V>::matmul(matrix, x, tokens, count, first_block, last_block, out, out_stride);
         const Product p{matrix,

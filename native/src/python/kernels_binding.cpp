@@ -110,11 +110,9 @@ py::tuple quantize(const std::string& isa, const Floats& x) {
     return py::make_tuple(result, scales, sums);
 }
 
-Floats matmul(const std::string& isa, const std::string& layout, const Bytes& data, int rows, int cols, const Floats& x,
-              const std::optional<Integers>& tokens, int first_block, std::optional<int> last_block) {
-    const Kernels& kernels = edgemoe::select_kernels(isa);
-    const Buffer weights(size_of(data), data.data());
-    const Matrix matrix = make_matrix(layout, data, rows, cols, weights);
+Floats multiply(const Kernels& kernels, const Matrix& matrix, const Floats& x, const std::optional<Integers>& tokens,
+                int first_block, std::optional<int> last_block) {
+    const int rows = matrix.rows, cols = matrix.cols;
     require_dimensions(x, 2, "x");
     require(x.shape(1) == cols,
             "x must have " + std::to_string(cols) + " columns, it has " + std::to_string(x.shape(1)));
@@ -148,6 +146,35 @@ Floats matmul(const std::string& isa, const std::string& layout, const Bytes& da
     std::memset(out.mutable_data(), 0, size_of(out) * sizeof(float));
     kernels.matmul(matrix, activations, indices, count, first_block, end, out.mutable_data(), rows);
     return out;
+}
+
+Floats matmul(const std::string& isa, const std::string& layout, const Bytes& data, int rows, int cols, const Floats& x,
+              const std::optional<Integers>& tokens, int first_block, std::optional<int> last_block) {
+    const Buffer weights(size_of(data), data.data());
+    const Matrix matrix = make_matrix(layout, data, rows, cols, weights);
+    return multiply(edgemoe::select_kernels(isa), matrix, x, tokens, first_block, last_block);
+}
+
+// levels: (bits that the level adds, its bytes), coarse to fine.
+Floats nested_matmul(const std::string& isa, const std::vector<std::pair<int, Bytes>>& levels, int rows, int cols,
+                     const Floats& x, const std::optional<Integers>& tokens, int first_block,
+                     std::optional<int> last_block) {
+    require(rows > 0 && cols > 0, "rows and cols must be positive");
+    require(!levels.empty(), "a nested matrix has at least one level");
+    Matrix matrix{Layout::nested, rows, cols, nullptr};
+    std::vector<Buffer> buffers;
+    int total = 0;
+    for (const auto& [bits, data] : levels) {
+        require(bits >= 1 && (total += bits) <= 8, "levels have 1 to 8 bits in all");
+        require_dimensions(data, 1, "data");
+        const size_t bytes = edgemoe::stored_bytes({Layout::nested, false, bits, !buffers.empty()}, rows, cols);
+        require(size_of(data) == bytes, "level " + std::to_string(buffers.size()) + " must have " +
+                                            std::to_string(bytes) + " bytes, it has " + std::to_string(data.size()));
+        buffers.emplace_back(bytes, data.data());
+        matrix.levels.bits[matrix.levels.count] = static_cast<uint8_t>(bits);
+        matrix.levels.data[matrix.levels.count++] = buffers.back().as<std::byte>();
+    }
+    return multiply(edgemoe::select_kernels(isa), matrix, x, tokens, first_block, last_block);
 }
 
 // `shift`: the target begins so many bytes behind the source (before it, if negative) in one buffer; otherwise in
@@ -482,6 +509,8 @@ void bind_kernels(py::module_& module) {
     kernels.def("product_speed", product_speed, arg("isa"), arg("layout"), arg("rows"), arg("cols"), arg("tokens"),
                 arg("threads"), arg("memory"), arg("seconds"));
     kernels.def("byte_product_speed", byte_product_speed, arg("isa"), arg("threads"), arg("seconds"));
+    kernels.def("nested_matmul", nested_matmul, arg("isa"), arg("levels"), arg("rows"), arg("cols"), arg("x"),
+                arg("tokens") = py::none(), arg("first_block") = 0, arg("last_block") = py::none());
     kernels.def(
         "stored_bytes",
         [](const std::string& name, int rows, int cols) {

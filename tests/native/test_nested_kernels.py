@@ -1,0 +1,134 @@
+"""Products with nested weights: every instruction set against the scalar reference byte by byte, and that against the
+dequantized weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import nested
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import EPSILON, ISAS, VECTOR_ISAS, check_nan_bits, floats, same_bytes, seeds, sizes
+
+from edgemoe._core import kernels
+from edgemoe.formats.layouts import GROUP, pack_level, packed_size
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FAST = [(2,), (2, 3), (2, 3, 4)]
+ladders = st.one_of(
+    st.sampled_from([*FAST, (2, 4), (4, 8), (2, 3, 4, 6, 8), (1, 2, 3, 4, 5, 6, 7, 8), (3, 4), (8,), (1, 8)]),
+    st.sets(st.integers(1, 8), min_size=1).map(lambda widths: tuple(sorted(widths))),
+)
+
+
+def steps(bits: Sequence[int]) -> list[int]:
+    """Bits that each level adds."""
+    return [width - below for below, width in itertools.pairwise((0, *bits))]
+
+
+def random_levels(rng: np.random.Generator, bits: Sequence[int], rows: int, cols: int, wild: bool) -> list[Array]:
+    """The packed levels; `wild`: any bytes, so that scales are any float16."""
+    names = nested.level_names(bits)
+    if wild:
+        return [rng.integers(0, 256, packed_size(name, rows, cols), np.uint8) for name in names]
+    groups = -(-cols // GROUP)
+    levels = []
+    for level, (name, added) in enumerate(zip(names, steps(bits), strict=True)):
+        codes = rng.integers(0, 1 << added, (rows, groups * GROUP), np.uint8)
+        first = rng.integers(-128, 128, (rows, groups), np.int8)
+        second = rng.integers(-128, 128, (rows, groups), np.int8)
+        scales = (rng.random((rows, groups)) * 0.1).astype(np.float16)
+        levels.append(pack_level(name, codes, first if level else scales, second))
+    return levels
+
+
+def product(isa: str, bits: Sequence[int], levels: list[Array], rows: int, cols: int, x: Array, *rest: Any) -> Array:
+    pairs = list(zip(steps(bits), levels, strict=True))
+    result: Array = kernels.nested_matmul(isa, pairs, rows, cols, x, *rest)
+    return result
+
+
+@settings(max_examples=80, deadline=None)
+@given(bits=ladders, seed=seeds, rows=st.integers(1, 90), cols=sizes, tokens=st.integers(1, 20), wild=st.booleans())
+def test_matmul_is_the_same_everywhere(
+    bits: tuple[int, ...], seed: int, rows: int, cols: int, tokens: int, wild: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    levels = random_levels(rng, bits, rows, cols, wild)
+    x = floats(rng, tokens, cols, wild=wild and seed % 2 == 0)
+    count = int(rng.integers(1, len(bits) + 1))
+    expected = product("scalar", bits[:count], levels[:count], rows, cols, x)
+    check_nan_bits(expected)
+    for isa in VECTOR_ISAS:
+        same_bytes(expected, product(isa, bits[:count], levels[:count], rows, cols, x))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [*FAST, (3, 8)])
+def test_a_tile_equals_its_tokens_and_rows_alone(bits: tuple[int, ...], isa: str) -> None:
+    rng = np.random.default_rng(7)
+    rows, cols = 100, 150
+    levels = random_levels(rng, bits, rows, cols, False)
+    x = floats(rng, 60, cols)
+    whole = product(isa, bits, levels, rows, cols, x)
+    for token in range(0, len(x), 7):
+        same_bytes(whole[token : token + 1], product(isa, bits, levels, rows, cols, x[token : token + 1]))
+    for count in (*range(2, 18), 49, 51):
+        same_bytes(whole[:count], product(isa, bits, levels, rows, cols, x[:count]))
+        tokens = rng.integers(0, len(x), count).astype(np.int32)
+        same_bytes(whole[tokens], product(isa, bits, levels, rows, cols, x, tokens))
+    for first, last in itertools.combinations(range(8), 2):
+        for count in (1, 5):
+            part = product(isa, bits, levels, rows, cols, x[:count], None, first, last)
+            expected = np.zeros_like(part)
+            expected[:, first * 16 : last * 16] = whole[:count, first * 16 : last * 16]
+            same_bytes(expected, part)
+
+
+@settings(max_examples=40, deadline=None)
+@given(bits=ladders, seed=seeds, rows=st.integers(1, 40), cols=sizes, tokens=st.integers(1, 4))
+def test_every_level_against_numpy(bits: tuple[int, ...], seed: int, rows: int, cols: int, tokens: int) -> None:
+    """Against the product of the dequantized weights and the dequantized activations."""
+    rng = np.random.default_rng(seed)
+    levels = random_levels(rng, bits, rows, cols, False)
+    x = floats(rng, tokens, cols)
+    groups = -(-cols // GROUP)
+    rounded = np.empty((tokens, cols))
+    for token in range(tokens):
+        codes, scales, _ = kernels.quantize("scalar", x[token])
+        rounded[token] = (codes.reshape(-1, GROUP) * scales[:, None].astype(np.float64)).reshape(-1)[:cols]
+    for count in range(1, len(bits) + 1):
+        weights = nested.dequantize(bits, levels[:count], rows, cols)
+        actual = product("scalar", bits[:count], levels[:count], rows, cols, x)
+        # Every level rounds scale and offset a few times; an offset is at most 8 largest scales times its codes.
+        terms = np.abs(rounded) @ np.full((rows, cols), 8 * 0.1 * 2.0 ** bits[0]).T + np.abs(rounded) @ np.abs(weights).T
+        assert (np.abs(actual - rounded @ weights.T) <= (2 * groups + 8 * count) * EPSILON * terms).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [*FAST, (2, 4, 6), (8,), (7, 8), (2, 3, 4, 6, 8)])
+def test_largest_codes_do_not_saturate(bits: tuple[int, ...], isa: str) -> None:
+    top = 2 ** bits[-1] - 1
+    levels = []
+    for level, (name, added) in enumerate(zip(nested.level_names(bits), steps(bits), strict=True)):
+        codes = np.full((16, 2 * GROUP), 2**added - 1, np.uint8)
+        first = np.zeros((16, 2), np.int8) if level else np.full((16, 2), 2.0 ** (bits[-1] - bits[0]), np.float16)
+        levels.append(pack_level(name, codes, first, np.zeros((16, 2), np.int8)))
+    x = np.array([np.full(2 * GROUP, 127), np.full(2 * GROUP, -127)], np.float32)
+    weight = nested.dequantize(bits, levels, 16, 2 * GROUP)
+    assert (weight == top - sum((2.0**d - 1) / 2 * 2.0 ** (bits[-1] - b) for d, b in zip(steps(bits), bits))).all()
+    expected = np.broadcast_to(np.array([[1], [-1]]) * 127 * 2 * GROUP * weight[0, 0], (2, 16))
+    np.testing.assert_array_equal(product(isa, bits, levels, 16, 2 * GROUP, x), expected)
+
+
+def test_refusals() -> None:
+    x = np.zeros((1, 64), np.float32)
+    with pytest.raises(ValueError, match="level 0 must have 320 bytes for|level 0 must have 320 bytes"):
+        kernels.nested_matmul("scalar", [(2, np.zeros(319, np.uint8))], 16, 64, x)
+    with pytest.raises(ValueError, match="levels have 1 to 8 bits in all"):
+        kernels.nested_matmul("scalar", [(9, np.zeros(320, np.uint8))], 16, 64, x)

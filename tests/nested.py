@@ -1,0 +1,164 @@
+"""Nested weights by plain rounding, and packs of them: enough for tests of the engine, no match for the quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.formats.layouts import GROUP, pack_level, packed_size, unpack, unpack_level
+from edgemoe.formats.pack import (
+    ALIGNMENT,
+    PARTS,
+    Blob,
+    DenseTensor,
+    ExpertLayer,
+    Level,
+    Pack,
+    PackContents,
+    PackWriter,
+    Part,
+    align,
+)
+
+Parameters = list[tuple[NDArray[Any], NDArray[np.int8]]]
+
+
+def level_names(bits: Sequence[int]) -> list[str]:
+    """The layouts of levels of these widths."""
+    return [
+        f"base{width}g64" if level == 0 else f"refine{width - bits[level - 1]}g64" for level, width in enumerate(bits)
+    ]
+
+
+def level_codes(codes: NDArray[np.uint8], bits: Sequence[int], level: int) -> NDArray[np.uint8]:
+    """The bits that a level adds to codes of bits[-1] bits."""
+    below = bits[-1] - bits[level]
+    width = bits[level] - (bits[level - 1] if level else 0)
+    return (codes >> np.uint8(below)) & np.uint8((1 << width) - 1)
+
+
+def affine(bits: Sequence[int], parameters: Parameters) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """(scale, offset) float64 [rows, groups] of every level."""
+    found = []
+    for level, (first, second) in enumerate(parameters):
+        middle = (2.0 ** (bits[level] - (bits[level - 1] if level else 0)) - 1) / 2
+        if level == 0:
+            scale = first.astype(np.float64)
+            offset = scale * (second / 32 - middle)
+        else:
+            scale = scale / (2 * middle + 1) * (1 + first / 256)
+            offset = scale * (second / 64 - middle) + offset
+        found.append((scale, offset))
+    return found
+
+
+def quantize(weights: NDArray[np.float32], bits: Sequence[int]) -> tuple[NDArray[np.uint8], Parameters]:
+    """Codes uint8 [rows, groups * 64] of bits[-1] bits and every level's parameters."""
+    rows, columns = weights.shape
+    groups, top = -(-columns // GROUP), bits[-1]
+    padded = np.pad(weights, ((0, 0), (0, groups * GROUP - columns)), mode="edge").reshape(rows, groups, GROUP)
+    low, high = padded.min(2).astype(np.float64), padded.max(2).astype(np.float64)
+    step = np.maximum((high - low) / (2**top - 1), 1e-4)
+    parameters: Parameters = []
+    for level, width in enumerate(bits):
+        target = low + step * (2 ** (top - width) - 1) / 2
+        added = width - (bits[level - 1] if level else 0)
+        if level == 0:
+            first: NDArray[Any] = (step * 2 ** (top - width)).astype(np.float16)
+            share, unit = target / first.astype(np.float64), 32
+        else:
+            first = np.zeros((rows, groups), np.int8)
+            scale, offset = affine(bits[:level], parameters)[-1]
+            share, unit = (target - offset) / (scale / 2**added), 64
+        second = np.clip(np.rint(unit * (share + (2**added - 1) / 2)), -128, 127).astype(np.int8)
+        parameters.append((first, second))
+    scale, offset = affine(bits, parameters)[-1]
+    codes = np.clip(np.rint((padded - offset[:, :, None]) / scale[:, :, None]), 0, 2**top - 1)
+    return codes.astype(np.uint8).reshape(rows, -1), parameters
+
+
+def dequantize(
+    bits: Sequence[int], levels: Sequence[NDArray[np.uint8]], rows: int, columns: int
+) -> NDArray[np.float64]:
+    """float64 [rows, columns]: the weights that the first len(levels) packed levels stand for."""
+    codes = np.zeros((rows, -(-columns // GROUP) * GROUP), np.int64)
+    parameters: Parameters = []
+    for level, (layout, data) in enumerate(zip(level_names(bits), levels, strict=False)):
+        part, first, second = unpack_level(layout, data, rows, columns)
+        codes = codes << (bits[level] - (bits[level - 1] if level else 0)) | part
+        parameters.append((first, second))
+    scale, offset = affine(bits[: len(levels)], parameters)[-1]
+    weights = codes.reshape(rows, -1, GROUP) * scale[:, :, None] + offset[:, :, None]
+    return weights.reshape(rows, -1)[:, :columns]
+
+
+def write_nested_pack(
+    source: Path,
+    target: Path,
+    bits: Sequence[int] = (2, 3, 4),
+    levels_of: Callable[[int, int], int] | None = None,
+) -> Path:
+    """The pack `source`, whose experts are float32, with nested experts instead.
+
+    levels_of(layer, expert): how many levels an expert has; all of them unless it is given.
+    """
+    old = Pack.open(source)
+    contents = PackContents(
+        spec=old.spec,
+        generation=old.generation,
+        provenance=old.provenance,
+        dense={},
+        experts={},
+        blobs={},
+        unused=old.unused,
+    )
+    names = level_names(bits)
+    with PackWriter.create(target, str(bits)) as writer:
+        numbers: dict[int, int] = {}
+
+        def kept(section: int) -> int:
+            if section not in numbers:
+                numbers[section] = writer.add([old.read_section(section)])
+            return numbers[section]
+
+        for name, tensor in old.dense.items():
+            contents.dense[name] = DenseTensor(kept(tensor.section), tensor.offset, tensor.layout, tensor.shape)
+        for name, blob in old.blobs.items():
+            contents.blobs[name] = Blob(kept(blob.section), blob.length)
+        for number, layer in old.experts.items():
+            shapes = {part: layer.levels[0].parts[part].shape for part in PARTS}
+            levels = []
+            for width, layout in zip(bits, names, strict=True):
+                parts, offset = {}, 0
+                for part in PARTS:
+                    parts[part] = Part(layout, 0, offset, shapes[part])
+                    offset = align(offset + packed_size(layout, *shapes[part]), ALIGNMENT)
+                levels.append(Level(width, parts))
+            sections = []
+            for expert, (section,) in enumerate(layer.sections):
+                data = np.frombuffer(old.read_section(section), np.uint8)
+                quantized = {}
+                for name in PARTS:
+                    place = layer.levels[0].parts[name]
+                    size = packed_size(place.layout, *place.shape)
+                    weights = unpack(place.layout, data[place.offset : place.offset + size], *place.shape)
+                    quantized[name] = quantize(weights, bits)
+                count = len(bits) if levels_of is None else levels_of(number, expert)
+                mine = []
+                for level in range(count):
+                    body = bytearray()
+                    for name in PARTS:
+                        codes, parameters = quantized[name]
+                        body += bytes(levels[level].parts[name].offset - len(body))
+                        body += pack_level(
+                            names[level], level_codes(codes, bits, level), *parameters[level]
+                        ).tobytes()
+                    mine.append(writer.add([bytes(body)]))
+                sections.append(tuple(mine))
+            contents.experts[number] = ExpertLayer(tuple(levels), tuple(sections))
+        writer.finish(contents)
+    return target
