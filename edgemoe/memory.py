@@ -104,8 +104,9 @@ class Budget:
     """How the memory is divided, in bytes.
 
     limit: the budget. base: what the process held before weights were loaded, plus a reserve. dense, state, scratch:
-    weights always in memory, one sequence's state, activations of a chunk. expert_slots: experts that fit beside them,
-    slot_bytes each. chunk: tokens of a prompt computed together.
+    weights always in memory, one sequence's state, activations of a chunk. expert_slots: memory for experts, in the
+    largest of them with all its levels, slot_bytes each; all_slots hold all experts. chunk: tokens of a prompt computed
+    together.
     """
 
     limit: int
@@ -115,6 +116,7 @@ class Budget:
     scratch: int
     slot_bytes: int
     expert_slots: int
+    all_slots: int
     chunk: int
 
     @property
@@ -146,4 +148,6 @@ def plan_budget(
             f"the least that works is {-(-least // 1000**2)}MB"
         )
     slots = plan["experts"] if room >= everything else room // plan["slot"]
-    return Budget(limit, base, plan["dense"], plan["state"], plan["scratch"], plan["slot"], slots, chunk)
+    return Budget(
+        limit, base, plan["dense"], plan["state"], plan["scratch"], plan["slot"], slots, plan["experts"], chunk
+    )

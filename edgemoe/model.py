@@ -38,6 +38,7 @@ DEFAULT_CONTEXT = 4096
 # A folder of a model's original weights is converted at this width when it is run.
 DEFAULT_BITS = 8
 CACHE_TYPES = ("f32", "f16", "q8_0")
+QUALITIES = ("exact", "high", "balanced", "fast")
 EVICTION_POLICIES = ("lru", "lfu", "least_stale", "next_use")
 
 Progress = Callable[[int, int], None]
@@ -111,6 +112,7 @@ def load(
     cache_type_v: str = "f16",
     eviction: str = "next_use",
     prefetch: bool = True,
+    quality: str = "exact",
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -123,6 +125,8 @@ def load(
     cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
     eviction: which expert leaves memory first, one of EVICTION_POLICIES. prefetch: read the experts that the next layer
     will probably want while the disk is idle. Neither changes a bit of the result.
+    quality: "exact" uses every stored bit of every expert. "high", "balanced" and "fast" use fewer of the experts that
+    the router gives less weight; they need a pack with several levels whose modes were measured.
 
     Raises SourceError, PackError, UnsupportedModelError, TokenizerError, MemoryBudgetError, OptionError.
     """
@@ -135,6 +139,7 @@ def load(
         cache_type_v=cache_type_v,
         eviction=eviction,
         prefetch=prefetch,
+        quality=quality,
     )
 
 
@@ -152,6 +157,8 @@ class Model:
     budget: Budget
     readers: int
     """Reads under way at once."""
+    quality: str
+    thresholds: list[float]
     last_stop_reason: str
 
     def __init__(
@@ -165,7 +172,16 @@ class Model:
         cache_type_v: str = "f16",
         eviction: str = "next_use",
         prefetch: bool = True,
+        quality: str = "exact",
+        thresholds: Sequence[float] | None = None,
+        level_cap: int | None = None,
     ) -> None:
+        """As `load`, from a pack or GGUF file.
+
+        thresholds: ascending, in place of those of `quality`: an expert works as many levels below its finest as there
+        are thresholds below the share of the router's weight that the token's heavier experts have. level_cap: no
+        expert works above this level. Both are there to measure levels and modes.
+        """
         pack = build_index(GgufSource.open(path)) if is_gguf(path) else Pack.open(path)
         self.path = path
         self.spec = pack.spec
@@ -183,6 +199,10 @@ class Model:
                 raise OptionError(f"cache type {name!r} is not one of {', '.join(CACHE_TYPES)}")
         if eviction not in EVICTION_POLICIES:
             raise OptionError(f"eviction policy {eviction!r} is not one of {', '.join(EVICTION_POLICIES)}")
+        self.quality = quality
+        self.thresholds = _thresholds(pack, quality, thresholds)
+        if level_cap is not None and not 0 <= level_cap < _level_count(pack):
+            raise OptionError(f"{path}: level_cap {level_cap} is not one of its {_level_count(pack)} levels, from 0 on")
         for layer in self.spec.layers:
             attention = layer.attention
             types, dim = {cache_type_k, cache_type_v}, attention.head_dim
@@ -202,10 +222,13 @@ class Model:
             "cache_type_v": cache_type_v,
             "eviction": eviction,
             "prefetch": prefetch,
+            "thresholds": self.thresholds,
         }
+        if level_cap is not None:
+            options["level_cap"] = level_cap
         self.budget = plan_budget(None if memory is None else parse_size(memory), spec, index, options, str(path))
         options |= {"chunk": self.budget.chunk, "expert_slots": self.budget.expert_slots}
-        if self.budget.expert_slots < sum(layer.experts for layer in self.spec.layers):
+        if self.budget.expert_slots < self.budget.all_slots:
             options["readers"] = reading_threads(path, self.budget.slot_bytes, default_cache_dir())
         self.readers = int(options["readers"])
         try:
@@ -523,6 +546,7 @@ class Model:
             "prefetch_used": run["prefetch_used"],
             "prefetch_late": run["prefetch_late"],
             "prefetch_wasted": run["prefetch_wasted"],
+            "mean_bits": run["expert_bits"] / run["expert_uses"] if run["expert_uses"] else 0.0,
             "cache_bytes": self.budget.cache_bytes,
             "memory_limit_bytes": self.budget.limit,
             "memory_peak_bytes": peak,
@@ -591,17 +615,56 @@ def _context(asked: int | None, spec: ModelSpec) -> int:
     return asked or spec.context
 
 
+def _level_count(pack: Pack | GgufIndex) -> int:
+    return max((len(layer.levels) for layer in pack.experts.values()), default=1)
+
+
+def _measured_modes(pack: Pack) -> dict[str, Any]:
+    """What the pack says of its lossy modes, by name."""
+    modes: dict[str, Any] = getattr(pack, "quality", {}).get("modes", {})
+    return modes
+
+
+def _thresholds(pack: Pack | GgufIndex, quality: str, chosen: Sequence[float] | None) -> list[float]:
+    """What a mode's name means for a pack, or the thresholds that were chosen in its place. Raises OptionError."""
+    if quality not in QUALITIES:
+        raise OptionError(f"quality {quality!r} is not one of {', '.join(QUALITIES)}")
+    if chosen is None:
+        if quality == "exact":
+            return []
+        if isinstance(pack, GgufIndex):
+            raise OptionError(f"{pack.path}: quality {quality!r}: a GGUF file has its experts at one precision only")
+        if _level_count(pack) == 1:
+            raise OptionError(f"{pack.path}: quality {quality!r}: the pack has its experts at one precision only")
+        modes = _measured_modes(pack)
+        if quality not in modes:
+            raise OptionError(
+                f"{pack.path}: quality {quality!r}: the pack does not say what was measured for this mode"
+            )
+        chosen = modes[quality]["thresholds"]
+    elif quality != "exact":
+        raise OptionError(f"quality {quality!r} and thresholds exclude each other")
+    thresholds = [float(threshold) for threshold in chosen]
+    if len(thresholds) >= _level_count(pack) and thresholds:
+        raise OptionError(f"{pack.path}: {len(thresholds)} thresholds for experts of {_level_count(pack)} levels")
+    if any(not -1 <= threshold <= 1 for threshold in thresholds) or thresholds != sorted(thresholds):
+        raise OptionError(f"{pack.path}: thresholds {thresholds} do not ascend from -1 to 1 at most")
+    return thresholds
+
+
 def _engine_index(pack: Pack | GgufIndex) -> dict[str, Any]:
     """The pack's index in the form the engine takes (native/include/edgemoe/pack_index.h)."""
-    experts: dict[int, dict[str, Any]] = {}
-    for number, layer in pack.experts.items():
-        if len(layer.levels) != 1:
-            raise OptionError(f"{pack.path}: layer {number} has {len(layer.levels)} levels; this version runs one")
-        parts = layer.levels[0].parts
-        experts[number] = {
-            "parts": [(part.layout, part.extent, part.offset, *part.shape) for part in (parts[name] for name in PARTS)],
-            "sections": [levels[0] for levels in layer.sections],
+    experts = {
+        number: {
+            "levels": [
+                (level.bits, [(part.layout, part.extent, part.offset, *part.shape) for part in parts])
+                for level in layer.levels
+                for parts in [[level.parts[name] for name in PARTS]]
+            ],
+            "sections": layer.sections,
         }
+        for number, layer in pack.experts.items()
+    }
     return {
         "files": [str(file) for file in pack.files],
         "sections": [

@@ -143,8 +143,8 @@ def plan_model(
     least = fixed + needs["minimum_slots"] * needs["slot"] + _SLACK
     # With room for all experts the largest chunks are used.
     largest = _core.plan(facts, index, {**options, "chunk": CHUNKS[0], "expert_slots": 1})
-    everything = fixed - needs["scratch"] + largest["scratch"] + total_experts * needs["slot"] + _SLACK
-    sensible = min(_smallest(budget, min(2 * working, total_experts), least, everything), everything)
+    everything = fixed - needs["scratch"] + largest["scratch"] + needs["experts"] * needs["slot"] + _SLACK
+    sensible = min(_smallest(budget, min(2 * working, needs["experts"]), least, everything), everything)
     limit = automatic_budget() if memory is None else memory
     chosen = budget(limit)
 
@@ -152,7 +152,8 @@ def plan_model(
         _check_trace(trace, spec, path)
     limits = sorted({least, sensible, everything, chosen.limit, *_between(least, everything)})
     budgets = [budget(size) for size in limits]
-    low, high = _hit_rates([b.expert_slots for b in budgets], spec, trace)
+    # Where experts have fewer levels than the largest, more of them fit than there are slots.
+    low, high = _hit_rates([b.expert_slots * total_experts // b.all_slots for b in budgets], spec, trace)
     expert_bytes = _expert_bytes(index)
     active = _active_bytes(spec, index, expert_bytes)
     missing = sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
@@ -252,10 +253,13 @@ def _index_of(
 
 
 def _expert_bytes(index: dict[str, Any]) -> list[int]:
-    """Stored bytes of one expert, by layer; 0 for a dense one."""
+    """Stored bytes of one expert, the largest with all its levels, by layer; 0 for a dense one."""
     layers = max(index["experts"]) + 1
     return [
-        sum(length for _, _, length in index["sections"][index["experts"][layer]["sections"][0]][0])
+        max(
+            sum(length for section in levels for _, _, length in index["sections"][section][0])
+            for levels in index["experts"][layer]["sections"]
+        )
         if layer in index["experts"]
         else 0
         for layer in range(layers)

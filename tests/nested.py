@@ -154,9 +154,7 @@ def write_nested_pack(
                     for name in PARTS:
                         codes, parameters = quantized[name]
                         body += bytes(levels[level].parts[name].offset - len(body))
-                        body += pack_level(
-                            names[level], level_codes(codes, bits, level), *parameters[level]
-                        ).tobytes()
+                        body += pack_level(names[level], level_codes(codes, bits, level), *parameters[level]).tobytes()
                     mine.append(writer.add([bytes(body)]))
                 sections.append(tuple(mine))
             contents.experts[number] = ExpertLayer(tuple(levels), tuple(sections))

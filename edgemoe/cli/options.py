@@ -42,7 +42,7 @@ def _apply(function: Function, decorators: list[Callable[[Function], Function]])
 
 
 def model_options(function: Function) -> Function:
-    """-M -t -ctk -ctv (and -c, whose meaning the command says): the keyword arguments of `open_model`."""
+    """-M -t -ctk -ctv --quality (and -c, whose meaning the command says): the keyword arguments of `open_model`."""
     cache_types = click.Choice(["f32", "f16", "q8_0"])
     return _apply(
         function,
@@ -76,6 +76,13 @@ def model_options(function: Function) -> Function:
                 default="f16",
                 show_default=True,
                 help="How attention values are kept.",
+            ),
+            click.option(
+                "--quality",
+                type=click.Choice(["exact", "high", "balanced", "fast"]),
+                default="exact",
+                show_default=True,
+                help="Fewer bits for experts of little weight, where a pack has several levels and says what it costs.",
             ),
         ],
     )

@@ -112,6 +112,7 @@ def command(
     threads: int | None,
     cache_type_k: str,
     cache_type_v: str,
+    quality: str,
     stop: tuple[str, ...],
     chat_template: str | None,
     chat_template_file: str | None,
@@ -153,6 +154,7 @@ def command(
         context=context,
         cache_type_k=cache_type_k,
         cache_type_v=cache_type_v,
+        quality=quality,
         eviction=eviction,
         prefetch=not no_prefetch,
     )

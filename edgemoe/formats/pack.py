@@ -25,7 +25,7 @@ import msgpack  # type: ignore[import-untyped]
 from edgemoe._core import crc32c
 from edgemoe.errors import PackError, UnsupportedModelError
 from edgemoe.formats.layouts import BLOCK as ROW_BLOCK
-from edgemoe.formats.layouts import LAYOUTS, ROW_MAJOR, packed_size
+from edgemoe.formats.layouts import LAYOUTS, NESTED, ROW_MAJOR, level_bits, packed_size
 from edgemoe.spec import ModelSpec
 
 MAGIC = b"EMOE"
@@ -37,7 +37,8 @@ ALIGNMENT = 64
 MAX_INDEX = 16 << 20
 MAX_SECTION = 4 << 30
 MAX_BLOB = 256 << 20
-MAX_LEVELS = 16
+MAX_LEVELS = 8
+MAX_NESTED_BITS = 8
 PARTS = ("gate", "up", "down")
 KNOWN_FEATURES: frozenset[str] = frozenset()
 
@@ -98,7 +99,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayer:
-    """levels: coarse to fine. sections: [expert][level] -> section number."""
+    """levels: coarse to fine. sections: [expert][level] -> section number; an expert may end with an earlier level."""
 
     levels: tuple[Level, ...]
     sections: tuple[tuple[int, ...], ...]
@@ -426,9 +427,10 @@ class Pack(PackContents):
             dense[tensor.layout] = dense.get(tensor.layout, 0) + tensor_size(tensor.layout, tensor.shape)
         experts: dict[str, int] = {}
         for layer in self.experts.values():
-            for level in layer.levels:
+            for number, level in enumerate(layer.levels):
+                count = sum(len(sections) > number for sections in layer.sections)
                 for part in level.parts.values():
-                    size = len(layer.sections) * tensor_size(part.layout, part.shape)
+                    size = count * tensor_size(part.layout, part.shape)
                     experts[part.layout] = experts.get(part.layout, 0) + size
         return {"dense": dense, "experts": experts}
 
@@ -649,6 +651,8 @@ class _Checker:
                 raise self._error(f"tensor {name}: {_short(entry)} is not [section, offset, layout]")
             section, offset, layout = entry
             size = self._tensor_size(name, layout, shape)
+            if layout in NESTED:
+                raise self._error(f"tensor {name}: layout {layout} is for experts only")
             if section >= len(self._section_lengths):
                 raise self._error(f"tensor {name}: section {section} of {len(self._section_lengths)}")
             self._fits(name, offset, size, self._section_lengths[section], f"section {section}")
@@ -678,16 +682,21 @@ class _Checker:
             self._level(f"{where}, level {i}", level, spec.expert_tensors(number))
             for i, level in enumerate(value["levels"])
         )
+        self._are_nested(where, levels)
         sections = value.get("sections")
         if not isinstance(sections, list) or len(sections) != experts:
             raise self._error(f"{where}: sections is not a list of {experts} experts")
         for expert, numbers in enumerate(sections):
-            if not _is_counts(numbers, len(levels)) or any(n >= len(self._section_lengths) for n in numbers):
+            if (
+                not _is_counts(numbers, None)
+                or not 1 <= len(numbers) <= len(levels)
+                or any(n >= len(self._section_lengths) for n in numbers)
+            ):
                 raise self._error(
-                    f"{where}, expert {expert}: {_short(numbers)} are not {len(levels)} of"
+                    f"{where}, expert {expert}: {_short(numbers)} are not 1 to {len(levels)} of"
                     f" {len(self._section_lengths)} sections"
                 )
-            for level, section in zip(levels, numbers, strict=True):
+            for level, section in zip(levels, numbers, strict=False):
                 lengths = self._extent_lengths[section]
                 for name, part in level.parts.items():
                     tensor = f"layers.{number}.experts.{expert}.{name}"
@@ -716,6 +725,23 @@ class _Checker:
                 self._can_be_interleaved(f"{where}: {name}", part.layout, part.shape, f"extent {part.extent}")
         return Level(value["bits"], parts)
 
+    def _are_nested(self, where: str, levels: tuple[Level, ...]) -> None:
+        """Several levels must refine each other; a single one can have any layout but that of a refinement."""
+        below = 0
+        for number, level in enumerate(levels):
+            for name, part in level.parts.items():
+                if part.layout not in NESTED:
+                    if len(levels) > 1:
+                        raise self._error(f"{where}, level {number}: {name}: layout {part.layout} is not nested")
+                    continue
+                bits, base = level_bits(part.layout)
+                if base != (number == 0) or below + bits != level.bits or level.bits > MAX_NESTED_BITS:
+                    raise self._error(
+                        f"{where}, level {number}: {name}: layout {part.layout} does not make {level.bits} bits of"
+                        f" the {below} of coarser levels (at most {MAX_NESTED_BITS})"
+                    )
+            below = level.bits
+
     def _blobs(self, value: dict[str, Any]) -> dict[str, Blob]:
         blobs = {}
         for name, entry in value.items():
@@ -730,8 +756,8 @@ class _Checker:
         return blobs
 
     def _tensor_size(self, name: str, layout: Any, shape: tuple[int, ...]) -> int:
-        if not isinstance(layout, str) or layout not in (*LAYOUTS, *ROW_MAJOR):
-            known = ", ".join((*LAYOUTS, *ROW_MAJOR))
+        if not isinstance(layout, str) or layout not in (*LAYOUTS, *NESTED, *ROW_MAJOR):
+            known = ", ".join((*LAYOUTS, *NESTED, *ROW_MAJOR))
             raise self._error(f"tensor {name}: unknown layout {_short(layout)} (known: {known})")
         if (layout == "vector") != (len(shape) == 1):
             raise self._error(f"tensor {name}: layout {layout} for shape {list(shape)}")

@@ -101,10 +101,11 @@ class Model {
 
     void add_experts(int number) {
         ExpertLayer& layer = index.experts[number];
+        auto& parts = layer.levels.emplace_back(ExpertLevel{4, {}}).parts;
         const StoredLayout stored = stored_layout(expert_);
         const int shapes[3][2] = {{kFfn, kHidden}, {kFfn, kHidden}, {kHidden, kFfn}};
         for (int part = 0; part < 3; ++part)
-            layer.parts[part] = {stored, gguf_ ? static_cast<uint32_t>(part) : 0, 0, shapes[part][0], shapes[part][1]};
+            parts[part] = {stored, gguf_ ? static_cast<uint32_t>(part) : 0, 0, shapes[part][0], shapes[part][1]};
         for (int expert = 0; expert < kExperts; ++expert) {
             std::vector<std::vector<std::byte>> extents;
             for (int part = 0; part < 3; ++part) {
@@ -113,11 +114,11 @@ class Model {
                     extents.push_back(std::move(bytes));
                 } else {
                     extents[0].resize((extents[0].size() + 63) / 64 * 64);
-                    layer.parts[part].offset = extents[0].size();
+                    parts[part].offset = extents[0].size();
                     extents[0].insert(extents[0].end(), bytes.begin(), bytes.end());
                 }
             }
-            layer.sections.push_back(add_section(std::move(extents)));
+            layer.sections.push_back({add_section(std::move(extents))});
         }
     }
 
@@ -206,8 +207,8 @@ void test_damage() {
     EngineOptions options{.threads = 2, .context = kContext, .chunk = 16, .store = {.slots = kTopK}, .isa = ""};
     Engine engine(model.spec, model.index, options);
     auto damaged = model.content;
-    for (const uint32_t section : model.index.experts.at(1).sections)
-        damaged[model.index.sections[section].extents[0].offset + 17] ^= std::byte{4};
+    for (const auto& sections : model.index.experts.at(1).sections)
+        damaged[model.index.sections[sections[0]].extents[0].offset + 17] ^= std::byte{4};
     model.file->write(damaged);
     check_throws<IoError>([&] { logits(engine, 20, 20); }, "a model with damaged experts");
     check(engine.sequence(0).length() == 0, "a failed chunk left positions behind");

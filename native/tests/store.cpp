@@ -29,12 +29,13 @@ struct Fixture {
         const StoredLayout stored = stored_layout("f32");
         for (int layer = 0; layer < kLayerCount; ++layer) {
             ExpertLayer& experts = index.experts[layer];
-            for (int part = 0; part < 3; ++part) experts.parts[part] = {stored, 0, part * kPart, kRows, kCols};
+            ExpertLevel& level = experts.levels.emplace_back(ExpertLevel{32, {}});
+            for (int part = 0; part < 3; ++part) level.parts[part] = {stored, 0, part * kPart, kRows, kCols};
             for (int expert = 0; expert < kExpertsPerLayer; ++expert) {
                 const auto number = static_cast<uint32_t>(index.sections.size());
                 const std::span bytes = std::span(content).subspan(number * kSectionBytes, kSectionBytes);
                 index.sections.push_back({{{0, number * kSectionBytes, kSectionBytes}}, crc32c(bytes)});
-                experts.sections.push_back(number);
+                experts.sections.push_back({number});
             }
         }
         files.push_back(std::make_unique<DirectFile>(file->path()));
@@ -42,9 +43,9 @@ struct Fixture {
 
     void check_weights(int layer, int expert, const ExpertWeights& weights) const {
         const std::byte* begin = content.data() + (layer * kExpertsPerLayer + expert) * kSectionBytes;
-        const std::byte* parts[] = {weights.gate, weights.up, weights.down};
         for (int part = 0; part < 3; ++part)
-            check(std::memcmp(parts[part], begin + part * kPart, kPart) == 0, "an expert has another one's weights");
+            check(std::memcmp(weights.parts[part][0], begin + part * kPart, kPart) == 0,
+                  "an expert has another one's weights");
     }
 };
 
@@ -53,7 +54,7 @@ std::vector<ExpertStream::Need> some_needs(Random& random, int most) {
     for (int i = 0; i < kExpertsPerLayer; ++i) experts[i] = i;
     std::shuffle(experts.begin(), experts.end(), random);
     std::vector<ExpertStream::Need> needs;
-    for (int i = pick(random, 1, most); i > 0; --i) needs.push_back({experts[i - 1], 0, 1});
+    for (int i = pick(random, 1, most); i > 0; --i) needs.push_back({experts[i - 1], 0, 0, 1, 1.0f});
     return needs;
 }
 
@@ -81,8 +82,8 @@ void test_streams(const Fixture& fixture) {
                     const auto needs = some_needs(random, kExpertsPerLayer);
                     requested += needs.size();
                     if (store.wants_hints() && layer + 1 < kLayerCount) {
-                        std::vector<int32_t> expected;
-                        for (const auto& need : some_needs(random, 6)) expected.push_back(need.expert);
+                        std::vector<ExpertStore::Hint> expected;
+                        for (const auto& need : some_needs(random, 6)) expected.push_back({need.expert, 0});
                         store.hint(layer + 1, expected);
                     }
                     stream_all(fixture, store, layer, needs);
@@ -98,8 +99,9 @@ void test_streams(const Fixture& fixture) {
 
 // A damaged section, and one that is missing: IoError, and everything else still works; repaired, it works too.
 void test_failures(const Fixture& fixture) {
-    const std::vector<ExpertStream::Need> needs{{0, 0, 1}, {1, 0, 1}, {2, 0, 1}, {3, 0, 1}, {4, 0, 1}};
-    const std::vector<ExpertStream::Need> others{{5, 0, 1}, {6, 0, 1}};
+    const std::vector<ExpertStream::Need> needs{
+        {0, 0, 0, 1, 1}, {1, 0, 0, 1, 1}, {2, 0, 0, 1, 1}, {3, 0, 0, 1, 1}, {4, 0, 0, 1, 1}};
+    const std::vector<ExpertStream::Need> others{{5, 0, 0, 1, 1}, {6, 0, 0, 1, 1}};
     ExpertStore store(fixture.index, fixture.files, {.slots = 4, .readers = 2});
     for (const bool truncated : {false, true}) {
         std::vector<std::byte> damaged = fixture.content;
@@ -125,7 +127,7 @@ void test_abandoned(const Fixture& fixture) {
             ExpertStream stream(store, 0, 1, needs);
             if (round % 2) stream.next();
         }
-        const std::vector<int32_t> expected{1, 2, 3};
+        const std::vector<ExpertStore::Hint> expected{{1, 0}, {2, 0}, {3, 0}};
         store.hint(1, expected);
         if (round % 3 == 0) stream_all(fixture, store, 1, needs);
     }

@@ -140,6 +140,7 @@ def test_options_reach_the_model(model: FakeModel) -> None:
         *("--dry-penalty-last-n", "100", "--dry-sequence-breaker", "\\n", "--dry-sequence-breaker", ";"),
         *("--mirostat", "2", "--mirostat-lr", "0.2", "--mirostat-ent", "4", "--samplers", "top_k;temp"),
         *("-l", "5+1.5", "--logit-bias", "6-inf", "-j", '{"type": "object"}', "--eviction", "lru", "--no-prefetch"),
+        *("--quality", "fast"),
     )
     assert result.exit_code == 0, result.stderr
     assert model.loaded[1] == {
@@ -150,6 +151,7 @@ def test_options_reach_the_model(model: FakeModel) -> None:
         "cache_type_v": "q8_0",
         "eviction": "lru",
         "prefetch": False,
+        "quality": "fast",
     }
     assert model.options == {
         "max_tokens": 5,
@@ -205,7 +207,7 @@ def test_only_what_was_given_reaches_the_model(model: FakeModel) -> None:
     assert 0 <= seed < 1 << 32
     assert model.options == {"max_tokens": None, "stop": ()}
     defaults = {"memory": None, "threads": None, "context": None, "cache_type_k": "f16", "cache_type_v": "f16"}
-    assert model.loaded[1] == {**defaults, "eviction": "next_use", "prefetch": True}
+    assert model.loaded[1] == {**defaults, "eviction": "next_use", "prefetch": True, "quality": "exact"}
 
 
 @pytest.mark.parametrize(("size", "bytes_"), [("8GB", 8 * 10**9), ("6GiB", 6 * 2**30), ("512M", 512 * 10**6)])

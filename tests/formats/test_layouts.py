@@ -7,7 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.formats.layouts import BLOCK, GROUP, LAYOUTS, QUANTIZED, pack, packed_size, unpack, unpack_codes
+from edgemoe.formats.layouts import (
+    BLOCK,
+    GROUP,
+    LAYOUTS,
+    NESTED,
+    QUANTIZED,
+    level_bits,
+    pack,
+    pack_level,
+    packed_size,
+    unpack,
+    unpack_codes,
+    unpack_level,
+)
 
 
 def test_ggml_layouts_are_rows_of_blocks() -> None:
@@ -113,6 +126,72 @@ def test_round_trip(rows: int, columns: int, layout: str, seed: int) -> None:
     assert data.dtype == np.uint8
     assert data.nbytes == packed_size(layout, rows, columns)
     np.testing.assert_array_equal(unpack(layout, data.tobytes(), rows, columns), expected)
+
+
+def random_level(layout: str, rows: int, groups: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    bits, base = level_bits(layout)
+    codes = rng.integers(0, 1 << bits, (rows, groups * GROUP), np.uint8)
+    first = rng.integers(-128, 128, (rows, groups), np.int8)
+    scales = rng.random((rows, groups)).astype(np.float16)
+    return codes, scales if base else first, rng.integers(-128, 128, (rows, groups), np.int8)
+
+
+@pytest.mark.parametrize("layout", ["base2g64", "refine1g64", "base3g64", "refine5g64"])
+def test_level_bytes(layout: str) -> None:
+    """Byte by byte from the words of docs/format.md."""
+    rows, groups = 19, 6
+    codes, first, second = random_level(layout, rows, groups, 3)
+    bits, base = level_bits(layout)
+    data = pack_level(layout, codes, first, second).reshape(2, -1)
+    whole = 4 * 128 * bits + (192 if base else 128)
+    assert data.shape[1] == whole + 2 * 128 * bits + (128 if base else 64)
+    for row in range(rows):
+        block, lane = data[row // 16], row % 16
+        for group in range(groups):
+            together = 4 if group < 4 else 2
+            chunk = block[group // 4 * whole :]
+            record = chunk[group % 4 * 128 * bits :]
+            for column in range(GROUP):
+                quad, k = divmod(column, 4)
+                code, plane = 0, record
+                for _ in range(bits // 2):
+                    code = code << 2 | int(plane[quad // 4 * 64 + 4 * lane + k]) >> 2 * (quad % 4) & 3
+                    plane = plane[256:]
+                if bits % 2:
+                    code = code << 1 | int(plane[quad // 8 * 64 + 4 * lane + k]) >> 2 * (quad % 4) + quad // 4 % 2 & 1
+                assert code == codes[row, group * GROUP + column]
+            parameters = chunk[together * 128 * bits :]
+            width = 2 if base else 1
+            place = parameters[(group % 4 * 16 + lane) * width :][:width]
+            assert place.tobytes() == first[row, group].tobytes()
+            assert parameters[together * 16 * width + group % 4 * 16 + lane] == second[row, group].view(np.uint8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 900), st.sampled_from(NESTED), st.integers(0, 2**32))
+def test_level_round_trip(rows: int, columns: int, layout: str, seed: int) -> None:
+    level = random_level(layout, rows, -(-columns // GROUP), seed)
+    data = pack_level(layout, *level)
+    assert data.dtype == np.uint8 and data.nbytes == packed_size(layout, rows, columns)
+    assert data.nbytes % (-(-rows // BLOCK) * 64) == 0  # rows begin at cache lines
+    for got, want in zip(unpack_level(layout, data.tobytes(), rows, columns), level, strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+
+
+def test_level_refusals() -> None:
+    codes, first, second = random_level("base2g64", 3, 1, 0)
+    with pytest.raises(ValueError, match="a code of 2 has more than 1 bits"):
+        pack_level("base1g64", np.full_like(codes, 2), first, second)
+    with pytest.raises(TypeError, match="layout refine2g64 takes uint8 codes"):
+        pack_level("refine2g64", codes, first, second)
+    with pytest.raises(TypeError, match="in whole groups of 64"):
+        pack_level("base2g64", codes[:, :63], first, second)
+    with pytest.raises(ValueError, match="'q4g64' is not a level of a nested matrix"):
+        pack_level("q4g64", codes, first, second)
+    with pytest.raises(ValueError, match="takes 320 bytes, not 319"):
+        unpack_level("base2g64", bytes(319), 3, 64)
 
 
 def test_records_are_whole_cache_lines() -> None:

@@ -27,7 +27,12 @@ class DirectFile {
 
     // Reads target.size() bytes at `offset`; all three block-aligned. At least `needed` of them must come from the
     // file, the rest may lie beyond its end. Safe to call from several threads.
-    void read(uint64_t offset, std::span<std::byte> target, uint64_t needed) const;
+    void read(uint64_t offset, std::span<std::byte> target, uint64_t needed) const {
+        read(offset, std::span<const std::span<std::byte>>(&target, 1), needed);
+    }
+    // The same into several places, one after the other: one system call if it reads everything at once.
+    void read(uint64_t offset, std::span<const std::span<std::byte>> targets, uint64_t needed) const;
+    static constexpr size_t kTargets = 16;  // at most
 
     bool direct() const { return direct_; }
     uint64_t size() const { return size_; }

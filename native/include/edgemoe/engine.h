@@ -32,6 +32,11 @@ struct EngineOptions {
     int context = 0;  // positions a sequence may have
     int chunk = 512;  // tokens computed together in a prompt
     StoreOptions store;
+    // Lossy modes for nested experts: the expert in slot i of a token works as many levels below its finest as there
+    // are thresholds (ascending) below the share of the router's weight that the slots with larger weights have. None:
+    // exact. What is in memory or on its way makes no difference.
+    std::vector<float> thresholds;
+    int level_cap = kMaxLevels;  // no expert works above this level
     KvType key_type = KvType::f16;
     KvType value_type = KvType::f16;
     std::string isa;  // empty: the best this processor has, or EDGEMOE_ISA
@@ -42,14 +47,16 @@ struct MemoryPlan {
     size_t dense = 0;    // weights that are always in memory
     size_t state = 0;    // one sequence of `context` positions
     size_t scratch = 0;  // activations of one chunk
-    size_t slot = 0;     // one expert
-    int experts = 0;     // experts in the model: more slots are never used
+    size_t slot = 0;     // memory of one expert, the largest with all its levels
+    int experts = 0;     // slots that hold all experts of the model: more are never used
     int minimum_slots = 0;
 };
 
 struct EngineCounters {
     uint64_t tokens = 0;
-    double seconds = 0;  // in forward passes, waiting included
+    double seconds = 0;        // in forward passes, waiting included
+    uint64_t expert_uses = 0;  // pairs of a token and an expert
+    uint64_t expert_bits = 0;  // the stored widths of the levels they worked at, added up
     StoreCounters store;
 };
 
@@ -139,6 +146,9 @@ class Engine {
     void route(int layer, int count);
     void router_logits(int layer, int count, const float* normed);
     void choose(int layer, int count, float* weights);
+    void check_experts(int layer, const ExpertLayer& experts) const;
+    void choose_levels(const Layer& layer, int top_k, const int32_t* experts, const float* weights,
+                       int32_t* levels) const;
     void predict(int layer, int count);
     int routing_column(int layer) const;
 

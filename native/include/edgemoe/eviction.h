@@ -1,4 +1,4 @@
-// Which expert leaves memory when another one needs its place.
+// Which expert, or which level of one, leaves memory when another one needs its place.
 #pragma once
 
 #include <array>
@@ -18,7 +18,9 @@ enum class Eviction : uint8_t {
 
 Eviction eviction_from_name(std::string_view name);  // throws std::invalid_argument
 
-// What is remembered about every expert, in memory or not, and the order of leaving that follows from it.
+// What is remembered about every section (an expert, or one level of it), in memory or not, and the order of leaving
+// that follows from it. A level is used whenever a finer one of its expert is, and is told so after it: then no level
+// ranks below a finer one of its expert.
 //
 // next_use is local routing consistency put to work: consecutive tokens use similar experts, so how likely an expert is
 // at its layer's next turn follows from how recently and how often the layer's last tokens used it: a use counts
@@ -26,13 +28,13 @@ Eviction eviction_from_name(std::string_view name);  // throws std::invalid_argu
 // was just computed is needed later and leaves.
 class EvictionRanking {
   public:
-    EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_expert, int layers);
+    EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_section, int layers);
 
     // Layer `layer` is about to compute `tokens` tokens.
     void begin_turn(int layer, int tokens);
-    // The expert works in the current turn; `last_token` is the last of the turn's tokens that uses it, `uses` how
+    // The section works in the current turn; `last_token` is the last of the turn's tokens that uses it, `uses` how
     // many.
-    void use(int expert, int last_token, int uses);
+    void use(int section, int last_token, int uses);
 
     // Smaller leaves first.
     struct Rank {
@@ -40,13 +42,13 @@ class EvictionRanking {
         uint64_t second = 0;
         auto operator<=>(const Rank&) const = default;
     };
-    Rank rank(int expert) const;
+    Rank rank(int section) const;
 
   private:
     static constexpr double kDecay = 0.99;
     static constexpr int kHorizon = 1024;  // tokens after which a use counts nothing
 
-    double likelihood(int expert) const;
+    double likelihood(int section) const;
 
     Eviction policy_;
     std::vector<int32_t> layer_of_;
@@ -54,7 +56,7 @@ class EvictionRanking {
     std::vector<uint32_t> uses_;
     std::vector<uint64_t> last_pass_;
     std::vector<double> score_;           // decayed uses as of last_token_
-    std::vector<uint64_t> last_token_;    // of the expert's layer
+    std::vector<uint64_t> last_token_;    // of the section's layer
     std::vector<uint64_t> layer_tokens_;  // tokens each layer has computed, those of its current turn included
     std::array<double, kHorizon> decay_;
     int layer_ = -1;

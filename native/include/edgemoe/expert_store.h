@@ -1,9 +1,14 @@
-// Routed experts: on disk, in memory slots, and on the way between the two.
+// Routed experts: on disk, in memory, and on the way between the two.
+//
+// An expert is one section, or several where its weights are nested: level 0 by itself is a coarse expert, and every
+// later level refines it. Sections are read, kept and dropped one by one, but a level is in memory only together with
+// the coarser ones of its expert.
 //
 // The forward pass opens an ExpertStream over the experts a layer needs. The store hands back those that are in memory
-// at once and reads the others meanwhile; the pass computes what it was given, releases it, and asks for more.
+// at once and reads what others lack meanwhile; the pass computes what it was given, releases it, and asks for more.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -23,19 +28,17 @@
 
 namespace edgemoe {
 
-// An expert's matrices in memory; valid until it is released.
+// Levels of an expert's matrices in memory; valid until it is released.
 struct ExpertWeights {
-    const std::byte* gate;
-    const std::byte* up;
-    const std::byte* down;
+    std::array<std::array<const std::byte*, kMaxLevels>, 3> parts;  // [gate, up, down][levels]
 };
 
 struct StoreCounters {
     uint64_t experts_requested = 0;
-    uint64_t experts_hit = 0;
+    uint64_t experts_hit = 0;  // all levels that were needed were in memory
     uint64_t sections_read = 0;
     uint64_t bytes_read = 0;
-    uint64_t evictions = 0;
+    uint64_t evictions = 0;        // of sections
     uint64_t prefetch_issued = 0;  // sections read because they were predicted
     uint64_t prefetch_used = 0;    // ... that were there when they were needed
     uint64_t prefetch_late = 0;    // ... that were still being read when they were needed
@@ -53,10 +56,15 @@ struct StoreCounters {
 // window.
 class LookAhead {
   public:
-    // Predictions worth reading in the next window; now and then one more, to see whether things have changed.
-    int worth(int readers);
+    // Bytes of predictions worth reading in the next window, in reads of average length; now and then one more, to see
+    // whether things have changed.
+    double worth(int readers);
     void observe_window(double seconds) { blend(window_, seconds); }
-    void observe_read(double seconds) { blend(read_, seconds); }
+    void observe_read(double seconds, uint64_t bytes) {
+        blend(read_, seconds);
+        if (bytes_ == 0) bytes_ = static_cast<double>(bytes);
+        blend(bytes_, static_cast<double>(bytes));
+    }
     void observe_prediction(bool held) { blend(precision_, held ? 1.0 : 0.0); }
 
   private:
@@ -64,15 +72,36 @@ class LookAhead {
 
     double window_ = 0;
     double read_ = 0;
+    double bytes_ = 0;
     double precision_ = 0.75;
     int turns_ = 0;
 };
 
+// How memory for experts is divided: into equal units. A section takes a run of 1, 2, 4, ... of them that begins at a
+// multiple of its length, so that no order of coming and leaving can scatter what is free: dropping what lies in such a
+// run always makes room for a section of its length. The unit is chosen to waste little on this rounding; it is a whole
+// expert where experts have one level.
+struct StoreLayout {
+    explicit StoreLayout(const PackIndex& index);
+
+    int run(uint64_t bytes) const;  // units of a section that takes so many bytes
+
+    uint64_t unit = 0;       // bytes
+    int units_per_slot = 0;  // of the largest expert
+    uint64_t units = 0;      // of all experts
+
+    // Memory that the largest expert takes; so many of them hold all experts.
+    size_t slot_bytes() const { return unit * static_cast<uint64_t>(units_per_slot); }
+    int slots() const;
+};
+
 struct StoreOptions {
-    int slots = 0;    // experts in memory; each takes slot_bytes(), touched when first used
+    int slots = 0;    // memory for so many of the largest experts, touched when first used
     int readers = 2;  // reading threads
     Eviction eviction = Eviction::next_use;
     bool prefetch = true;
+    // For tests: what was read arrives up to so much later, each section by another pseudo-random time.
+    std::chrono::microseconds arrival_jitter{0};
 };
 
 class ExpertStore {
@@ -82,63 +111,121 @@ class ExpertStore {
     ExpertStore(const ExpertStore&) = delete;
     ExpertStore& operator=(const ExpertStore&) = delete;
 
-    // Memory one expert takes: its extents, each with the block-aligned span around it, and room for rows that a
-    // row-major matrix lacks to whole row blocks.
-    static size_t slot_bytes(const PackIndex& index);
-
-    // Whether predictions can be of use: some expert is not in memory, and there is room to be wrong.
+    // Whether predictions can be of use: some section is not in memory, and there is room to be wrong.
     bool wants_hints() const;
 
-    // `experts` of `layer` are expected next, the most likely first. What is in memory of them is kept; what is not is
-    // read as long as no expert that is known to be needed waits for the disk. Replaces the previous hint.
-    void hint(int layer, std::span<const int32_t> experts);
+    struct Hint {
+        int32_t expert;  // of the layer
+        int32_t level;   // the finest that is expected to work
+    };
+    // These experts of `layer` are expected next, the most likely first. What is in memory of them is kept; what is not
+    // is read, level 0 of all of them first, as long as nothing that is known to be needed waits for the disk. Replaces
+    // the previous hint.
+    void hint(int layer, std::span<const Hint> experts);
 
     StoreCounters counters() const;
 
   private:
     friend class ExpertStream;
 
-    enum class State : uint8_t { empty, queued, reading, present, failed };
+    enum class State : uint8_t { absent, queued, reading, present, failed };
 
-    struct Slot {
-        int32_t expert = -1;  // global expert number, -1 for none
-        int pins = 0;
-        State state = State::empty;
+    // A section, and what there is of it in memory.
+    struct Held {
+        int32_t expert;  // global expert number
+        int32_t level;
+        int32_t run;     // units it takes
+        uint64_t bytes;  // that are read for it
+        int32_t unit = -1;
+        int32_t pins = 0;
+        State state = State::absent;
         bool speculative = false;  // read because of a hint, and not needed so far
     };
 
+    // What of an expert has to be read, and how many tokens wait for it, with what weight, by level.
+    struct Demand {
+        int32_t expert;
+        int32_t next, end;  // levels
+        std::array<int32_t, kMaxLevels> tokens;
+        std::array<float, kMaxLevels> weights;
+    };
+
+    // Levels first ... end - 1 of an expert, for one reader.
+    struct Request {
+        int32_t expert;
+        int32_t first, end;
+        bool speculative;
+    };
+
     int global_number(int layer, int expert) const { return first_expert_[layer] + expert; }
+    std::span<Held> levels(int expert) {
+        return {sections_.data() + first_section_[expert],
+                static_cast<size_t>(first_section_[expert + 1] - first_section_[expert])};
+    }
+    const Section& stored(int expert, int level) const;
+
     // The following are called with the mutex held.
-    int pin(int global);                 // the expert's slot, queueing a read if necessary; -1: every slot is taken
-    int make_room(bool for_prediction);  // an empty slot, or -1
-    int next_request();                  // a slot to fill, or -1
-    void count_use(Slot& slot);
+    // Keeps the demanded levels 0 ... end - 1 in memory, queueing reads of those that are not there; all or nothing.
+    // False: there is no room, for others are kept.
+    bool pin(const Demand& demand);
+    int make_room(int run, bool for_prediction);  // the first unit of an empty run, or -1
+    int free_run(int run) const;                  // that is empty already, or -1
+    bool can_leave(int section) const;
+
+    // What it costs to empty a run: that of the section in it which should stay the longest.
+    struct Cost {
+        bool hinted = false;  // what is expected next leaves only when nothing else can
+        EvictionRanking::Rank rank;
+        int level = 0;  // negative: of equal ones the finest goes first
+        auto operator<=>(const Cost&) const = default;
+    };
+    struct Candidate {
+        Cost cost;
+        int32_t begin;
+    };
+    bool cost_of(int begin, int run, Cost& cost) const;  // false: something in it cannot leave
+    // What may leave or its rank has changed: candidates are gathered anew when room is needed the next time.
+    void forget_candidates() { gathered_ = 0; }
+    void evict(int section);  // and the finer levels of its expert
+    void place(Held& section, int unit);
+    void drop(Held& section);
+    Request next_request();  // expert -1: none
+    bool before(const Demand& left, const Demand& right) const;
+    bool continues(int expert, int level) const;  // level begins in the file where the one before it ends
     void abandon(std::unique_lock<std::mutex>& lock);
 
     void read_loop();
-    void read_into(int global, std::byte* slot, std::vector<std::byte>& scratch) const;
-    ExpertWeights weights(int global, const std::byte* slot) const;
+    void read(const Request& request, std::vector<std::byte>& scratch) const;
+    void check(int expert, int level, std::vector<std::byte>& scratch) const;
+    std::byte* memory(int expert, int level) const;
+    ExpertWeights weights(int expert, int end) const;
 
     const PackIndex& index_;
     const std::vector<std::unique_ptr<DirectFile>>& files_;
     StoreOptions options_;
+    StoreLayout layout_;
     std::vector<int32_t> first_expert_;         // [layers]
     std::vector<std::pair<int, int>> experts_;  // global number -> (layer, expert)
-    std::vector<int32_t> slot_of_;              // global number -> slot, -1 where not in memory
-    std::vector<uint8_t> hinted_;               // global number -> expected by the current hint
-    size_t slot_bytes_;
+    std::vector<int32_t> first_section_;        // [experts + 1] into sections_
+    std::vector<Held> sections_;
+    std::vector<uint8_t> hinted_;  // global number -> expected by the current hint
+    std::vector<int32_t> owner_;   // unit -> section, -1 for none
+    int32_t free_units_;
+    int32_t longest_run_ = 1;
+    std::vector<std::vector<Candidate>> candidates_;  // [binary logarithm of the run] heaps, the least cost on top
+    uint32_t gathered_ = 0;                           // bit per heap: holds all runs that could be emptied
     Arena arena_;
-    std::vector<Slot> slots_;
     EvictionRanking ranking_;
 
     mutable std::mutex mutex_;
     std::condition_variable work_;   // readers wait for requests
     std::condition_variable ready_;  // the pass waits for experts
-    std::deque<int32_t> demands_;    // slots to fill, in the order asked for
-    std::deque<int32_t> hints_;      // experts (global) to read when the disk has nothing better to do
-    std::vector<int32_t> hint_;      // all experts of the current hint
-    std::vector<int32_t> ahead_;     // those of them that were read because of it
-    int ahead_limit_ = 0;
+    std::vector<Demand> demands_;    // in the order asked for
+    std::deque<int32_t> hints_;      // sections to read when the disk has nothing better to do
+    std::vector<int32_t> hint_;      // experts (global) of the current hint
+    std::vector<int32_t> ahead_;     // sections that were read because of it
+    double ahead_bytes_ = 0;
+    double ahead_limit_ = 0;
     LookAhead look_ahead_;
     std::chrono::steady_clock::time_point idle_since_;  // of the disk, but for predictions
     bool idle_ = false;
@@ -154,33 +241,48 @@ class ExpertStore {
 // One layer's walk over the experts it needs. Not copyable; releases what it holds when it goes.
 class ExpertStream {
   public:
+    // What tokens need of an expert at one level.
     struct Need {
         int32_t expert;      // of the layer
-        int32_t last_token;  // the last of the turn's tokens that uses it
-        int32_t uses;        // tokens that use it
+        int32_t level;       // it and all coarser ones
+        int32_t last_token;  // the last of the turn's tokens that uses it at this level
+        int32_t uses;        // tokens that use it at this level
+        float weight;        // the sum of their router weights
     };
     struct Item {
         int position;  // in the `needs` given
         ExpertWeights weights;
     };
 
-    // `needs`: distinct experts of the layer, in the order in which they should be read, for a turn of `tokens` tokens.
+    // `needs`, for a turn of `tokens` tokens: an expert's needs stand together, in ascending order of level.
+    //
+    // Sections are read in the order of D2MoE's HEBF (arXiv 2504.15299): of the next missing level of each
+    // expert, that which the most tokens wait for; of equal ones that with the larger weights, then the smaller one.
     ExpertStream(ExpertStore& store, int layer, int tokens, std::span<const Need> needs);
     ~ExpertStream();
     ExpertStream(const ExpertStream&) = delete;
     ExpertStream& operator=(const ExpertStream&) = delete;
 
-    // Releases what the last call returned, then gives all experts that are in memory now, waiting for at least one;
-    // empty once every expert has been given. Throws IoError where one could not be read.
+    // Releases what the last call returned, then gives all needs whose levels are in memory now, waiting for at least
+    // one; empty once every need has been given. Throws IoError where a section could not be read.
     std::span<const Item> next();
 
   private:
+    struct Expert {
+        ExpertStore::Demand demand;
+        int first, end;       // needs
+        int given = 0;        // needs that next() has returned
+        bool pinned = false;  // its levels, until all needs have been given and released
+    };
+
+    void unpin(Expert& expert);
+
     ExpertStore& store_;
-    std::vector<int32_t> experts_;  // global numbers
-    std::vector<int32_t> pinned_;   // slot of each, -1 before it has one, -2 after it was given and released
+    std::vector<Need> needs_;
+    std::vector<Expert> experts_;
+    std::vector<uint8_t> is_given_;  // [needs]
     std::vector<Item> items_;
-    size_t asked_ = 0;
-    size_t given_ = 0;
+    int unfinished_;  // experts that have not been released
 };
 
 }  // namespace edgemoe

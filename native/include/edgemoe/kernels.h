@@ -61,7 +61,7 @@ bool reads_codes(Layout layout);
 // The levels of a nested matrix that a product works with, coarse to fine: at most 8 bits in all.
 struct NestedLevels {
     int count = 0;
-    std::array<uint8_t, kMaxLevels> bits{};            // that each level adds
+    std::array<uint8_t, kMaxLevels> bits{};           // that each level adds
     std::array<const std::byte*, kMaxLevels> data{};  // 64-byte aligned
 };
 

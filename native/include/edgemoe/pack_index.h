@@ -33,7 +33,8 @@ struct DenseTensor {
     int cols;            // of a vector: 1
 };
 
-// One of an expert's three matrices: which extent of its section, and where in it. A row-major one fills its extent.
+// One level of one of an expert's three matrices: which extent of its section, and where in it. A row-major one fills
+// its extent.
 struct ExpertPart {
     StoredLayout stored;
     uint32_t extent;
@@ -42,10 +43,16 @@ struct ExpertPart {
     int cols;
 };
 
-// The experts of one layer; all of them share the places of their parts.
-struct ExpertLayer {
+// One level of a layer's experts; all of them share the places of their parts.
+struct ExpertLevel {
+    int bits;                         // of a weight, coarser levels included
     std::array<ExpertPart, 3> parts;  // gate, up, down
-    std::vector<uint32_t> sections;   // [experts]
+};
+
+// The experts of one layer. One level: of any layout. Several: nested, coarse to fine.
+struct ExpertLayer {
+    std::vector<ExpertLevel> levels;
+    std::vector<std::vector<uint32_t>> sections;  // [experts][its first one or more levels]
 };
 
 struct PackIndex {

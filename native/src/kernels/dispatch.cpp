@@ -22,9 +22,9 @@
 namespace edgemoe {
 namespace {
 
-constexpr std::string_view kLayoutNames[] = {"f32",         "bf16",        "f16",       "q8g64",     "q4g64",
-                                             "ggml.q4_0",   "ggml.q4_1",   "ggml.q5_0", "ggml.q5_1", "ggml.q8_0",
-                                             "ggml.q2_k",   "ggml.q3_k",   "ggml.q4_k", "ggml.q5_k", "ggml.q6_k",
+constexpr std::string_view kLayoutNames[] = {"f32",         "bf16",        "f16",        "q8g64",     "q4g64",
+                                             "ggml.q4_0",   "ggml.q4_1",   "ggml.q5_0",  "ggml.q5_1", "ggml.q8_0",
+                                             "ggml.q2_k",   "ggml.q3_k",   "ggml.q4_k",  "ggml.q5_k", "ggml.q6_k",
                                              "ggml.iq4_nl", "ggml.iq4_xs", "ggml.mxfp4", "nested"};
 
 #if defined(EDGEMOE_X86)

@@ -140,7 +140,8 @@ StoredLayout stored_layout(std::string_view name) {
     if (name == "ggml.bf16") return {Layout::bf16, true};
     for (const bool refines : {false, true})
         for (int bits = 1; bits <= 8; ++bits)
-            if (const StoredLayout level{Layout::nested, false, bits, refines}; name == stored_name(level)) return level;
+            if (const StoredLayout level{Layout::nested, false, bits, refines}; name == stored_name(level))
+                return level;
     const Layout layout = layout_from_name(name);
     if (layout == Layout::nested) throw std::invalid_argument("layout nested is not stored as such");
     return {layout, is_ggml(layout)};

@@ -23,9 +23,9 @@ struct NestedKernels {
     using F = typename V::F;
     using I = typename V::I;
 
-    static constexpr int kChunk = 48;                                      // tokens that are packed at a time
-    static constexpr size_t kPackedGroup = kGroup + 2 * sizeof(float);     // bytes of a token's group
-    static constexpr ptrdiff_t kPrefetch = 2048;                           // bytes ahead
+    static constexpr int kChunk = 48;                                   // tokens that are packed at a time
+    static constexpr size_t kPackedGroup = kGroup + 2 * sizeof(float);  // bytes of a token's group
+    static constexpr ptrdiff_t kPrefetch = 2048;                        // bytes ahead
 
     struct Level {
         const std::byte* data;
@@ -152,8 +152,7 @@ struct NestedKernels {
                 for (int r = 0; r < R; ++r) {
                     EDGEMOE_UNROLL
                     for (int level = 0; level < level_count; ++level) {
-                        codes[r][level] =
-                            chunks[level] + r * p.levels[level].bytes + i * nested_codes(bits_of(level));
+                        codes[r][level] = chunks[level] + r * p.levels[level].bytes + i * nested_codes(bits_of(level));
                         if constexpr (T == 1)
                             for (int line = 0; line < 2 * bits_of(level); ++line)
                                 __builtin_prefetch(codes[r][level] + kPrefetch + line * 64);
@@ -173,15 +172,15 @@ struct NestedKernels {
                     V::template dot_quads<(1 << S::total) - 1, 16, false, R, T>(weights, inputs, none, dots);
                 } else {
                     for (int k = 0; k < 4; ++k) {
-                        const auto weights = [&](int n, int r)
-                                                 __attribute__((always_inline)) { return any_codes(p, codes[r], k, n); };
+                        const auto weights = [&](int n, int r) __attribute__((always_inline)) {
+                            return any_codes(p, codes[r], k, n);
+                        };
                         V::template dot_quads<255, 4, false, R, T>(weights, inputs + k * 16, none, dots);
                     }
                 }
                 EDGEMOE_UNROLL
                 for (int r = 0; r < R; ++r) {
-                    const std::byte* base =
-                        chunks[0] + r * p.levels[0].bytes + together * nested_codes(bits_of(0));
+                    const std::byte* base = chunks[0] + r * p.levels[0].bytes + together * nested_codes(bits_of(0));
                     F scale = V::load_half(reinterpret_cast<const uint16_t*>(base) + i * kRowBlock);
                     const float middle = static_cast<float>((1 << bits_of(0)) - 1) * 0.5f;
                     F offset = V::mul(scale, V::fma(bytes_to_float(base + (2 * together + i) * kRowBlock),
@@ -196,8 +195,8 @@ struct NestedKernels {
                         const float parts = static_cast<float>(1 << bits);
                         scale = V::mul(V::mul(scale, V::set1(1.0f / parts)),
                                        V::fma(ratio, V::set1(1.0f / 256), V::set1(1.0f)));
-                        offset = V::fma(
-                            scale, V::fma(shift, V::set1(1.0f / 64), V::set1((1.0f - parts) * 0.5f)), offset);
+                        offset =
+                            V::fma(scale, V::fma(shift, V::set1(1.0f / 64), V::set1((1.0f - parts) * 0.5f)), offset);
                     }
                     EDGEMOE_UNROLL
                     for (int t = 0; t < T; ++t) {
@@ -248,12 +247,10 @@ struct NestedKernels {
         }
     }
 
+    // One row block after the other: the levels are streams enough for the processor to follow.
     template <class S>
     static void matmul_token(const Product& p, const Tile<1>& x, int first_block, int last_block) {
-        int block = first_block;
-        for (; block + V::kVectorBlocks <= last_block; block += V::kVectorBlocks)
-            tile<S, V::kVectorBlocks, 1>(p, x, block, 0);
-        for (; block < last_block; ++block) tile<S, 1, 1>(p, x, block, 0);
+        for (int block = first_block; block < last_block; ++block) tile<S, 1, 1>(p, x, block, 0);
     }
 
     template <class S>
@@ -267,8 +264,7 @@ struct NestedKernels {
     }
 
     // Tokens first ... first + count - 1 of a call as tiles.
-    static void pack(const Activations& x, const int32_t* tokens, int first, int count, int groups,
-                     std::byte* packed) {
+    static void pack(const Activations& x, const int32_t* tokens, int first, int count, int groups, std::byte* packed) {
         for (int start = 0; start < count;) {
             const int size = tile_size(count - start);
             auto* codes = reinterpret_cast<int8_t*>(packed + start * groups * kPackedGroup);

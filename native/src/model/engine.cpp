@@ -87,8 +87,9 @@ std::vector<KvShape> kv_shapes(const ModelSpec& spec, const EngineOptions& optio
 // would not pay for it.
 int blocks_per_item(const Matrix& matrix, int tokens) {
     const size_t tiles = static_cast<size_t>((tokens + kTileTokens - 1) / kTileTokens);
-    const size_t bytes = block_bytes(matrix.layout, matrix.cols) * std::max<size_t>(tiles, 1);
-    const size_t least = tokens <= kTileTokens ? 1 : is_ggml(matrix.layout) ? 8 : 2;
+    const size_t bytes = block_bytes(matrix) * std::max<size_t>(tiles, 1);
+    const bool arranges = is_ggml(matrix.layout) || matrix.layout == Layout::nested;
+    const size_t least = tokens <= kTileTokens ? 1 : arranges ? 8 : 2;
     return static_cast<int>(std::max(kItemBytes / bytes, least));
 }
 
@@ -97,11 +98,10 @@ MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const Eng
     for (const auto& [section, bytes] : dense_sections(index)) plan.dense += bytes;
     plan.state = SequenceState::bytes(kv_shapes(spec, options), options.context, options.chunk);
     plan.scratch = Scratch::bytes(spec, options.chunk);
-    plan.slot = ExpertStore::slot_bytes(index);
-    for (const LayerSpec& layer : spec.layers) {
-        plan.experts += layer.experts;
-        plan.minimum_slots = std::max(plan.minimum_slots, layer.top_k);
-    }
+    const StoreLayout experts(index);
+    plan.slot = experts.slot_bytes();
+    plan.experts = experts.slots();
+    for (const LayerSpec& layer : spec.layers) plan.minimum_slots = std::max(plan.minimum_slots, layer.top_k);
     return plan;
 }
 
@@ -174,30 +174,24 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
             if (found == index_.experts.end() || found->second.sections.size() != size_t(spec_of.experts))
                 throw std::invalid_argument("layer " + std::to_string(number) + " lacks experts");
             const ExpertLayer& experts = found->second;
-            layer.gate = {experts.parts[0].stored.layout, spec_of.ffn_dim, hidden, nullptr};
-            layer.up = {experts.parts[1].stored.layout, spec_of.ffn_dim, hidden, nullptr};
-            layer.down = {experts.parts[2].stored.layout, hidden, spec_of.ffn_dim, nullptr};
-            const Matrix* shapes[] = {&layer.gate, &layer.up, &layer.down};
-            for (const uint32_t section : experts.sections)
-                for (int part = 0; part < 3; ++part) {
-                    const ExpertPart& place = experts.parts[part];
-                    const auto& extents = index_.sections.at(section).extents;
-                    const size_t bytes = stored_bytes(place.stored, shapes[part]->rows, shapes[part]->cols);
-                    if (place.rows != shapes[part]->rows || place.cols != shapes[part]->cols ||
-                        extents.size() > experts.parts.size() || place.extent >= extents.size() ||
-                        place.offset > extents[place.extent].length ||
-                        bytes > extents[place.extent].length - place.offset)
-                        throw std::invalid_argument("an expert of layer " + std::to_string(number) +
-                                                    " does not fit into its section");
-                    const bool shares_extent = std::ranges::count(experts.parts, place.extent, &ExpertPart::extent) > 1;
-                    if (place.stored.row_major && shares_extent)
-                        require_in_place("an expert of layer " + std::to_string(number), place.rows,
-                                         lead(extents[0]) + place.offset);
-                }
+            check_experts(number, experts);
+            const auto shape = [&](int part, int rows, int cols) {
+                Matrix matrix{experts.levels[0].parts[part].stored.layout, rows, cols, nullptr};
+                for (size_t level = 0; matrix.layout == Layout::nested && level < experts.levels.size(); ++level)
+                    matrix.levels.bits[level] =
+                        static_cast<uint8_t>(experts.levels[level].parts[part].stored.level_bits);
+                return matrix;
+            };
+            layer.gate = shape(0, spec_of.ffn_dim, hidden);
+            layer.up = shape(1, spec_of.ffn_dim, hidden);
+            layer.down = shape(2, hidden, spec_of.ffn_dim);
+            for (const auto& sections : experts.sections)
+                layer.finest.push_back(static_cast<uint8_t>(sections.size() - 1));
+            for (const ExpertLevel& level : experts.levels) layer.bits.push_back(level.bits);
         } else {
             layer.dense = feed_forward(p + "ffn.", spec_of.ffn_dim, spec_of.ffn_bias);
         }
-        layers_.push_back(layer);
+        layers_.push_back(std::move(layer));
     }
     scratch_ = std::make_unique<Scratch>(spec_, options_.chunk);
     if (!index_.experts.empty()) store_ = std::make_unique<ExpertStore>(index_, files_, options_.store);
@@ -205,6 +199,42 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
 }
 
 Engine::~Engine() = default;
+
+// Whether every level of every expert has the layer's shapes, lies within its section, and goes with the others.
+void Engine::check_experts(int number, const ExpertLayer& experts) const {
+    const LayerSpec& spec = spec_.layers[number];
+    const std::string which = "an expert of layer " + std::to_string(number);
+    const size_t levels = experts.levels.size();
+    if (levels < 1 || levels > kMaxLevels) throw std::invalid_argument(which + " has no or too many levels");
+    for (int part = 0; part < 3; ++part) {
+        int bits = 0;
+        for (size_t level = 0; level < levels; ++level) {
+            const StoredLayout& stored = experts.levels[level].parts[part].stored;
+            bits += stored.level_bits;
+            if ((levels > 1 && stored.layout != Layout::nested) || stored.refines != (level > 0) || bits > 8)
+                throw std::invalid_argument(which + " has levels that are not nested");
+        }
+    }
+    for (const std::vector<uint32_t>& sections : experts.sections) {
+        if (sections.empty() || sections.size() > levels)
+            throw std::invalid_argument(which + " has other levels than its layer");
+        for (size_t level = 0; level < sections.size(); ++level)
+            for (int part = 0; part < 3; ++part) {
+                const auto& parts = experts.levels[level].parts;
+                const ExpertPart& place = parts[part];
+                const int rows = part < 2 ? spec.ffn_dim : spec_.hidden_size;
+                const int cols = part < 2 ? spec_.hidden_size : spec.ffn_dim;
+                const auto& extents = index_.sections.at(sections[level]).extents;
+                const size_t bytes = stored_bytes(place.stored, rows, cols);
+                if (place.rows != rows || place.cols != cols || place.extent >= extents.size() ||
+                    place.offset > extents[place.extent].length || bytes > extents[place.extent].length - place.offset)
+                    throw std::invalid_argument(which + " does not fit into its section");
+                const bool shares_extent = std::ranges::count(parts, place.extent, &ExpertPart::extent) > 1;
+                if (place.stored.row_major && shares_extent)
+                    require_in_place(which, place.rows, lead(extents[0]) + place.offset);
+            }
+    }
+}
 
 void Engine::load_dense() {
     const auto sections = dense_sections(index_);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "edgemoe/engine.h"
 
@@ -119,7 +120,9 @@ struct Engine::Layer {
     Norm expert_output_norm;
     Norm shared_output_norm;
     Norm ffn_output_norm;
-    const float* output_scale;  // [1]
+    const float* output_scale;    // [1]
+    std::vector<uint8_t> finest;  // [experts] the finest level of each routed expert
+    std::vector<int> bits;        // [levels] stored width
 };
 
 // Activations of one chunk of T tokens. P = T * top_k pairs of (token, slot), numbered token * top_k + slot.
@@ -163,6 +166,7 @@ struct Engine::Scratch {
     float* choice;     // [T, experts] what experts are chosen by
     float* weights;    // [T, top_k]
     int32_t* picks;    // [T, top_k]
+    int32_t* levels;   // [T, top_k] at which they work
     int32_t* order;    // [max experts of a layer] scratch of the selection, per token: [T, experts]
     int32_t* pairs;    // [P] pair numbers, sorted by expert
     int32_t* tokens;   // [P] their tokens
@@ -219,6 +223,7 @@ struct Engine::Scratch {
         place.place(choice, t * experts);
         place.place(weights, t * top_k);
         place.place(picks, t * top_k);
+        place.place(levels, t * top_k);
         place.place(order, t * experts);
         place.place(pairs, pair_count);
         place.place(tokens, pair_count);

@@ -9,6 +9,42 @@
 
 namespace edgemoe {
 
+namespace {
+
+// A matrix of an expert that works at a level, with what is in memory of it.
+Matrix at_level(const Matrix& shape, const std::array<const std::byte*, kMaxLevels>& data, int level) {
+    Matrix matrix = shape;
+    matrix.data = data[0];
+    if (matrix.layout == Layout::nested) {
+        matrix.levels.count = level + 1;
+        matrix.levels.data = data;
+    }
+    return matrix;
+}
+
+}  // namespace
+
+// The level each of a token's experts [top_k] works at. HOBBIT (arXiv 2411.01433) measures how little an expert matters
+// by the share of the router's weight that those before it have; unlike there, nothing depends on what is in memory.
+// Without thresholds `weights` is not read.
+void Engine::choose_levels(const Layer& layer, int top_k, const int32_t* experts, const float* weights,
+                           int32_t* levels) const {
+    float total = 0;
+    for (int slot = 0; !options_.thresholds.empty() && slot < top_k; ++slot) total += weights[slot];
+    for (int slot = 0; slot < top_k; ++slot) {
+        int level = layer.finest[experts[slot]];
+        if (!options_.thresholds.empty()) {
+            // Slots stand in descending order of what the router chose them by, which need not be the weight.
+            float before = 0;
+            for (int other = 0; other < top_k; ++other)
+                if (weights[other] > weights[slot] || (weights[other] == weights[slot] && other < slot))
+                    before += weights[other];
+            for (const float threshold : options_.thresholds) level -= before / total > threshold;
+        }
+        levels[slot] = std::clamp(level, 0, options_.level_cap);
+    }
+}
+
 void Engine::expert_ffn(int number, int count) {
     Scratch& s = *scratch_;
     const Layer& layer = layers_[number];
@@ -17,26 +53,30 @@ void Engine::expert_ffn(int number, int count) {
     const size_t per_pair = groups(ffn);
 
     route(number, count);
+    each_token(count, [&](int t) {
+        choose_levels(layer, top_k, s.picks + t * top_k, s.weights + t * top_k, s.levels + t * top_k);
+    });
 
-    // Pairs of (token, slot) by expert. Experts are asked for in the order of their tokens, most first; for a single
-    // token that is its slot order, the router's first choice first.
-    std::vector<int32_t> begins(spec.experts + 1, 0);
-    for (int pair = 0; pair < count * top_k; ++pair) ++begins[s.picks[pair] + 1];
+    // Pairs of (token, slot) by expert and level. Experts are asked for in the order of their tokens, most first; for a
+    // single token that is its slot order, the router's first choice first.
+    const int levels = static_cast<int>(layer.bits.size());
+    const auto group_of = [&](int pair) { return s.picks[pair] * levels + s.levels[pair]; };
+    std::vector<int32_t> begins(size_t(spec.experts) * levels + 1, 0), uses(spec.experts, 0);
+    std::vector<float> weights(size_t(spec.experts) * levels, 0.0f);
     std::vector<int32_t> active;
     for (int pair = 0; pair < count * top_k; ++pair) {
-        const int32_t expert = s.picks[pair];
-        if (begins[expert + 1] > 0) {
-            active.push_back(expert);
-            begins[expert + 1] = -begins[expert + 1];
-        }
+        if (uses[s.picks[pair]]++ == 0) active.push_back(s.picks[pair]);
+        ++begins[group_of(pair) + 1];
+        weights[group_of(pair)] += s.weights[pair];
+        counters_.expert_bits += static_cast<uint64_t>(layer.bits[s.levels[pair]]);
     }
+    counters_.expert_uses += static_cast<uint64_t>(count) * top_k;
     std::stable_sort(active.begin(), active.end(),
-                     [&](int32_t left, int32_t right) { return begins[left + 1] < begins[right + 1]; });
-    for (int32_t& begin : begins) begin = std::abs(begin);
+                     [&](int32_t left, int32_t right) { return uses[left] > uses[right]; });
     std::partial_sum(begins.begin(), begins.end(), begins.begin());
     std::vector<int32_t> cursor(begins.begin(), begins.end() - 1);
     for (int pair = 0; pair < count * top_k; ++pair) {
-        const int32_t place = cursor[s.picks[pair]]++;
+        const int32_t place = cursor[group_of(pair)]++;
         s.pairs[place] = pair;
         s.tokens[place] = pair / top_k;
     }
@@ -51,7 +91,11 @@ void Engine::expert_ffn(int number, int count) {
     std::vector<Work> work;
     std::vector<ExpertStream::Need> needs;
     for (const int32_t expert : active)
-        needs.push_back({expert, s.tokens[begins[expert + 1] - 1], begins[expert + 1] - begins[expert]});
+        for (int level = 0; level < levels; ++level) {
+            const int group = expert * levels + level;
+            const int first = begins[group], end = begins[group + 1];
+            if (first < end) needs.push_back({expert, level, s.tokens[end - 1], end - first, weights[group]});
+        }
     ExpertStream stream(*store_, number, count, needs);
     if (recording_) {
         const size_t width = routing_column(static_cast<int>(layers_.size())), column = routing_column(number);
@@ -72,17 +116,15 @@ void Engine::expert_ffn(int number, int count) {
         work.clear();
         int gate_items = 0, down_items = 0;
         for (const ExpertStream::Item& item : ready) {
-            const int32_t expert = active[item.position];
+            const ExpertStream::Need& need = needs[item.position];
+            const int group = need.expert * levels + need.level;
             Work w{};
-            w.expert = expert;
-            w.gate = layer.gate;
-            w.up = layer.up;
-            w.down = layer.down;
-            w.gate.data = item.weights.gate;
-            w.up.data = item.weights.up;
-            w.down.data = item.weights.down;
-            w.first = begins[expert];
-            w.count = begins[expert + 1] - begins[expert];
+            w.expert = need.expert;
+            w.gate = at_level(layer.gate, item.weights.parts[0], need.level);
+            w.up = at_level(layer.up, item.weights.parts[1], need.level);
+            w.down = at_level(layer.down, item.weights.parts[2], need.level);
+            w.first = begins[group];
+            w.count = begins[group + 1] - begins[group];
             // Whole groups of rows, so that each item can quantize what it made for the next product.
             constexpr int kGroupBlocks = kGroup / kRowBlock;
             w.gate_step = std::max(blocks_per_item(w.gate, w.count) / 2 / kGroupBlocks, 1) * kGroupBlocks;

@@ -139,15 +139,25 @@ void Engine::predict(int number, int count) {
     const LayerSpec& spec = spec_.layers[next];
     if (!layers_[next].router_norm) normalize(layers_[next].ffn_norm, s.x, count, s.projected);
     router_logits(next, count, s.projected);
-    choose(next, count, nullptr);
-    std::vector<int32_t> uses(spec.experts, 0), expected;
-    for (int t = 0; t < count; ++t)
+    // Without thresholds levels do not depend on the weights.
+    std::vector<float> weights(options_.thresholds.empty() ? 0 : size_t(count) * spec.top_k);
+    choose(next, count, weights.empty() ? nullptr : weights.data());
+    std::vector<int32_t> uses(spec.experts, 0), finest(spec.experts, 0), levels(spec.top_k);
+    std::vector<ExpertStore::Hint> expected;
+    for (int t = 0; t < count; ++t) {
+        const int32_t* picks = s.order + size_t(t) * spec.experts;
+        choose_levels(layers_[next], spec.top_k, picks, weights.empty() ? nullptr : &weights[size_t(t) * spec.top_k],
+                      levels.data());
         for (int slot = 0; slot < spec.top_k; ++slot) {
-            const int32_t expert = s.order[size_t(t) * spec.experts + slot];
-            if (uses[expert]++ == 0) expected.push_back(expert);
+            if (uses[picks[slot]]++ == 0) expected.push_back({picks[slot], 0});
+            finest[picks[slot]] = std::max(finest[picks[slot]], levels[slot]);
         }
+    }
+    for (ExpertStore::Hint& hint : expected) hint.level = finest[hint.expert];
     std::stable_sort(expected.begin(), expected.end(),
-                     [&](int32_t left, int32_t right) { return uses[left] > uses[right]; });
+                     [&](const ExpertStore::Hint& left, const ExpertStore::Hint& right) {
+                         return uses[left.expert] > uses[right.expert];
+                     });
     if (store_->wants_hints()) store_->hint(next, expected);
     if (recording_) {
         const size_t width = routing_column(static_cast<int>(layers_.size())), column = routing_column(next);

@@ -174,15 +174,26 @@ PackIndex make_index(const py::dict& data) {
     }
     for (const auto& [number, value] : data["experts"].cast<py::dict>()) {
         edgemoe::ExpertLayer layer;
-        const auto parts = field<std::vector<std::tuple<std::string, uint32_t, uint64_t, int, int>>>(value, "parts");
-        if (parts.size() != layer.parts.size()) throw std::invalid_argument("an expert has three parts");
-        for (size_t i = 0; i < parts.size(); ++i) {
-            const auto& [layout, extent, offset, rows, cols] = parts[i];
-            layer.parts[i] = {edgemoe::stored_layout(layout), extent, offset, rows, cols};
+        using Parts = std::vector<std::tuple<std::string, uint32_t, uint64_t, int, int>>;
+        for (const auto& [bits, parts] : field<std::vector<std::pair<int, Parts>>>(value, "levels")) {
+            edgemoe::ExpertLevel level{bits, {}};
+            if (parts.size() != level.parts.size()) throw std::invalid_argument("an expert has three parts");
+            for (size_t i = 0; i < parts.size(); ++i) {
+                const auto& [layout, extent, offset, rows, cols] = parts[i];
+                level.parts[i] = {edgemoe::stored_layout(layout), extent, offset, rows, cols};
+            }
+            layer.levels.push_back(level);
         }
-        layer.sections = field<std::vector<uint32_t>>(value, "sections");
-        for (const uint32_t section : layer.sections)
-            if (section >= index.sections.size()) throw std::invalid_argument("an expert names an unknown section");
+        layer.sections = field<std::vector<std::vector<uint32_t>>>(value, "sections");
+        for (const auto& sections : layer.sections) {
+            if (sections.empty() || sections.size() > layer.levels.size())
+                throw std::invalid_argument("an expert has other levels than its layer");
+            for (const uint32_t section : sections) {
+                if (section >= index.sections.size()) throw std::invalid_argument("an expert names an unknown section");
+                if (index.sections[section].extents.size() > layer.levels[0].parts.size())
+                    throw std::invalid_argument("the section of an expert has more than three extents");
+            }
+        }
         index.experts[number.cast<int>()] = std::move(layer);
     }
     return index;
@@ -204,8 +215,13 @@ EngineOptions make_options(const py::dict& data) {
     options.store.readers = field<int>(data, "readers");
     options.store.eviction = edgemoe::eviction_from_name(field<std::string>(data, "eviction"));
     options.store.prefetch = field<bool>(data, "prefetch");
+    if (data.contains("thresholds")) options.thresholds = field<std::vector<float>>(data, "thresholds");
+    if (data.contains("level_cap")) options.level_cap = field<int>(data, "level_cap");
+    if (data.contains("arrival_jitter_us"))
+        options.store.arrival_jitter = std::chrono::microseconds(field<int>(data, "arrival_jitter_us"));
     options.key_type = make_kv_type(field<std::string>(data, "cache_type_k"));
     options.value_type = make_kv_type(field<std::string>(data, "cache_type_v"));
+    if (options.level_cap < 0) throw std::invalid_argument("level_cap is negative");
     if (options.threads < 1 || options.context < 1 || options.chunk < 1 || options.store.readers < 1)
         throw std::invalid_argument("threads, context, chunk and readers are at least 1");
     return options;
@@ -244,6 +260,8 @@ py::dict counters(const Engine& engine) {
     py::dict result;
     result["tokens"] = c.tokens;
     result["seconds"] = c.seconds;
+    result["expert_uses"] = c.expert_uses;
+    result["expert_bits"] = c.expert_bits;
     result["experts_requested"] = c.store.experts_requested;
     result["experts_hit"] = c.store.experts_hit;
     result["sections_read"] = c.store.sections_read;

@@ -15,9 +15,9 @@ Eviction eviction_from_name(std::string_view name) {
                                 " is not one of lru, lfu, least_stale, next_use");
 }
 
-EvictionRanking::EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_expert, int layers)
+EvictionRanking::EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_section, int layers)
     : policy_(policy),
-      layer_of_(std::move(layer_of_expert)),
+      layer_of_(std::move(layer_of_section)),
       last_use_(layer_of_.size()),
       uses_(layer_of_.size()),
       last_pass_(layer_of_.size()),
@@ -39,36 +39,36 @@ void EvictionRanking::begin_turn(int layer, int tokens) {
     layer_tokens_[layer] += static_cast<uint64_t>(tokens);
 }
 
-double EvictionRanking::likelihood(int expert) const {
-    const uint64_t age = layer_tokens_[layer_of_[expert]] - last_token_[expert];
-    return age < kHorizon ? score_[expert] * decay_[age] : 0;
+double EvictionRanking::likelihood(int section) const {
+    const uint64_t age = layer_tokens_[layer_of_[section]] - last_token_[section];
+    return age < kHorizon ? score_[section] * decay_[age] : 0;
 }
 
-void EvictionRanking::use(int expert, int last_token, int uses) {
-    last_use_[expert] = ++clock_;
-    last_pass_[expert] = pass_;
-    uses_[expert] += static_cast<uint32_t>(uses);
+void EvictionRanking::use(int section, int last_token, int uses) {
+    last_use_[section] = ++clock_;
+    last_pass_[section] = pass_;
+    uses_[section] += static_cast<uint32_t>(uses);
     // Uses before the last one of a turn lie anywhere in it; only the last is counted, at its own time.
     const uint64_t now = turn_begin_ + static_cast<uint64_t>(last_token) + 1;
-    const uint64_t age = now - last_token_[expert];
-    score_[expert] = 1 + (age < kHorizon ? score_[expert] * decay_[age] : 0);
-    last_token_[expert] = now;
+    const uint64_t age = now - last_token_[section];
+    score_[section] = 1 + (age < kHorizon ? score_[section] * decay_[age] : 0);
+    last_token_[section] = now;
 }
 
-EvictionRanking::Rank EvictionRanking::rank(int expert) const {
+EvictionRanking::Rank EvictionRanking::rank(int section) const {
     switch (policy_) {
         case Eviction::lru:
-            return {0, last_use_[expert]};
+            return {0, last_use_[section]};
         case Eviction::lfu:
-            return {static_cast<double>(uses_[expert]), last_use_[expert]};
+            return {static_cast<double>(uses_[section]), last_use_[section]};
         case Eviction::least_stale:
-            return {last_pass_[expert] == pass_ && last_use_[expert] ? 1.0 : 0.0, last_use_[expert]};
+            return {last_pass_[section] == pass_ && last_use_[section] ? 1.0 : 0.0, last_use_[section]};
         case Eviction::next_use:
             break;
     }
     // Layers until its turn: 1 for the next layer, `layers` for the current one.
-    const int away = (layer_of_[expert] - layer_ - 1 + layers_) % layers_ + 1;
-    return {likelihood(expert), static_cast<uint64_t>(layers_ - away)};
+    const int away = (layer_of_[section] - layer_ - 1 + layers_) % layers_ + 1;
+    return {likelihood(section), static_cast<uint64_t>(layers_ - away)};
 }
 
 }  // namespace edgemoe

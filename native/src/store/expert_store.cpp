@@ -1,7 +1,10 @@
 #include "edgemoe/expert_store.h"
 
 #include <algorithm>
-#include <chrono>
+#include <bit>
+#include <compare>
+#include <map>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -24,18 +27,17 @@ uint64_t span_bytes(const Extent& extent) {
 
 // A row-major matrix that has an extent of its own (GGUF) is interleaved to the beginning of that extent's memory, for
 // the extent lies anywhere; one that shares it (a pack keeps matrices 64-byte aligned) where it stands.
-bool has_own_extent(const ExpertLayer& layer, const ExpertPart& part) {
-    return std::count_if(layer.parts.begin(), layer.parts.end(),
-                         [&](const ExpertPart& other) { return other.extent == part.extent; }) == 1;
+bool has_own_extent(const ExpertLevel& level, const ExpertPart& part) {
+    return std::ranges::count(level.parts, part.extent, &ExpertPart::extent) == 1;
 }
 
-// Where each extent of an expert begins in its slot; the last entry is the end. All are block-aligned.
-std::array<uint64_t, 4> extent_places(const ExpertLayer& layer, const Section& section) {
+// Where each extent of a section begins in its memory; the last entry is the end. All are block-aligned.
+std::array<uint64_t, 4> extent_places(const ExpertLevel& level, const Section& section) {
     std::array<uint64_t, 4> places{};
     for (uint32_t i = 0; i < section.extents.size(); ++i) {
         uint64_t bytes = span_bytes(section.extents[i]);
-        for (const ExpertPart& part : layer.parts)
-            if (part.stored.row_major && part.extent == i && has_own_extent(layer, part))
+        for (const ExpertPart& part : level.parts)
+            if (part.stored.row_major && part.extent == i && has_own_extent(level, part))
                 bytes = std::max(bytes, round_up(matrix_bytes(part.stored.layout, part.rows, part.cols)));
         places[i + 1] = places[i] + bytes;
     }
@@ -45,12 +47,57 @@ std::array<uint64_t, 4> extent_places(const ExpertLayer& layer, const Section& s
 
 }  // namespace
 
-size_t ExpertStore::slot_bytes(const PackIndex& index) {
-    uint64_t largest = 0;
+StoreLayout::StoreLayout(const PackIndex& index) {
+    const auto each_section = [&](auto&& body) {
+        for (const auto& [layer, experts] : index.experts)
+            for (const std::vector<uint32_t>& sections : experts.sections)
+                for (size_t level = 0; level < sections.size(); ++level)
+                    body(extent_places(experts.levels[level], index.sections[sections[level]]).back());
+    };
+    std::map<uint64_t, uint64_t> counts;  // of sections that take so many bytes
+    each_section([&](uint64_t bytes) { ++counts[bytes]; });
+    if (counts.empty()) return;
+    unit = counts.rbegin()->first;
+    const bool several =
+        std::ranges::any_of(index.experts, [](const auto& layer) { return layer.second.levels.size() > 1; });
+    if (several) {
+        // The lengths of sections and their halves, quarters, ...: that which wastes least, and of similar ones the
+        // largest, with which there is least to keep account of.
+        constexpr int kHalvings = 4;
+        constexpr size_t kCandidates = 16;
+        std::vector<uint64_t> candidates;
+        for (auto at = counts.rbegin(); at != counts.rend() && candidates.size() < kCandidates * kHalvings; ++at)
+            for (int halvings = 0; halvings < kHalvings; ++halvings)
+                candidates.push_back(round_up((at->first + (1 << halvings) - 1) >> halvings));
+        std::ranges::sort(candidates, std::greater());
+        double least = 0;
+        for (const uint64_t candidate : candidates) {
+            double total = 0;
+            for (const auto& [bytes, count] : counts)
+                total += static_cast<double>(std::bit_ceil((bytes + candidate - 1) / candidate) * candidate * count);
+            if (least == 0 || total < 0.99 * least) {
+                least = total;
+                unit = candidate;
+            }
+        }
+    }
     for (const auto& [layer, experts] : index.experts)
-        for (const uint32_t section : experts.sections)
-            largest = std::max(largest, extent_places(experts, index.sections[section]).back());
-    return largest;
+        for (const std::vector<uint32_t>& sections : experts.sections) {
+            int taken = 0;
+            for (size_t level = 0; level < sections.size(); ++level)
+                taken += run(extent_places(experts.levels[level], index.sections[sections[level]]).back());
+            units_per_slot = std::max(units_per_slot, taken);
+            units += static_cast<uint64_t>(taken);
+        }
+}
+
+int StoreLayout::run(uint64_t bytes) const {
+    return static_cast<int>(std::bit_ceil(std::max<uint64_t>((bytes + unit - 1) / unit, 1)));
+}
+
+int StoreLayout::slots() const {
+    const auto per_slot = static_cast<uint64_t>(units_per_slot);
+    return per_slot ? static_cast<int>((units + per_slot - 1) / per_slot) : 0;
 }
 
 ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_ptr<DirectFile>>& files,
@@ -58,22 +105,35 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
     : index_(index),
       files_(files),
       options_(options),
-      slot_bytes_(slot_bytes(index)),
-      arena_(slot_bytes_ * options.slots),
-      slots_(options.slots),
+      layout_(index),
+      owner_(static_cast<size_t>(layout_.units_per_slot) * options.slots, -1),
+      free_units_(static_cast<int32_t>(owner_.size())),
+      arena_(layout_.unit * owner_.size()),
       ranking_(options.eviction, {}, 0) {
     std::vector<int32_t> layer_of;
     for (const auto& [layer, experts] : index.experts) {
         first_expert_.resize(std::max<size_t>(first_expert_.size(), layer + 1), -1);
         first_expert_[layer] = static_cast<int32_t>(experts_.size());
         for (size_t expert = 0; expert < experts.sections.size(); ++expert) {
+            const auto global = static_cast<int32_t>(experts_.size());
             experts_.emplace_back(layer, static_cast<int>(expert));
-            layer_of.push_back(layer);
+            first_section_.push_back(static_cast<int32_t>(sections_.size()));
+            for (size_t level = 0; level < experts.sections[expert].size(); ++level) {
+                const Section& section = index.sections[experts.sections[expert][level]];
+                uint64_t bytes = 0;
+                for (const Extent& extent : section.extents) bytes += span_bytes(extent);
+                const int run = layout_.run(extent_places(experts.levels[level], section).back());
+                longest_run_ = std::max(longest_run_, run);
+                sections_.push_back({global, static_cast<int32_t>(level), run, bytes});
+                layer_of.push_back(layer);
+            }
         }
     }
+    first_section_.push_back(static_cast<int32_t>(sections_.size()));
     ranking_ = EvictionRanking(options.eviction, std::move(layer_of), static_cast<int>(first_expert_.size()));
-    slot_of_.assign(experts_.size(), -1);
     hinted_.assign(experts_.size(), 0);
+    demands_.reserve(experts_.size());
+    for (int run = 1; run <= longest_run_; run *= 2) candidates_.emplace_back().reserve(owner_.size() / run);
     for (int i = 0; i < options.readers; ++i) readers_.emplace_back([this] { read_loop(); });
 }
 
@@ -91,7 +151,7 @@ StoreCounters ExpertStore::counters() const {
     return counters_;
 }
 
-int LookAhead::worth(int readers) {
+double LookAhead::worth(int readers) {
     constexpr double kPushedOut = 0.15;  // chance that what made room is missed before long
     int count = 0;
     for (double left = window_; left > 0 && read_ > 0; left -= read_ / readers, ++count) {
@@ -99,135 +159,296 @@ int LookAhead::worth(int readers) {
         const double lost = (1 - precision_) * (std::max(read_ - left, 0.0) + kPushedOut * read_);
         if (saved <= lost) break;
     }
-    return ++turns_ % 16 == 0 ? std::max(count, 1) : count;
+    return (++turns_ % 16 == 0 ? std::max(count, 1) : count) * std::max(bytes_, 1.0);
 }
 
-bool ExpertStore::wants_hints() const { return options_.prefetch && slots_.size() < experts_.size(); }
+bool ExpertStore::wants_hints() const { return options_.prefetch && owner_.size() < layout_.units; }
 
-void ExpertStore::hint(int layer, std::span<const int32_t> experts) {
+void ExpertStore::hint(int layer, std::span<const Hint> experts) {
     std::lock_guard lock(mutex_);
+    forget_candidates();
     for (const int32_t global : hint_) hinted_[global] = 0;
     hint_.clear();
     hints_.clear();
     ahead_.clear();
+    ahead_bytes_ = 0;
     ahead_limit_ = look_ahead_.worth(options_.readers);
-    // A prediction may take a quarter of the slots at most: what it pushes out must be made up by what it brings in.
-    const size_t most = slots_.size() / 4;
-    for (const int32_t expert : experts.first(std::min(experts.size(), most))) {
-        const int global = global_number(layer, expert);
+    // A prediction may take a quarter of the memory at most: what it pushes out must be made up by what it brings in.
+    experts = experts.first(std::min(experts.size(), static_cast<size_t>(options_.slots) / 4));
+    int finest = 0;
+    for (const Hint& expected : experts) {
+        const int global = global_number(layer, expected.expert);
         hint_.push_back(global);
         hinted_[global] = 1;
-        if (slot_of_[global] < 0) hints_.push_back(global);
+        finest = std::max(finest, expected.level);
     }
+    for (int level = 0; level <= finest; ++level)
+        for (size_t i = 0; i < experts.size(); ++i)
+            if (level <= experts[i].level && levels(hint_[i])[level].unit < 0)
+                hints_.push_back(first_section_[hint_[i]] + level);
     if (!hints_.empty()) work_.notify_all();
 }
 
-int ExpertStore::make_room(bool for_prediction) {
-    int victim = -1;
-    EvictionRanking::Rank lowest;
-    bool lowest_hinted = false;
-    for (int i = 0; i < static_cast<int>(slots_.size()); ++i) {
-        const Slot& slot = slots_[i];
-        if (slot.state == State::empty) return i;
-        if (slot.pins > 0 || slot.state == State::queued || slot.state == State::reading) continue;
-        const bool hinted = hinted_[slot.expert];
-        if (hinted && for_prediction) continue;
-        const EvictionRanking::Rank rank = ranking_.rank(slot.expert);
-        // What is expected next leaves only when nothing else can.
-        if (victim < 0 || hinted < lowest_hinted || (hinted == lowest_hinted && rank < lowest)) {
-            victim = i;
-            lowest = rank;
-            lowest_hinted = hinted;
-        }
-    }
-    if (victim >= 0) {
-        Slot& slot = slots_[victim];
-        slot_of_[slot.expert] = -1;
-        if (slot.speculative) ++counters_.prefetch_wasted;
+const Section& ExpertStore::stored(int expert, int level) const {
+    const auto [layer, number] = experts_[expert];
+    return index_.sections[index_.experts.at(layer).sections[number][level]];
+}
+
+bool ExpertStore::can_leave(int number) const {
+    const Held& section = sections_[number];
+    if (section.pins > 0) return false;
+    // The finer levels go with it. They are needed only where it is, but may be on their way.
+    for (int32_t finer = number; finer < first_section_[section.expert + 1]; ++finer)
+        if (sections_[finer].state == State::queued || sections_[finer].state == State::reading) return false;
+    return true;
+}
+
+void ExpertStore::place(Held& section, int unit) {
+    section.unit = unit;
+    free_units_ -= section.run;
+    std::fill_n(owner_.begin() + unit, section.run, static_cast<int32_t>(&section - sections_.data()));
+}
+
+void ExpertStore::drop(Held& section) {
+    std::fill_n(owner_.begin() + section.unit, section.run, -1);
+    free_units_ += section.run;
+    section.unit = -1;
+    section.state = State::absent;
+    section.speculative = false;
+}
+
+void ExpertStore::evict(int number) {
+    for (int32_t finer = first_section_[sections_[number].expert + 1] - 1; finer >= number; --finer) {
+        Held& section = sections_[finer];
+        if (section.unit < 0) continue;
+        if (section.speculative) ++counters_.prefetch_wasted;
         ++counters_.evictions;
-        slot = Slot{};
-    }
-    return victim;
-}
-
-void ExpertStore::count_use(Slot& slot) {
-    ++counters_.experts_requested;
-    if (slot.state == State::present) ++counters_.experts_hit;
-    if (slot.speculative) {
-        ++(slot.state == State::present ? counters_.prefetch_used : counters_.prefetch_late);
-        slot.speculative = false;
+        drop(section);
     }
 }
 
-int ExpertStore::pin(int global) {
-    int number = slot_of_[global];
-    if (number < 0) {
-        number = make_room(false);
-        if (number < 0) return -1;
-        slots_[number].expert = global;
-        slot_of_[global] = number;
+int ExpertStore::free_run(int run) const {
+    if (free_units_ < run) return -1;
+    const int units = static_cast<int>(owner_.size());
+    const auto is_free = [&](int begin, int length) {
+        return begin + length <= units &&
+               std::all_of(owner_.begin() + begin, owner_.begin() + begin + length, [](int o) { return o < 0; });
+    };
+    int found = -1;
+    for (int unit = 0; unit + run <= units; unit += run) {
+        if (!is_free(unit, run)) continue;
+        // Beside what is taken, if possible, so that longer runs stay free.
+        if (run == longest_run_ || !is_free(unit / (2 * run) * 2 * run, 2 * run)) return unit;
+        if (found < 0) found = unit;
     }
-    Slot& slot = slots_[number];
-    count_use(slot);
-    if (slot.state == State::empty || slot.state == State::failed) {
-        if (std::exchange(idle_, false)) look_ahead_.observe_window(seconds_since(idle_since_));
-        slot.state = State::queued;
-        demands_.push_back(number);
-        work_.notify_one();
-    }
-    ++slot.pins;
-    return number;
+    return found;
 }
 
-int ExpertStore::next_request() {
-    if (!demands_.empty()) {
-        const int slot = demands_.front();
-        demands_.pop_front();
-        return slot;
+bool ExpertStore::cost_of(int begin, int run, Cost& cost) const {
+    bool first = true;
+    for (int unit = begin; unit < begin + run; ++unit) {
+        const int32_t owner = owner_[unit];
+        if (owner < 0 || (unit > begin && owner == owner_[unit - 1])) continue;
+        if (!can_leave(owner)) return false;
+        const Held& section = sections_[owner];
+        const Cost one{hinted_[section.expert] != 0, ranking_.rank(owner), -section.level};
+        if (first || cost < one) cost = one;
+        first = false;
     }
-    // Predictions wait until the disk has nothing to do that is known to be needed.
-    while (demands_reading_ == 0 && !hints_.empty() && static_cast<int>(ahead_.size()) < ahead_limit_) {
-        const int global = hints_.front();
-        hints_.pop_front();
-        if (slot_of_[global] >= 0) continue;
-        const int number = make_room(true);
-        if (number < 0) {
-            hints_.clear();
-            break;
+    return true;
+}
+
+int ExpertStore::make_room(int run, bool for_prediction) {
+    if (const int unit = free_run(run); unit >= 0) return unit;
+    const auto size = static_cast<size_t>(std::countr_zero(static_cast<unsigned>(run)));
+    std::vector<Candidate>& heap = candidates_[size];
+    const auto later = [](const Candidate& left, const Candidate& right) {
+        return right.cost < left.cost || (!(left.cost < right.cost) && right.begin < left.begin);
+    };
+    if (!(gathered_ >> size & 1)) {
+        gathered_ |= 1u << size;
+        heap.clear();
+        Candidate candidate{};
+        for (; candidate.begin + run <= static_cast<int>(owner_.size()); candidate.begin += run)
+            if (cost_of(candidate.begin, run, candidate.cost)) heap.push_back(candidate);
+        std::make_heap(heap.begin(), heap.end(), later);
+    }
+    while (!heap.empty() && !(for_prediction && heap.front().cost.hinted)) {
+        std::pop_heap(heap.begin(), heap.end(), later);
+        Candidate candidate = heap.back();
+        heap.pop_back();
+        const Cost before = candidate.cost;
+        if (!cost_of(candidate.begin, run, candidate.cost)) continue;
+        if (candidate.cost != before) {  // it holds something else by now
+            heap.push_back(candidate);
+            std::push_heap(heap.begin(), heap.end(), later);
+            continue;
         }
-        slots_[number].expert = global;
-        slots_[number].speculative = true;
-        slot_of_[global] = number;
-        ++counters_.prefetch_issued;
-        ahead_.push_back(global);
-        return number;
+        for (int unit = candidate.begin; unit < candidate.begin + run; ++unit)
+            if (owner_[unit] >= 0) evict(owner_[unit]);
+        return candidate.begin;
     }
     return -1;
 }
 
-void ExpertStore::read_into(int global, std::byte* slot, std::vector<std::byte>& scratch) const {
-    const auto [layer, expert] = experts_[global];
-    const ExpertLayer& experts = index_.experts.at(layer);
-    const Section& section = index_.sections[experts.sections[expert]];
-    const auto places = extent_places(experts, section);
-    uint32_t checksum = 0;
-    for (size_t i = 0; i < section.extents.size(); ++i) {
-        const Extent& extent = section.extents[i];
-        const uint64_t begin = round_down(extent.offset);
-        const uint64_t lead = extent.offset - begin;
-        std::byte* target = slot + places[i];
-        files_[extent.file]->read(begin, {target, static_cast<size_t>(span_bytes(extent))}, lead + extent.length);
-        if (section.checksum) checksum = crc32c({target + lead, static_cast<size_t>(extent.length)}, checksum);
+bool ExpertStore::pin(const Demand& demand) {
+    const std::span<Held> needed = levels(demand.expert).first(static_cast<size_t>(demand.end));
+    std::array<Held*, kMaxLevels> added;
+    int missing = 0;
+    for (Held& section : needed) {
+        ++section.pins;
+        if (section.unit < 0) added[missing++] = &section;
     }
+    // Long runs first: they would not find a place between short ones.
+    std::stable_sort(added.begin(), added.begin() + missing,
+                     [](const Held* left, const Held* right) { return left->run > right->run; });
+    for (int i = 0; i < missing; ++i) {
+        const int unit = make_room(added[i]->run, false);
+        if (unit < 0) {
+            while (i-- > 0) drop(*added[i]);
+            for (Held& section : needed) --section.pins;
+            return false;
+        }
+        place(*added[i], unit);
+    }
+    ++counters_.experts_requested;
+    if (std::ranges::all_of(needed, [](const Held& section) { return section.state == State::present; }))
+        ++counters_.experts_hit;
+    Demand reads = demand;
+    reads.next = reads.end;
+    for (Held& section : needed) {
+        if (section.speculative) {
+            ++(section.state == State::present ? counters_.prefetch_used : counters_.prefetch_late);
+            section.speculative = false;
+        }
+        if (section.state != State::absent && section.state != State::failed) continue;
+        section.state = State::queued;
+        reads.next = std::min(reads.next, section.level);
+    }
+    if (reads.next < reads.end) {
+        if (std::exchange(idle_, false)) look_ahead_.observe_window(seconds_since(idle_since_));
+        demands_.push_back(reads);
+        work_.notify_one();
+    }
+    return true;
+}
+
+// Whether the next section of `left` is read before that of `right`.
+bool ExpertStore::before(const Demand& left, const Demand& right) const {
+    const int l = left.next, r = right.next;
+    if (left.tokens[l] != right.tokens[r]) return left.tokens[l] > right.tokens[r];
+    if (left.weights[l] != right.weights[r]) return left.weights[l] > right.weights[r];
+    return sections_[first_section_[left.expert] + l].bytes < sections_[first_section_[right.expert] + r].bytes;
+}
+
+bool ExpertStore::continues(int expert, int level) const {
+    const auto whole = [](const Section& section) {
+        const Extent& extent = section.extents[0];
+        return section.extents.size() == 1 && extent.offset % kDiskBlock == 0 && extent.length % kDiskBlock == 0;
+    };
+    const Section &before = stored(expert, level - 1), &next = stored(expert, level);
+    return whole(before) && whole(next) && before.extents[0].file == next.extents[0].file &&
+           before.extents[0].offset + before.extents[0].length == next.extents[0].offset;
+}
+
+ExpertStore::Request ExpertStore::next_request() {
+    if (!demands_.empty()) {
+        const auto first_of_all = [&] {
+            auto best = demands_.begin();
+            for (auto other = best + 1; other != demands_.end(); ++other)
+                if (before(*other, *best)) best = other;
+            return best;
+        };
+        const auto chosen = first_of_all();
+        const std::span<Held> held = levels(chosen->expert);
+        Request request{chosen->expert, chosen->next, chosen->next, false};
+        do {
+            held[request.end++].state = State::reading;
+            chosen->next = request.end;
+            while (chosen->next < chosen->end && held[chosen->next].state != State::queued) ++chosen->next;
+        } while (chosen->next == request.end && chosen->next < chosen->end && continues(chosen->expert, chosen->next) &&
+                 first_of_all() == chosen);
+        if (chosen->next == chosen->end) demands_.erase(chosen);
+        return request;
+    }
+    // Predictions wait until the disk has nothing to do that is known to be needed.
+    while (demands_reading_ == 0 && !hints_.empty() && ahead_bytes_ < ahead_limit_) {
+        const int32_t number = hints_.front();
+        hints_.pop_front();
+        Held& section = sections_[number];
+        if (section.unit >= 0 || (section.level > 0 && sections_[number - 1].unit < 0)) continue;
+        const int unit = make_room(section.run, true);
+        if (unit < 0) {
+            hints_.clear();
+            break;
+        }
+        place(section, unit);
+        section.speculative = true;
+        section.state = State::reading;
+        ++counters_.prefetch_issued;
+        ahead_.push_back(number);
+        ahead_bytes_ += static_cast<double>(section.bytes);
+        return {section.expert, section.level, section.level + 1, true};
+    }
+    return {-1, 0, 0, false};
+}
+
+std::byte* ExpertStore::memory(int expert, int level) const {
+    return arena_.data() + static_cast<uint64_t>(sections_[first_section_[expert] + level].unit) * layout_.unit;
+}
+
+void ExpertStore::read(const Request& request, std::vector<std::byte>& scratch) const {
+    const auto [layer, number] = experts_[request.expert];
+    for (int level = request.first; level < request.end;) {
+        const Section& section = stored(request.expert, level);
+        int end = level + 1;
+        while (end < request.end && continues(request.expert, end)) ++end;
+        if (end - level > 1) {
+            std::array<std::span<std::byte>, kMaxLevels> targets;
+            uint64_t bytes = 0;
+            for (int i = level; i < end; ++i) {
+                targets[i - level] = {memory(request.expert, i), stored(request.expert, i).extents[0].length};
+                bytes += stored(request.expert, i).extents[0].length;
+            }
+            files_[section.extents[0].file]->read(section.extents[0].offset,
+                                                  std::span(targets).first(static_cast<size_t>(end - level)), bytes);
+        } else {
+            const auto places = extent_places(index_.experts.at(layer).levels[level], section);
+            for (size_t i = 0; i < section.extents.size(); ++i) {
+                const Extent& extent = section.extents[i];
+                const uint64_t begin = round_down(extent.offset);
+                files_[extent.file]->read(
+                    begin, {memory(request.expert, level) + places[i], static_cast<size_t>(span_bytes(extent))},
+                    extent.offset - begin + extent.length);
+            }
+        }
+        for (; level < end; ++level) check(request.expert, level, scratch);
+    }
+}
+
+// Checksum and interleaving of a section that has been read.
+void ExpertStore::check(int global, int number, std::vector<std::byte>& scratch) const {
+    const auto [layer, expert] = experts_[global];
+    const ExpertLevel& level = index_.experts.at(layer).levels[number];
+    const Section& section = stored(global, number);
+    const auto places = extent_places(level, section);
+    std::byte* place = memory(global, number);
+    uint32_t checksum = 0;
+    if (section.checksum)
+        for (size_t i = 0; i < section.extents.size(); ++i) {
+            const Extent& extent = section.extents[i];
+            checksum =
+                crc32c({place + places[i] + extent.offset % kDiskBlock, static_cast<size_t>(extent.length)}, checksum);
+        }
     if (section.checksum && checksum != *section.checksum)
         throw IoError(files_[section.extents[0].file]->path() + ": layer " + std::to_string(layer) + " expert " +
-                      std::to_string(expert) + " at offset " + std::to_string(section.extents[0].offset) +
-                      " is damaged (its checksum differs)");
-    for (const ExpertPart& part : experts.parts) {
+                      std::to_string(expert) + (number ? " level " + std::to_string(number) : "") + " at offset " +
+                      std::to_string(section.extents[0].offset) + " is damaged (its checksum differs)");
+    for (const ExpertPart& part : level.parts) {
         if (!part.stored.row_major) continue;
-        std::byte* begin = slot + places[part.extent];
+        std::byte* begin = place + places[part.extent];
         std::byte* source = begin + section.extents[part.extent].offset % kDiskBlock + part.offset;
-        interleave(part.stored.layout, part.rows, part.cols, source, has_own_extent(experts, part) ? begin : source,
+        interleave(part.stored.layout, part.rows, part.cols, source, has_own_extent(level, part) ? begin : source,
                    scratch.data());
     }
 }
@@ -235,126 +456,184 @@ void ExpertStore::read_into(int global, std::byte* slot, std::vector<std::byte>&
 void ExpertStore::read_loop() {
     std::vector<std::byte> scratch;
     for (const auto& [layer, experts] : index_.experts)
-        for (const ExpertPart& part : experts.parts)
-            if (part.stored.row_major)
-                scratch.resize(std::max(scratch.size(), block_bytes(part.stored.layout, part.cols)));
+        for (const ExpertLevel& level : experts.levels)
+            for (const ExpertPart& part : level.parts)
+                if (part.stored.row_major)
+                    scratch.resize(std::max(scratch.size(), block_bytes(part.stored.layout, part.cols)));
     std::unique_lock lock(mutex_);
     while (true) {
-        int number = -1;
-        work_.wait(lock, [&] { return stop_ || (number = next_request()) >= 0; });
+        Request request{-1, 0, 0, false};
+        work_.wait(lock, [&] { return stop_ || (request = next_request()).expert >= 0; });
         if (stop_) return;
-        const int global = slots_[number].expert;
-        const bool demanded = !slots_[number].speculative;
-        slots_[number].state = State::reading;
+        const bool demanded = !request.speculative;
+        if (demanded && !demands_.empty()) work_.notify_one();
         demands_reading_ += demanded;
         if (reading_++ == 0) reading_since_ = Clock::now();
+        const uint64_t number = counters_.sections_read;
         lock.unlock();
 
         const auto begin = Clock::now();
         std::exception_ptr error;
         try {
-            read_into(global, arena_.data() + number * slot_bytes_, scratch);
+            read(request, scratch);
         } catch (...) {
             error = std::current_exception();
         }
+        if (options_.arrival_jitter.count() > 0) {
+            const uint64_t mixed = (number + 1) * 0x9E3779B97F4A7C15u ^ static_cast<uint64_t>(request.expert) << 17;
+            std::this_thread::sleep_for(options_.arrival_jitter * ((mixed >> 20) % 1000) / 1000);
+        }
 
         lock.lock();
+        uint64_t bytes = 0;
+        for (int level = request.first; level < request.end; ++level) {
+            Held& section = levels(request.expert)[level];
+            section.state = error ? State::failed : State::present;
+            bytes += section.bytes;
+            ++counters_.sections_read;
+        }
+        counters_.bytes_read += bytes;
         if (--reading_ == 0) counters_.read_seconds += seconds_since(reading_since_);
-        if (demanded) look_ahead_.observe_read(seconds_since(begin));
+        if (demanded) look_ahead_.observe_read(seconds_since(begin), bytes);
         demands_reading_ -= demanded;
         if (demanded && demands_reading_ == 0 && demands_.empty()) {
             idle_ = true;
             idle_since_ = Clock::now();
         }
-        slots_[number].state = error ? State::failed : State::present;
         if (error) error_ = error;
-        ++counters_.sections_read;
-        const auto [layer, expert] = experts_[global];
-        for (const Extent& extent : index_.sections[index_.experts.at(layer).sections[expert]].extents)
-            counters_.bytes_read += span_bytes(extent);
+        if (!demanded) forget_candidates();
         ready_.notify_all();
         if (demands_reading_ == 0 && demands_.empty() && !hints_.empty()) work_.notify_all();
     }
 }
 
-ExpertWeights ExpertStore::weights(int global, const std::byte* slot) const {
+ExpertWeights ExpertStore::weights(int global, int end) const {
     const auto [layer, expert] = experts_[global];
-    const ExpertLayer& experts = index_.experts.at(layer);
-    const Section& section = index_.sections[experts.sections[expert]];
-    const auto places = extent_places(experts, section);
-    const auto place = [&](const ExpertPart& part) {
-        const std::byte* begin = slot + places[part.extent];
-        if (part.stored.row_major && has_own_extent(experts, part)) return begin;
-        return begin + section.extents[part.extent].offset % kDiskBlock + part.offset;
-    };
-    return {place(experts.parts[0]), place(experts.parts[1]), place(experts.parts[2])};
-}
-
-ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<const Need> needs) : store_(store) {
-    experts_.reserve(needs.size());
-    for (const Need& need : needs) experts_.push_back(store.global_number(layer, need.expert));
-    pinned_.assign(needs.size(), -1);
-    items_.reserve(needs.size());
-    std::lock_guard lock(store.mutex_);
-    store.ranking_.begin_turn(layer, tokens);
-    for (size_t i = 0; i < needs.size(); ++i) store.ranking_.use(experts_[i], needs[i].last_token, needs[i].uses);
-    // Those in memory first: they are computed while the others are read, and stay safe from eviction by them.
-    for (size_t i = 0; i < experts_.size(); ++i)
-        if (store.slot_of_[experts_[i]] >= 0) pinned_[i] = store.pin(experts_[i]);
-    for (const int32_t global : store.ahead_) {
-        const int slot = store.slot_of_[global];
-        store.look_ahead_.observe_prediction(slot >= 0 && !store.slots_[slot].speculative);
+    ExpertWeights found{};
+    for (int number = 0; number < end; ++number) {
+        const ExpertLevel& level = index_.experts.at(layer).levels[number];
+        const Section& section = stored(global, number);
+        const auto places = extent_places(level, section);
+        for (size_t i = 0; i < level.parts.size(); ++i) {
+            const ExpertPart& part = level.parts[i];
+            const std::byte* begin = memory(global, number) + places[part.extent];
+            if (!part.stored.row_major || !has_own_extent(level, part))
+                begin += section.extents[part.extent].offset % kDiskBlock + part.offset;
+            found.parts[i][number] = begin;
+        }
     }
-    store.ahead_.clear();
-    store.hints_.clear();
-}
-
-ExpertStream::~ExpertStream() {
-    std::unique_lock lock(store_.mutex_);
-    for (const int32_t slot : pinned_)
-        if (slot >= 0) --store_.slots_[slot].pins;
-    if (given_ < experts_.size()) store_.abandon(lock);
+    return found;
 }
 
 // After a failed pass: nothing that it asked for may still be under way, or its failure would meet the next pass.
 void ExpertStore::abandon(std::unique_lock<std::mutex>& lock) {
-    for (const int32_t number : demands_) {
-        slot_of_[slots_[number].expert] = -1;
-        slots_[number] = Slot{};
-    }
+    for (const Demand& demand : demands_)
+        for (Held& section : levels(demand.expert).first(static_cast<size_t>(demand.end)))
+            if (section.state == State::queued) drop(section);
     demands_.clear();
     hints_.clear();
     ready_.wait(lock, [this] { return reading_ == 0; });
 }
 
+ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<const Need> needs)
+    : store_(store), needs_(needs.begin(), needs.end()), is_given_(needs.size(), 0) {
+    for (int i = 0; i < static_cast<int>(needs.size());) {
+        const int begin = i;
+        while (i < static_cast<int>(needs.size()) && needs[i].expert == needs[begin].expert) ++i;
+        Expert expert{{store.global_number(layer, needs[begin].expert), 0, needs[i - 1].level + 1, {}, {}}, begin, i};
+        experts_.push_back(expert);
+    }
+    items_.reserve(needs.size());
+    unfinished_ = static_cast<int>(experts_.size());
+    std::lock_guard lock(store.mutex_);
+    store.forget_candidates();
+    store.ranking_.begin_turn(layer, tokens);
+    for (Expert& expert : experts_) {
+        ExpertStore::Demand& demand = expert.demand;
+        int32_t uses = 0, last_token = -1, at = expert.end;
+        float weight = 0;
+        for (int level = demand.end - 1; level >= 0; --level) {
+            for (; at > expert.first && needs[at - 1].level >= level; --at) {
+                uses += needs[at - 1].uses;
+                last_token = std::max(last_token, needs[at - 1].last_token);
+                weight += needs[at - 1].weight;
+            }
+            demand.tokens[level] = uses;
+            demand.weights[level] = weight;
+            store.ranking_.use(store.first_section_[demand.expert] + level, last_token, uses);
+        }
+    }
+    // Those in memory first: they are computed while the others are read, and stay safe from eviction by them. Then
+    // those of which something is.
+    for (const bool whole : {true, false})
+        for (Expert& expert : experts_) {
+            const auto needed = store.levels(expert.demand.expert).first(static_cast<size_t>(expert.demand.end));
+            if (!expert.pinned && (whole ? needed.back() : needed.front()).unit >= 0)
+                expert.pinned = store.pin(expert.demand);
+        }
+    for (const int32_t number : store.ahead_) {
+        const auto& section = store.sections_[number];
+        store.look_ahead_.observe_prediction(section.unit >= 0 && !section.speculative);
+    }
+    store.ahead_.clear();
+    store.hints_.clear();
+}
+
+void ExpertStream::unpin(Expert& expert) {
+    for (auto& section : store_.levels(expert.demand.expert).first(static_cast<size_t>(expert.demand.end)))
+        --section.pins;
+    expert.pinned = false;
+    --unfinished_;
+    store_.forget_candidates();
+}
+
+ExpertStream::~ExpertStream() {
+    std::unique_lock lock(store_.mutex_);
+    const bool complete = std::ranges::all_of(is_given_, [](uint8_t given) { return given != 0; });
+    for (Expert& expert : experts_)
+        if (expert.pinned) unpin(expert);
+    if (!complete) store_.abandon(lock);
+}
+
 std::span<const ExpertStream::Item> ExpertStream::next() {
     std::unique_lock lock(store_.mutex_);
-    for (const Item& item : items_) {
-        --store_.slots_[pinned_[item.position]].pins;
-        pinned_[item.position] = -2;
-    }
     items_.clear();
-    if (given_ == experts_.size()) return {};
-    while (true) {
-        for (; asked_ < experts_.size(); ++asked_) {
-            if (pinned_[asked_] != -1) continue;
-            pinned_[asked_] = store_.pin(experts_[asked_]);
-            if (pinned_[asked_] < 0) break;
-        }
-        for (size_t i = 0; i < experts_.size(); ++i) {
-            if (pinned_[i] < 0) continue;
-            const auto& slot = store_.slots_[pinned_[i]];
-            if (slot.state == ExpertStore::State::failed) std::rethrow_exception(store_.error_);
-            if (slot.state == ExpertStore::State::present)
-                items_.push_back({static_cast<int>(i),
-                                  store_.weights(experts_[i], store_.arena_.data() + pinned_[i] * store_.slot_bytes_)});
+    for (Expert& expert : experts_)
+        if (expert.pinned && expert.given == expert.end - expert.first) unpin(expert);
+    while (unfinished_ > 0) {
+        Expert* refused = nullptr;
+        bool keeping = false;
+        for (Expert& expert : experts_) {
+            if (!expert.pinned && !refused && expert.given < expert.end - expert.first) {
+                expert.pinned = store_.pin(expert.demand);
+                if (!expert.pinned) refused = &expert;
+            }
+            if (!expert.pinned) continue;
+            keeping = true;
+            const auto held = store_.levels(expert.demand.expert);
+            int present = 0;
+            while (present < expert.demand.end && held[present].state == ExpertStore::State::present) ++present;
+            for (int i = expert.first; i < expert.end; ++i) {
+                if (is_given_[i] || needs_[i].level >= present) continue;
+                items_.push_back({i, store_.weights(expert.demand.expert, needs_[i].level + 1)});
+                is_given_[i] = 1;
+                ++expert.given;
+            }
+            if (present < expert.demand.end && held[present].state == ExpertStore::State::failed)
+                std::rethrow_exception(store_.error_);
         }
         if (!items_.empty()) break;
+        if (refused && !keeping && store_.reading_ == 0) {
+            // Nothing is kept, and yet what this expert has in memory leaves no long run free: it starts anew.
+            if (store_.levels(refused->demand.expert)[0].unit < 0)
+                throw std::runtime_error("the memory for experts does not hold one of them");
+            store_.evict(store_.first_section_[refused->demand.expert]);
+            continue;
+        }
         const auto begin = Clock::now();
         store_.ready_.wait(lock);
         store_.counters_.stall_seconds += seconds_since(begin);
     }
-    given_ += items_.size();
     return items_;
 }
 
