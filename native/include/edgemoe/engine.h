@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -71,6 +72,20 @@ struct RoutingRecord {
         predicted;  // [tokens, width] what the look-ahead expected, kNoPrediction where it does not look
 };
 
+// One layer of a pass on its own (Engine::forward_layer): where its input comes from, and where what its experts saw
+// and made goes (of a layer with experts).
+struct LayerPass {
+    int layer;
+    bool embed;       // the residual stream before it is the tokens' embedding, not what `residual` holds
+    float* residual;  // [tokens, hidden] before the layer, then after it
+    float* inputs;    // [tokens, hidden] what the experts multiply
+    int32_t* picks;   // [tokens, top_k] in descending weight
+    float* weights;   // [tokens, top_k]
+    float* hidden;    // [tokens, top_k, ffn] what the experts' last matrix multiplies
+    float* peaks;     // [tokens, top_k] largest magnitude in an expert's output
+    float* energies;  // [tokens, top_k] sum of the squares of an expert's output
+};
+
 // A position beyond the context, or not the next one of its sequence.
 struct ContextError : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -92,6 +107,12 @@ class Engine {
     void forward(std::span<const int32_t> tokens, std::span<const int32_t> positions,
                  std::span<const int32_t> sequence_ids, std::span<const int32_t> wanted, float* logits,
                  const std::function<void()>& check);
+
+    // Takes the tokens of one sequence, from its first on, through one layer only: the residual stream comes from and
+    // goes back to `pass.residual`. After the last layer the logits of `wanted` are written as by `forward`. So a long
+    // text can go through a large model layer by layer, each expert read once. Sequence 0 is empty afterwards.
+    void forward_layer(const LayerPass& pass, std::span<const int32_t> tokens, std::span<const int32_t> wanted,
+                       float* logits, const std::function<void()>& check);
 
     // Sequence 0 exists from the start; more can be added (each takes MemoryPlan::state).
     int add_sequence();
@@ -181,6 +202,7 @@ class Engine {
     std::unique_ptr<ExpertStore> store_;  // absent where every layer is dense
     ThreadPool pool_;
     EngineCounters counters_;
+    std::optional<LayerPass> pass_;  // while forward_layer lasts: of the chunk at hand
     bool recording_ = false;
     RoutingRecord chunk_routing_;
     RoutingRecord routing_;

@@ -406,6 +406,29 @@ void Engine::forward(std::span<const int32_t> tokens, std::span<const int32_t> p
     counters_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
+void Engine::forward_layer(const LayerPass& pass, std::span<const int32_t> tokens, std::span<const int32_t> wanted,
+                           float* logits, const std::function<void()>& check) {
+    if (pass.layer < 0 || pass.layer >= static_cast<int>(layers_.size()))
+        throw std::invalid_argument("there is no layer " + std::to_string(pass.layer));
+    if (!wanted.empty() && pass.layer + 1 < static_cast<int>(layers_.size()))
+        throw std::invalid_argument("there are no logits after layer " + std::to_string(pass.layer));
+    std::vector<int32_t> positions(tokens.size()), ids(tokens.size(), 0);
+    std::iota(positions.begin(), positions.end(), 0);
+    sequence(0).truncate(0);
+    pass_ = pass;
+    const auto finish = [&] {
+        pass_.reset();
+        sequence(0).truncate(0);
+    };
+    try {
+        forward(tokens, positions, ids, wanted, logits, check);
+    } catch (...) {
+        finish();
+        throw;
+    }
+    finish();
+}
+
 // Where a layer's picks begin in a token's row of a RoutingRecord; of the layer after the last: the row's width.
 int Engine::routing_column(int layer) const {
     int column = 0;
@@ -468,11 +491,17 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
     }
 
     for (int t = 0; t < count; ++t) sequences_[sequence_ids[t]]->begin_writing(positions[t] + 1);
+    const int first_layer = pass_ ? pass_->layer : 0;
+    const int end_layer = pass_ ? pass_->layer + 1 : static_cast<int>(layers_.size());
     each_token(count, [&](int t) {
         float* x = s.x + size_t(t) * hidden;
-        dequantize_row(embedding_, tokens[t], x);
-        if (spec_.embedding_multiplier != 1.0f)
-            for (int i = 0; i < hidden; ++i) x[i] *= spec_.embedding_multiplier;
+        if (pass_ && !pass_->embed) {
+            std::copy_n(pass_->residual + size_t(t) * hidden, hidden, x);
+        } else {
+            dequantize_row(embedding_, tokens[t], x);
+            if (spec_.embedding_multiplier != 1.0f)
+                for (int i = 0; i < hidden; ++i) x[i] *= spec_.embedding_multiplier;
+        }
         for (size_t r = 0; r < spec_.ropes.size(); ++r) {
             const RopeSpec& rope = spec_.ropes[r];
             float* cosine = s.cosine + (r * count + t) * s.widest_pairs;
@@ -486,7 +515,7 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
         }
     });
 
-    for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
+    for (int layer = first_layer; layer < end_layer; ++layer) {
         check();
         mix(layer, count, positions, sequence_ids);
         normalize(layers_[layer].ffn_norm, s.x, count, s.normed);
@@ -501,6 +530,18 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
             });
     }
 
+    if (pass_) {
+        const LayerSpec& layer = spec_.layers[first_layer];
+        std::copy_n(s.x, size_t(count) * hidden, pass_->residual);
+        const size_t pairs = size_t(count) * layer.top_k;
+        pass_->residual += size_t(count) * hidden;
+        if (pairs) pass_->inputs += size_t(count) * hidden;
+        pass_->picks += pairs;
+        pass_->weights += pairs;
+        pass_->hidden += pairs * layer.ffn_dim;
+        pass_->peaks += pairs;
+        pass_->energies += pairs;
+    }
     if (wanted.empty()) return;
     const int rows = static_cast<int>(wanted.size());
     for (int i = 0; i < rows; ++i)

@@ -1,6 +1,7 @@
 // The feed-forward part of a mixture of experts: each expert is computed when it is in memory.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdlib>
 #include <numeric>
 #include <vector>
@@ -105,9 +106,14 @@ void Engine::expert_ffn(int number, int count) {
             chunk_routing_.weights[place] = s.weights[pair];
         }
     }
-    if (store_->wants_hints() || recording_) predict(number, count);
+    if (!pass_ && (store_->wants_hints() || recording_)) predict(number, count);
     if (spec.shared_dim) shared_expert(number, count);  // while missing experts are read
     if (layer.expert_norm) normalize(layer.expert_norm, s.x, count, s.normed);
+    if (pass_) {
+        std::copy_n(s.normed, size_t(count) * hidden, pass_->inputs);
+        std::copy_n(s.picks, size_t(count) * top_k, pass_->picks);
+        std::copy_n(s.weights, size_t(count) * top_k, pass_->weights);
+    }
     const std::array<Matrix, 2> inner{layer.gate, layer.up};
     const Activations input = prepare(s.normed, count, hidden, inner);
     // The hidden activations lie in the order of `pairs`: an expert's rows are contiguous.
@@ -176,6 +182,20 @@ void Engine::expert_ffn(int number, int count) {
     // Each token adds its experts' outputs in slot order, whenever they were computed: to the residual stream, or where
     // norms come between, to a sum of their own. `tokens` has served its purpose and takes the inverse of `pairs`.
     for (int place = 0; place < count * top_k; ++place) s.tokens[s.pairs[place]] = place;
+    if (pass_)
+        each_token(count, [&](int t) {
+            for (int pair = t * top_k; pair < (t + 1) * top_k; ++pair) {
+                const float* output = s.outputs + size_t(s.tokens[pair]) * hidden;
+                float peak = 0, energy = 0;
+                for (int i = 0; i < hidden; ++i) {
+                    peak = std::max(peak, std::abs(output[i]));
+                    energy += output[i] * output[i];
+                }
+                pass_->peaks[pair] = peak;
+                pass_->energies[pair] = energy;
+                std::copy_n(s.gate + size_t(s.tokens[pair]) * ffn, ffn, pass_->hidden + size_t(pair) * ffn);
+            }
+        });
     const bool direct = !layer.expert_output_norm && !layer.ffn_output_norm;
     const float scale = direct ? spec_.residual_multiplier : 1.0f;
     each_token(count, [&](int t) {

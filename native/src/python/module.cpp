@@ -242,17 +242,55 @@ void raise(const char* name, const std::exception& error) {
     PyErr_SetString(type.ptr(), error.what());
 }
 
+// Called between layers, without the lock: Ctrl-C ends the pass.
+void check_signals() {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 py::array_t<float> forward(Engine& engine, const Integers& tokens, const Integers& positions,
                            const Integers& sequence_ids, const Integers& wanted) {
     py::array_t<float> logits({wanted.size(), static_cast<py::ssize_t>(engine.spec().vocab_size)});
     float* out = logits.mutable_data();
-    const auto check_signals = [] {
-        const py::gil_scoped_acquire acquire;
-        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    };
     const py::gil_scoped_release release;
     engine.forward(view(tokens), view(positions), view(sequence_ids), view(wanted), out, check_signals);
     return logits;
+}
+
+// A dict of what the layer's experts saw and made (LayerPass), and the logits [wanted, vocab]; the residual stream is
+// changed in place.
+py::dict forward_layer(Engine& engine, int layer, const Integers& tokens, py::array_t<float> residual, bool embed,
+                       const Integers& wanted) {
+    const auto& spec = engine.spec();
+    if (layer < 0 || layer >= static_cast<int>(spec.layers.size()))
+        throw py::value_error("there is no layer " + std::to_string(layer));
+    const py::ssize_t count = tokens.size(), hidden = spec.hidden_size;
+    const py::ssize_t top_k = spec.layers[layer].top_k, ffn = spec.layers[layer].ffn_dim;
+    if (!(residual.flags() & py::array::c_style) || residual.ndim() != 2 || residual.shape(0) != count ||
+        residual.shape(1) != hidden)
+        throw py::value_error("the residual stream is not a contiguous [tokens, hidden] array");
+    py::dict result;
+    const auto floats = [&](const char* name, std::vector<py::ssize_t> shape) {
+        py::array_t<float> array(std::move(shape));
+        result[name] = array;
+        return array.mutable_data();
+    };
+    edgemoe::LayerPass pass{};
+    pass.layer = layer;
+    pass.embed = embed;
+    pass.residual = residual.mutable_data();
+    pass.inputs = floats("inputs", {top_k ? count : 0, hidden});
+    py::array_t<int32_t> picks({count, top_k});
+    result["picks"] = picks;
+    pass.picks = picks.mutable_data();
+    pass.weights = floats("weights", {count, top_k});
+    pass.hidden = floats("hidden", {count, top_k, ffn});
+    pass.peaks = floats("peaks", {count, top_k});
+    pass.energies = floats("energies", {count, top_k});
+    float* logits = floats("logits", {wanted.size(), static_cast<py::ssize_t>(spec.vocab_size)});
+    const py::gil_scoped_release release;
+    engine.forward_layer(pass, view(tokens), view(wanted), logits, check_signals);
+    return result;
 }
 
 py::dict counters(const Engine& engine) {
@@ -324,6 +362,8 @@ PYBIND11_MODULE(_core, module) {
             return std::make_unique<Engine>(std::move(model), std::move(pack), std::move(engine));
         }))
         .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("sequence_ids"), py::arg("wanted"))
+        .def("forward_layer", &forward_layer, py::arg("layer"), py::arg("tokens"), py::arg("residual").noconvert(),
+             py::arg("embed"), py::arg("wanted"))
         .def("add_sequence", &Engine::add_sequence)
         .def("length", [](Engine& engine, int id) { return engine.sequence(id).length(); })
         .def("truncate", [](Engine& engine, int id, int length) { engine.sequence(id).truncate(length); })
