@@ -13,12 +13,13 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ from edgemoe.formats.ggml_blocks import READABLE, TYPES, BlockType, dequantize, 
 from edgemoe.formats.gguf import GgufModel, is_gguf
 from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.layouts import BLOCK as ROWS_AT_ONCE
-from edgemoe.formats.layouts import QUANTIZED, ROW_MAJOR, bf16_to_f32, bits_of, pack
+from edgemoe.formats.layouts import QUANTIZED, ROW_MAJOR, bf16_to_f32, bits_of, pack, unpack
 from edgemoe.formats.pack import (
     ALIGNMENT,
     BLOCK,
@@ -54,6 +55,9 @@ from edgemoe.quantize.rtn import quantize
 from edgemoe.spec import FLOAT_TENSORS, ModelSpec
 from edgemoe.text.gguf_tokenizer import tokenizer_files
 
+if TYPE_CHECKING:
+    from edgemoe.quantize.nested_experts import NestedExperts, NestedOptions
+
 BITS = (32, 16, 8, 4)
 # Of the experts of a folder of original weights, unless they are asked for.
 _FOLDER_BITS = 4
@@ -74,6 +78,7 @@ def convert(
     dense_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     *,
+    nested: NestedOptions | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes the pack `target` from the folder, or the GGUF file, `source`.
@@ -84,12 +89,14 @@ def convert(
     dense_bits: of embedding, attention, dense feed-forward parts and output head; unless given, 8 or `bits` if that is
     more, and as they are if the experts are. Routers, convolutions and vectors are float32, the routers of a GGUF file
     whose weights are kept excepted.
+    nested: the experts at several widths at once, in place of `bits` (docs/quantization.md); a text runs through the
+    source's model for it. NumPy's own threads only get in the way then: OPENBLAS_NUM_THREADS=1 is best.
     progress: called with (bytes written, bytes in all).
 
     The target appears when it is complete. An interrupted conversion (KeyboardInterrupt, a killed process) leaves
     `target.partial` and `target.journal`, and the same call continues it; any other failure leaves nothing.
-    Raises SourceError, UnsupportedModelError, OptionError, PackError (the target exists, the disk is too small) and
-    OSError.
+    Raises SourceError, UnsupportedModelError, OptionError, PackError (the target exists, the disk is too small),
+    OSError and, with `nested`, MemoryBudgetError and TokenizerError.
     """
     source, target = Path(source), Path(target)
     if target.is_dir():
@@ -98,19 +105,33 @@ def convert(
         raise PackError(f"{target}: exists already")
     if not target.parent.is_dir():
         raise PackError(f"{target.parent}: no such folder")
-    plan = _plan(source, bits, dense_bits)
-    _require_space(target, plan.size)
+    plan = _plan(source, bits, dense_bits, nested)
+    _require_space(target, plan.size + plan.temporary)
+    # Measuring takes some time after the last byte.
+    measuring = plan.size // 10 if nested is not None and nested.quality_text is not None else 0
+    measured = 0.0
     with PackWriter.create(target, plan.fingerprint) as writer:
 
         def report() -> None:
             if progress is not None:
-                progress(writer.bytes_done, plan.size - BLOCK)
+                progress(writer.bytes_done + int(measured * measuring), plan.size - BLOCK + measuring)
+
+        def report_measured(share: float) -> None:
+            nonlocal measured
+            measured = share
+            report()
 
         report()
         with contextlib.closing(plan.build(writer.done)) as sections:
             for section in sections:
                 writer.add(section)
                 report()
+        if nested is not None:
+            from edgemoe.quantize.nested_experts import NestedExperts
+
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
+                experts = NestedExperts(source, plan.model, nested, Path(work))
+                experts.write(writer, plan.contents, len(plan.sections), report, report_measured)
         writer.finish(plan.contents)
 
 
@@ -268,13 +289,18 @@ class _Tensor:
 
 @dataclass(slots=True)
 class _Plan:
-    """sections: the tensors, or the bytes, of each one."""
+    """sections: the tensors, or the bytes, of each one. size: of the pack; temporary: of files that are removed."""
 
-    folder: TensorFiles
+    model: SourceModel
     contents: PackContents
     sections: list[list[_Tensor] | bytes] = field(default_factory=list)
     size: int = BLOCK
+    temporary: int = 0
     fingerprint: str = ""
+
+    @property
+    def folder(self) -> TensorFiles:
+        return self.model.folder
 
     def add(self, section: list[_Tensor] | bytes) -> int:
         length = len(section) if isinstance(section, bytes) else _length(section)
@@ -339,15 +365,17 @@ class _Plan:
             end = tensor.offset + tensor_size(tensor.layout, tensor.shape)
 
 
-def _plan(source: Path, bits: int | None, dense_bits: int | None) -> _Plan:
+def _plan(source: Path, bits: int | None, dense_bits: int | None, nested: NestedOptions | None = None) -> _Plan:
     for name, value in (("bits", bits), ("dense_bits", dense_bits)):
         if value is not None and value not in BITS:
             raise OptionError(f"{name} = {value} is not one of {', '.join(map(str, BITS))}")
     model = SourceModel.open(source)
-    if bits is None and model.form != "gguf":
+    if nested is not None and bits is not None:
+        raise OptionError("bits and levels exclude each other")
+    if bits is None and model.form != "gguf" and nested is None:
         bits = _FOLDER_BITS
-    if dense_bits is None and bits is not None:
-        dense_bits = max(bits, 8)
+    if dense_bits is None and (bits is not None or nested is not None):
+        dense_bits = max(bits or 0, 8)
     provenance: dict[str, Any] = {
         "source": source.resolve().name,
         "source_format": model.form,
@@ -355,16 +383,22 @@ def _plan(source: Path, bits: int | None, dense_bits: int | None) -> _Plan:
     }
     # None where the weights are the source's own.
     provenance |= {name: value for name, value in (("bits", bits), ("dense_bits", dense_bits)) if value is not None}
+    if nested is not None:
+        provenance |= nested.provenance()
     contents = PackContents(model.spec, model.generation, provenance, {}, {}, {}, model.unused)
-    plan = _Plan(model.folder, contents)
+    plan = _Plan(model, contents)
     _plan_dense(plan, model.sources, dense_bits)
     blobs = model.blobs()
     for name in BLOBS:
         if blobs.get(name):
             plan.contents.blobs[name] = Blob(plan.add(blobs[name]), len(blobs[name]))
     for number, layer in enumerate(model.spec.layers):
-        if layer.experts:
+        if layer.experts and nested is None:
             _plan_experts(plan, number, model.sources, bits)
+    if nested is not None:
+        experts = _nested_experts(model, nested)
+        plan.size += experts.size()
+        plan.temporary = experts.temporary_size()
     plan.fingerprint = _fingerprint(plan)
     return plan
 
@@ -426,6 +460,21 @@ def _plan_experts(plan: _Plan, number: int, sources: Mapping[str, TensorSource],
     if bits is None or set(layouts.values()) <= set(ROW_MAJOR):
         bits = max(bits_of(layout) for layout in layouts.values())
     plan.contents.experts[number] = ExpertLayer((Level(bits, parts),), tuple(sections))
+
+
+def _nested_experts(model: SourceModel, nested: NestedOptions) -> NestedExperts:
+    """To plan with. Raises as `_plan_experts` for tensors that are not what they should be."""
+    from edgemoe.quantize.nested_experts import NestedExperts
+
+    for number, layer in enumerate(model.spec.layers):
+        shapes = model.spec.expert_tensors(number)
+        for expert in range(layer.experts):
+            for part in PARTS:
+                name = f"layers.{number}.experts.{expert}.{part}"
+                _checked_dtype(model.folder, name, model.sources[name], shapes[part])
+    if not any(layer.experts for layer in model.spec.layers):
+        raise UnsupportedModelError(f"{model.folder.folder}: no layer has experts, and levels are of experts")
+    return NestedExperts(model.folder.folder, model, nested, Path())
 
 
 def _length(section: list[_Tensor]) -> int:
@@ -533,6 +582,26 @@ def _require_space(target: Path, size: int) -> None:
     free = shutil.disk_usage(target.parent).free + (partial.stat().st_size if partial.exists() else 0)
     if size > free:
         raise PackError(f"{target}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+
+
+def copied_tensor(
+    folder: TensorFiles, name: str, source: TensorSource, shape: tuple[int, ...], wide: bool = False
+) -> tuple[str, Iterator[Bytes]]:
+    """(layout, bytes) of a tensor at the precision it has in the source; wide: in float32."""
+    dtype = _checked_dtype(folder, name, source, shape)
+    layout = "f32" if wide else "ggml.mxfp4" if dtype == "mxfp4" else dtype
+    if len(shape) == 1:
+        layout = "vector"
+    return layout, _packed_rows(folder, _Tensor(name, source, dtype, shape, layout, 0))
+
+
+def read_matrix(
+    folder: TensorFiles, name: str, source: TensorSource, shape: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """A whole matrix as float32 [output, input]; name: the engine's."""
+    layout, chunks = copied_tensor(folder, name, source, shape, wide=True)
+    parts = [unpack(layout, chunk, len(chunk) // (4 * shape[1]), shape[1]) for chunk in chunks]
+    return np.concatenate(parts)[: shape[0]]
 
 
 # -- the weights ----------------------------------------------------------------------------------------------------

@@ -621,7 +621,7 @@ def _level_count(pack: Pack | GgufIndex) -> int:
 
 def _measured_modes(pack: Pack) -> dict[str, Any]:
     """What the pack says of its lossy modes, by name."""
-    modes: dict[str, Any] = getattr(pack, "quality", {}).get("modes", {})
+    modes: dict[str, Any] = pack.quality.get("modes", {})
     return modes
 
 

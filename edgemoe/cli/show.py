@@ -62,6 +62,7 @@ def _pack_facts(path: Path) -> dict[str, Any]:
         "expert_layouts": sizes["experts"],
         **_size_facts(pack.spec, sum(sizes["dense"].values()), sum(sizes["experts"].values()), path.stat().st_size),
         "provenance": pack.provenance,
+        "quality": pack.quality or None,
         "unused": pack.unused,
     }
 
@@ -188,9 +189,26 @@ def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "generation", _map(facts["generation"])
     if facts["provenance"]:
         yield "made from", _map(facts["provenance"])
+    if facts.get("quality"):
+        yield from _quality_lines(facts["quality"])
     unused = facts["unused"]
     more = f", and {len(unused) - _UNUSED_SHOWN} more" if len(unused) > _UNUSED_SHOWN else ""
     yield "unused", (", ".join(unused[:_UNUSED_SHOWN]) + more) if unused else "nothing"
+
+
+def _quality_lines(quality: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """A table: perplexity relative to the unquantized model, and mean KL divergence from it, per level and mode."""
+    reference = quality["reference"]["perplexity"]
+    yield "quality", f"on {quality['text']}, {quality['tokens']} tokens: perplexity {reference:.4g} unquantized"
+
+    def figures(name: str, entry: dict[str, Any]) -> str:
+        change = 100 * (entry["perplexity"] / reference - 1) if reference else math.nan
+        return f"{name:<22}perplexity {change:+.2f} %, KL divergence {entry['kl']:.5f}"
+
+    for level in quality["levels"]:
+        yield "", figures(f"{level['bits']} bits", level)
+    for name, mode in quality["modes"].items():
+        yield "", figures(f"{name} ({mode['mean_bits']:.2f} bits)", mode)
 
 
 def _map(values: dict[str, Any]) -> str:

@@ -8,15 +8,17 @@ continues; any other failure removes them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import math
 import os
 import stat
 import struct
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -122,6 +124,8 @@ class PackContents:
     experts: dict[int, ExpertLayer]
     blobs: dict[str, Blob]
     unused: list[str]
+    quality: dict[str, Any] = field(default_factory=dict)
+    """What was measured of levels and modes (docs/format.md); empty: nothing."""
 
 
 def tensor_size(layout: str, shape: tuple[int, ...]) -> int:
@@ -148,6 +152,8 @@ class PackWriter:
         self._stream = stream
         self._journal: BinaryIO | None = None
         self._sections: list[Section] = []
+        self.notes: dict[int, list[int]] = {}
+        """Layer -> how many levels each of its experts has, as `note` was told, also in the interrupted run."""
         self._end = BLOCK
         self._finished = False
 
@@ -173,13 +179,27 @@ class PackWriter:
 
     def _resume(self, fingerprint: str) -> None:
         """Keeps the sections of an interrupted run, and begins the journal anew with them."""
-        self._sections = _finished_sections(self._stream, journal_path(self.target), fingerprint)
+        self._sections, self.notes = _finished_sections(self._stream, journal_path(self.target), fingerprint)
         self._end += sum(section.length for section in self._sections)
         self._stream.truncate(self._end)
         self._journal = journal_path(self.target).open("wb", buffering=0)
         self._journal.write(json.dumps([fingerprint]).encode() + b"\n")
+        for layer, levels in self.notes.items():
+            self._journal.write(_note_line(layer, levels))
         for section in self._sections:
             self._journal.write(_journal_line(section))
+
+    def note(self, layer: int, levels: list[int]) -> None:
+        """Keeps for a later run how many levels the experts of a layer have, before the first of them is added."""
+        self.notes[layer] = levels
+        assert self._journal is not None
+        self._journal.write(_note_line(layer, levels))
+
+    def unfinished(self, contents: PackContents) -> Pack:
+        """The pack as far as it is written, to run it where it lies."""
+        path = partial_path(self.target)
+        fields = {name.name: getattr(contents, name.name) for name in dataclasses.fields(PackContents)}
+        return Pack(**fields, path=path, files=[os.path.abspath(path)], sections=self._sections)  # noqa: PTH100
 
     @property
     def done(self) -> int:
@@ -275,17 +295,26 @@ def _journal_line(section: Section) -> bytes:
     return json.dumps([section.length, section.checksum]).encode() + b"\n"
 
 
-def _finished_sections(stream: BinaryIO, journal: Path, fingerprint: str) -> list[Section]:
-    """The sections of an interrupted run that are wholly in the file: their checksums are computed anew."""
+def _note_line(layer: int, levels: list[int]) -> bytes:
+    return json.dumps({"layer": layer, "levels": levels}).encode() + b"\n"
+
+
+def _finished_sections(stream: BinaryIO, journal: Path, fingerprint: str) -> tuple[list[Section], dict[int, list[int]]]:
+    """The sections of an interrupted run that are wholly in the file (their checksums are computed anew), and the
+    notes."""
     try:
         lines = journal.read_bytes().split(b"\n")[:-1]  # what follows the last line feed was cut off
         if not lines or json.loads(lines[0]) != [fingerprint]:
-            return []
+            return [], {}
         entries = [json.loads(line) for line in lines[1:]]
     except (OSError, ValueError, RecursionError):
-        return []
-    sections, offset = [], BLOCK
+        return [], {}
+    sections, notes, offset = list[Section](), dict[int, list[int]](), BLOCK
     for entry in entries:
+        if isinstance(entry, dict):
+            if type(entry.get("layer")) is int and _is_counts(entry.get("levels"), None):
+                notes[entry["layer"]] = entry["levels"]
+            continue
         if not _is_counts(entry, 2) or not 0 < entry[0] <= MAX_SECTION:
             break
         section = Section((Extent(0, offset, entry[0]),), entry[1])
@@ -298,7 +327,7 @@ def _finished_sections(stream: BinaryIO, journal: Path, fingerprint: str) -> lis
             break
         sections.append(section)
         offset += entry[0]
-    return sections
+    return sections, notes
 
 
 def _lock(descriptor: int, target: Path) -> None:
@@ -350,6 +379,7 @@ def _index(contents: PackContents, sections: list[Section]) -> dict[str, Any]:
         },
         "blobs": {name: [blob.section, blob.length] for name, blob in contents.blobs.items()},
         "unused": contents.unused,
+        **({"quality": contents.quality} if contents.quality else {}),
     }
 
 
@@ -363,9 +393,9 @@ class Pack(PackContents):
     files: absolute paths; extents refer to them by number, and 0 is the pack itself.
     """
 
-    path: Path
-    files: list[str]
-    sections: list[Section]
+    path: Path = field(kw_only=True)
+    files: list[str] = field(kw_only=True)
+    sections: list[Section] = field(kw_only=True)
 
     @classmethod
     def open(cls, path: str | Path) -> Pack:
@@ -553,6 +583,7 @@ class _Checker:
             experts=self._experts(self._map(index, "experts"), spec),
             blobs=self._blobs(self._map(index, "blobs")),
             unused=self._strings(index, "unused"),
+            quality=self._quality(index.get("quality")),
         )
 
     def _error(self, message: str) -> PackError:
@@ -579,6 +610,51 @@ class _Checker:
             if not _is_counts(ids, None) or any(token >= 1 << 31 for token in ids):
                 raise self._error(f"index: generation: {key} = {_short(ids)} is not a list of token ids")
         return generation
+
+    def _quality(self, value: Any) -> dict[str, Any]:
+        """What is known is checked and kept, anything else left out."""
+        if value is None:
+            return {}
+        figures = ("perplexity", "kl", "mean_bits")
+
+        def number(entry: Any, key: str, where: str) -> float:
+            found: Any = entry.get(key) if isinstance(entry, dict) else None
+            if type(found) not in (int, float) or not math.isfinite(found) or found < 0:
+                raise self._error(f"index: quality: {where}: {key} = {_short(found)} is not a number from 0 on")
+            return float(found)
+
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise self._error("index: quality: no text")
+        levels, modes = value.get("levels"), value.get("modes")
+        if not isinstance(levels, list) or not 1 <= len(levels) <= MAX_LEVELS:
+            raise self._error(f"index: quality: levels are {_short(levels)}")
+        if not isinstance(modes, dict) or any(not isinstance(name, str) for name in modes) or len(modes) > 16:
+            raise self._error(f"index: quality: modes are {_short(modes)}")
+        checked: dict[str, Any] = {
+            "text": value["text"],
+            "tokens": int(number(value, "tokens", "text")),
+            "reference": {"perplexity": number(value.get("reference"), "perplexity", "reference")},
+            "levels": [
+                {"bits": int(number(level, "bits", "levels"))}
+                | {key: number(level, key, "levels") for key in figures[:2]}
+                for level in levels
+            ],
+            "modes": {},
+        }
+        for name, mode in modes.items():
+            where = f"mode {_short(name)}"
+            thresholds = mode.get("thresholds") if isinstance(mode, dict) else None
+            if (
+                not isinstance(thresholds, list)
+                or len(thresholds) >= MAX_LEVELS
+                or any(type(item) not in (int, float) or not -1 <= item <= 1 for item in thresholds)
+                or thresholds != sorted(thresholds)
+            ):
+                raise self._error(f"index: quality: {where}: {_short(thresholds)} are not ascending thresholds")
+            checked["modes"][name] = {"thresholds": [float(item) for item in thresholds]} | {
+                key: number(mode, key, where) for key in figures
+            }
+        return checked
 
     def _files(self, names: list[str]) -> tuple[list[str], list[int]]:
         """Absolute paths and usable sizes. Other files lie beside the pack, under plain names."""

@@ -127,6 +127,18 @@ class SafetensorsFolder:
         index: a slice of the first axis, for stacked tensors; rows: then, a range (first, end) of the first axis that
         is left. Only these bytes are read. Raises SourceError.
         """
+        place, shape, offset = self._slice(name, rows, index)
+        values = np.empty(shape, place.read_as)
+        _read_at(place.file, offset, values.reshape(-1).view(np.uint8).data, name)
+        return values
+
+    def extent(self, name: str, rows: tuple[int, int] | None = None, index: int | None = None) -> tuple[Path, int, int]:
+        """Where what `read` reads lies: file, offset and length in bytes."""
+        place, shape, offset = self._slice(name, rows, index)
+        return place.file, offset, math.prod(shape) * np.dtype(place.read_as).itemsize
+
+    def _slice(self, name: str, rows: tuple[int, int] | None, index: int | None) -> tuple[_Place, tuple[int, ...], int]:
+        """(place, shape, offset in its file) of a tensor or a part of it."""
         place = self._place(name)
         shape, offset, dtype = place.info.shape, place.offset, np.dtype(place.read_as)
         if index is not None:
@@ -139,9 +151,7 @@ class SafetensorsFolder:
                 raise SourceError(f"{place.file}: tensor {_short(name)} {list(shape)} has no rows {rows[0]}-{rows[1]}")
             offset += rows[0] * math.prod(shape[1:]) * dtype.itemsize
             shape = (rows[1] - rows[0], *shape[1:])
-        values = np.empty(shape, dtype)
-        _read_at(place.file, offset, values.reshape(-1).view(np.uint8).data, name)
-        return values
+        return place, shape, offset
 
     def _place(self, name: str) -> _Place:
         place = self._places.get(name)

@@ -12,8 +12,9 @@ import pytest
 
 import edgemoe
 import edgemoe.model
-from edgemoe.convert import convert
+from edgemoe.convert import SourceModel, convert
 from edgemoe.memory import plan_budget
+from edgemoe.quantize.layerwise import LayerwiseModel, original_index
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -134,3 +135,18 @@ def test_snapshots_and_prefixes(model: tuple[str, Path], load: Load) -> None:
             reused = engine._next_logits(other).tobytes()
             assert engine.logits(other)[-1].tobytes() == reused
             engine._next_logits(tokens.tolist())
+
+
+def test_layer_by_layer_equals_the_whole(model: tuple[str, Path], load: Load, tmp_path: Path) -> None:
+    """As a calibration runs it: the folder's own weights, where they lie."""
+    name, folder = model
+    tokens = tokens_of(name)
+    spec, window = SourceModel.open(folder / "hf").spec, len(tokens)
+    index = original_index(folder / "hf", tmp_path)
+    states = {"cache_type_k": "f32", "cache_type_v": "f32"}
+    parts = LayerwiseModel(spec, index, window, threads=1, memory=10**9, work=tmp_path, options=states)
+    residual = np.zeros((1, window, spec.hidden_size), np.float32)
+    for layer in range(len(spec.layers)):
+        logits = list(parts.run(layer, tokens[None], residual, None, np.arange(window, dtype=np.int32)))
+    with load(folder / "model.emoe", context=window) as engine:
+        np.testing.assert_array_equal(logits[0], engine.logits(tokens))

@@ -309,12 +309,60 @@ def test_messages_quote_no_control_characters(pack_bytes: bytes, tmp_path: Path)
 
 def test_unknown_keys_are_ignored(pack_bytes: bytes, tmp_path: Path) -> None:
     sections, index = split(pack_bytes)
-    index["quality"] = {"kl": [0.1]}
+    index["opinions"] = {"kl": [0.1]}
     index["spec"]["colour"] = "red"
     index["experts"]["1"]["levels"][0]["note"] = 1
     path = tmp_path / "a.emoe"
     path.write_bytes(joined(sections, msgpack.packb(index)))
     assert Pack.open(path).verify() == []
+
+
+QUALITY = {
+    "text": "text.txt",
+    "tokens": 100,
+    "reference": {"perplexity": 10.0},
+    "levels": [{"bits": 4, "perplexity": 10.5, "kl": 0.01}],
+    "modes": {"exact": {"thresholds": [], "perplexity": 10.5, "kl": 0.01, "mean_bits": 4}},
+}
+
+
+def test_quality(pack_bytes: bytes, tmp_path: Path) -> None:
+    sections, index = split(pack_bytes)
+    fast = {"thresholds": [-1, 0.5], "perplexity": 11, "kl": 0.02, "mean_bits": 3.5, "later": 1}
+    index["quality"] = QUALITY | {"modes": QUALITY["modes"] | {"fast": fast}}
+    path = tmp_path / "a.emoe"
+    path.write_bytes(joined(sections, msgpack.packb(index)))
+    found = Pack.open(path).quality
+    assert found["modes"]["fast"] == {"thresholds": [-1.0, 0.5], "perplexity": 11.0, "kl": 0.02, "mean_bits": 3.5}
+    assert found["levels"] == QUALITY["levels"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], "quality: no text"),
+        ({"text": 3}, "quality: no text"),
+        ({"tokens": -1}, "tokens = -1 is not a number"),
+        ({"reference": {}}, "reference: perplexity = None"),
+        ({"reference": {"perplexity": float("nan")}}, "perplexity = nan"),
+        ({"levels": []}, "levels are []"),
+        ({"levels": [3]}, "levels: bits = None"),
+        ({"modes": {"fast": 1}}, "mode 'fast': None are not ascending thresholds"),
+        ({"modes": {"fast": {"thresholds": [0.5, 0.4]}}}, "[0.5, 0.4] are not ascending"),
+        ({"modes": {"fast": {"thresholds": [float("nan")]}}}, "[nan] are not ascending"),
+        ({"modes": {"fast": {"thresholds": [2]}}}, "[2] are not ascending"),
+        ({"modes": {"fast": {"thresholds": []}}}, "mode 'fast': perplexity = None"),
+        ({"modes": {str(number): {} for number in range(99)}}, "modes are"),
+    ],
+)
+def test_broken_quality(pack_bytes: bytes, tmp_path: Path, change: Any, message: str) -> None:
+    sections, index = split(pack_bytes)
+    index["quality"] = QUALITY | change if isinstance(change, dict) else change
+    path = tmp_path / "a.emoe"
+    path.write_bytes(joined(sections, msgpack.packb(index)))
+    with pytest.raises(PackError) as error:
+        Pack.open(path)
+    assert message in str(error.value)
 
 
 def test_a_pack_of_two_files(pack_bytes: bytes, tmp_path: Path) -> None:

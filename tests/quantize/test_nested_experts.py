@@ -1,0 +1,208 @@
+"""Conversions with levels: what lies in the pack, that it can be run, resumed and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_writer import tiny_qwen3_moe_gguf, write
+
+from edgemoe.convert import SourceModel, convert, read_matrix
+from edgemoe.errors import MemoryBudgetError, OptionError, SourceError, UnsupportedModelError
+from edgemoe.formats.layouts import packed_size, unpack_level
+from edgemoe.formats.pack import PARTS, Pack, PackWriter
+from edgemoe.formats.safetensors import SafetensorsFolder
+from edgemoe.model import Model
+from edgemoe.quantize import nested_experts
+from edgemoe.quantize.nested import Floats, Nested
+from edgemoe.quantize.nested_experts import NestedExperts, NestedOptions
+
+Make = Callable[..., Path]
+TARGET = 15.0
+PLAIN = NestedOptions(calibrate=False, threads=2, memory=10**9)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(5)
+    words = ["whale", "the", "sea", "of", "ship", "and", "captain", "upon", "white", "storm", "0123", "a"]
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(rng.choice(words, 900)))
+    return path
+
+
+def expert_weights(pack: Pack, layer: int, expert: int, part: str) -> Floats:
+    """What the highest stored level stands for."""
+    stored = pack.experts[layer]
+    numbers = stored.sections[expert]
+    bits, codes, first, second = [], None, [], []
+    for level, number in zip(stored.levels, numbers, strict=False):
+        place = level.parts[part]
+        size = packed_size(place.layout, *place.shape)
+        data = pack.read_section(number)[place.offset : place.offset + size]
+        added, one, two = unpack_level(place.layout, data, *place.shape)
+        codes = added if codes is None else codes << (level.bits - bits[-1]) | added
+        bits.append(level.bits)
+        first.append(one)
+        second.append(two)
+    assert codes is not None
+    return Nested(tuple(bits), codes, tuple(first), tuple(second)).weights(len(bits) - 1, place.shape[1])
+
+
+def relative_error(source: Path, target: Path) -> float:
+    pack, model = Pack.open(target), SourceModel.open(source)
+    lost = signal = 0.0
+    for layer in pack.experts:
+        for expert in range(model.spec.layers[layer].experts):
+            for part in PARTS:
+                name, shape = f"layers.{layer}.experts.{expert}.{part}", model.spec.expert_tensors(layer)[part]
+                exact = read_matrix(model.folder, name, model.sources[name], shape)
+                lost += float(((expert_weights(pack, layer, expert, part) - exact) ** 2).sum())
+                signal += float((exact**2).sum())
+    return lost / signal
+
+
+def test_without_calibration(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
+    source, target = tiny_qwen3_moe(mlp_only_layers=[0]), tmp_path / "a.emoe"
+    convert(source, target, nested=PLAIN)
+    pack = Pack.open(target)
+    assert not pack.quality
+    assert [level.bits for level in pack.experts[1].levels] == [2, 3, 4]
+    assert [level.parts["up"].layout for level in pack.experts[1].levels] == ["base2g64", "refine1g64", "refine1g64"]
+    assert {len(sections) for sections in pack.experts[1].sections} == {3}
+    assert pack.provenance["levels"] == [2, 3, 4]
+    assert pack.dense["embedding"].layout == "q8g64"
+    assert relative_error(source, target) < 0.012
+    with Model(target) as model:
+        assert np.isfinite(model.logits([1, 2, 3])).all()
+
+
+def test_calibrated_and_measured(tiny_qwen3_moe: Make, tmp_path: Path, text: Path) -> None:
+    source, target = tiny_qwen3_moe(max_position_embeddings=64, mlp_only_layers=[0]), tmp_path / "a.emoe"
+    options = NestedOptions((2, 4), calibration=text, quality_text=text, quality_tokens=256, threads=2, memory=10**9)
+    convert(source, target, nested=options)
+    pack = Pack.open(target)
+    assert relative_error(source, target) < 0.02
+    quality = pack.quality
+    assert quality["text"] == "text.txt"
+    assert quality["tokens"] == 4 * 31
+    assert [level["bits"] for level in quality["levels"]] == [2, 4]
+    assert quality["levels"][1]["kl"] < quality["levels"][0]["kl"]
+    assert list(quality["modes"]) == ["exact", "high", "balanced", "fast"]
+    exact = quality["modes"]["exact"]
+    assert exact["thresholds"] == [] and exact["mean_bits"] == 4
+    assert exact["kl"] == quality["levels"][1]["kl"]
+    previous = exact["mean_bits"]
+    for name, budget in (("high", 0.003), ("balanced", 0.01), ("fast", 0.03)):
+        mode = quality["modes"][name]
+        assert mode["perplexity"] <= exact["perplexity"] * (1 + budget) * (1 + 1e-9)
+        assert mode["mean_bits"] <= previous
+        previous = mode["mean_bits"]
+        with Model(target, quality=name) as model:
+            assert model.thresholds == mode["thresholds"]
+    # The same text through the whole engine, at once.
+    with Model(target, level_cap=0) as coarse, Model(target) as fine:
+        tokens = coarse.tokenizer.encode(text.read_text())[:64]
+        assert np.abs(coarse.logits(tokens) - fine.logits(tokens)).max() > 1e-3
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.gguf", *tiny_qwen3_moe_gguf())
+    convert(source, tmp_path / "a.emoe", nested=dataclasses.replace(PLAIN, levels=(3, 6)))
+    assert relative_error(source, tmp_path / "a.emoe") < 1e-3
+
+
+def test_target_bits(tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tiny_qwen3_moe(), tmp_path / "a.emoe"
+    # Of so small an expert much is padding.
+    options = NestedOptions(calibration=text, target_bits=TARGET, threads=2, memory=10**9)
+    monkeypatch.setattr(nested_experts, "super_experts", lambda peaks: {(1, 2)})
+    convert(source, target, nested=options)
+    pack = Pack.open(target)
+    counts = [[len(sections) for sections in layer.sections] for layer in pack.experts.values()]
+    assert counts[1][2] == 3
+    assert all(1 <= count <= 3 for layer in counts for count in layer)
+    weights = 6 * 3 * 40 * 72
+    for layer in pack.experts.values():
+        stored = sum(pack.sections[number].length for sections in layer.sections for number in sections)
+        assert stored * 8 / weights <= TARGET
+    assert len({count for layer in counts for count in layer}) > 1
+    with Model(target) as model:
+        assert np.isfinite(model.logits([1, 2, 3])).all()
+    with pytest.raises(OptionError, match=r"1.0 bits per weight are too few for layer 0: \d+\.\d+ is the least"):
+        convert(source, tmp_path / "b.emoe", nested=dataclasses.replace(options, target_bits=1.0))
+    assert sorted(path.name for path in tmp_path.iterdir() if "b.emoe" in path.name) == []
+
+
+@pytest.mark.parametrize("target_bits", [None, TARGET])
+def test_resumes_where_it_was(
+    tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, target_bits: float | None
+) -> None:
+    source = tiny_qwen3_moe()
+    options = NestedOptions(calibration=text, target_bits=target_bits, threads=2, memory=10**9)
+    convert(source, tmp_path / "whole.emoe", nested=options)
+    whole = (tmp_path / "whole.emoe").read_bytes()
+    sections = len(Pack.open(tmp_path / "whole.emoe").sections)
+    add, quantize = PackWriter.add, NestedExperts._quantize_expert
+    made: list[int] = []
+
+    def count(self: NestedExperts, layer: int, expert: int, *rest: Any) -> Any:
+        made.append(expert)
+        return quantize(self, layer, expert, *rest)
+
+    for stop in (sections - 1, sections - 7):
+        target = tmp_path / f"cut-{stop}.emoe"
+
+        def interrupt(writer: PackWriter, chunks: Any, stop: int = stop) -> int:
+            if writer.done == stop:
+                raise KeyboardInterrupt
+            return add(writer, chunks)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(PackWriter, "add", interrupt)
+            convert(source, target, nested=options)
+        made.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(NestedExperts, "_quantize_expert", count)
+            convert(source, target, nested=options)
+        assert 1 <= len(made) <= 4  # those that were missing, not all twelve
+        assert target.read_bytes() == whole
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"levels": (4, 2)}, OptionError, "levels 4,2 do not ascend within 1 to 8"),
+        ({"calibrate": False, "target_bits": 3.0}, OptionError, "without calibration"),
+        ({"calibration": Path("gone.txt")}, OptionError, "gone.txt: No such file"),
+        ({"memory": 10**6}, MemoryBudgetError, "to quantize|to run"),
+    ],
+)
+def test_refuses(
+    tiny_qwen3_moe: Make, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        convert(tiny_qwen3_moe(), tmp_path / "a.emoe", nested=NestedOptions(**options))
+    assert not (tmp_path / "a.emoe").exists()
+
+
+def test_refuses_by_name(tiny_qwen3_moe: Make, tmp_path: Path, text: Path) -> None:
+    source = tiny_qwen3_moe()
+    with pytest.raises(OptionError, match="exclude each other"):
+        convert(source, tmp_path / "a.emoe", 4, nested=PLAIN)
+    with pytest.raises(UnsupportedModelError, match="no layer has experts"):
+        convert(tiny_qwen3_moe(mlp_only_layers=[0, 1]), tmp_path / "a.emoe", nested=PLAIN)
+    text.write_text("too short")
+    with pytest.raises(OptionError, match=r"text.txt: \d+ tokens, fewer than one window of 512"):
+        convert(source, tmp_path / "a.emoe", nested=NestedOptions(calibration=text))
+    file, offset, _ = SafetensorsFolder.open(source).extent("model.layers.1.mlp.experts.3.up_proj.weight")
+    data = bytearray(file.read_bytes())
+    data[offset + 10 : offset + 12] = b"\xff\x7f"  # no number, in any of the types
+    file.write_bytes(data)
+    with pytest.raises(SourceError, match="expert 3 of layer 1: the weight"):
+        convert(source, tmp_path / "a.emoe", nested=PLAIN)
