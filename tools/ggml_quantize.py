@@ -171,6 +171,23 @@ _QUANTIZERS: dict[str, tuple[int, Callable[[Floats], tuple[Bytes, ...]]]] = {
 def quantize_gguf(source: Path, target: Path, kind: str) -> None:
     """Writes the GGUF file `source` anew with all matrices but the routers as `kind`, which may be "f32"; those without
     whole blocks, and what is a vector, stay float32. Needs the `gguf` package."""
+
+    def choose(name: str, shape: tuple[int, ...]) -> str:
+        return "f32" if "ffn_gate_inp" in name or shape[-1] % GGML_TYPES[kind].weights else kind
+
+    rewrite_gguf(source, target, choose, quantize)
+
+
+def rewrite_gguf(
+    source: Path,
+    target: Path,
+    choose: Callable[[str, tuple[int, ...]], str],
+    quantizer: Callable[[str, Floats], Bytes],
+) -> None:
+    """Writes the GGUF file `source` anew with matrices in other types; vectors stay float32. Needs the `gguf` package.
+
+    choose: the type for a tensor's name and shape. quantizer: as `quantize`, of one matrix.
+    """
     import gguf
 
     model = GgufModel.open(source)
@@ -181,8 +198,7 @@ def quantize_gguf(source: Path, target: Path, kind: str) -> None:
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
     chosen = {}
     for name, info in model.tensors.items():
-        plain = len(info.shape) == 1 or "ffn_gate_inp" in name or info.shape[-1] % GGML_TYPES[kind].weights
-        block = GGML_TYPES["f32" if plain else kind]
+        block = GGML_TYPES["f32" if len(info.shape) == 1 else choose(name, info.shape)]
         chosen[name] = block.name
         nbytes = int(np.prod(info.shape)) // block.weights * block.nbytes
         number = gguf.GGMLQuantizationType(block.code)
@@ -198,7 +214,9 @@ def quantize_gguf(source: Path, target: Path, kind: str) -> None:
         stacked = len(model.info(name).shape) == 3
         written = 0
         for index in range(model.info(name).shape[0]) if stacked else (None,):
-            written += file.write(quantize(block_name, model.read(name, index)).tobytes())
+            values = model.read(name, index)
+            made = quantize("f32", values) if block_name == "f32" else quantizer(block_name, values)
+            written += file.write(made.tobytes())
         writer.write_padding(file, written)
     writer.close()
 
