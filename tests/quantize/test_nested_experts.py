@@ -146,6 +146,8 @@ def test_resumes_where_it_was(
     options = NestedOptions(calibration=text, target_bits=target_bits, threads=2, memory=10**9)
     convert(source, tmp_path / "whole.emoe", nested=options)
     whole = (tmp_path / "whole.emoe").read_bytes()
+    convert(source, tmp_path / "alone.emoe", nested=dataclasses.replace(options, threads=1, memory=2 * 10**9))
+    assert (tmp_path / "alone.emoe").read_bytes() == whole
     sections = len(Pack.open(tmp_path / "whole.emoe").sections)
     add, quantize = PackWriter.add, NestedExperts._quantize_expert
     made: list[int] = []
