@@ -127,6 +127,8 @@ void compare_vectors(const Kernels& kernels, const Kernels& reference, Random& r
     same("clamped_swiglu", [&](const Kernels& k, Aligned<float>& out) {
         k.clamped_swiglu(x.span(), y.data(), 1.702f, 7.0f, out.data());
     });
+    same("sigmoid_multiply",
+         [&](const Kernels& k, Aligned<float>& out) { k.sigmoid_multiply(x.span(), out.data(), out.data()); });
     same("sigmoid", [&](const Kernels& k, Aligned<float>& out) { k.sigmoid(out.span()); });
     same("softcap", [&](const Kernels& k, Aligned<float>& out) { k.softcap(30.0f, out.span()); });
     same("softmax", [&](const Kernels& k, Aligned<float>& out) { k.softmax(out.span()); });
@@ -188,6 +190,61 @@ void compare_attention(const Kernels& kernels, const Kernels& reference, Random&
     check_same(expected.accumulator, actual.accumulator, what + ", accumulator");
 }
 
+void compare_latent_attention(const Kernels& kernels, const Kernels& reference, Random& random, KvType type,
+                              bool wild) {
+    const int dim = type == KvType::q8_0 ? kKvGroup * pick(random, 1, 5) : pick(random, 1, 150);
+    const int value_dim = pick(random, 1, dim), heads = pick(random, 1, 9);
+    const int end = pick(random, 1, kKvBlock), begin = pick(random, 0, 1) * pick(random, 0, end - 1);
+    Aligned<std::byte> keys(kv_block_bytes(type, dim));
+    for (int slot = 0; slot < end; ++slot)
+        reference.store_key(type, floats(random, static_cast<size_t>(dim), wild && slot % 8 == 3).span(), slot,
+                            keys.data());
+    const auto queries = floats(random, static_cast<size_t>(dim) * heads, false);
+    const auto run = [&](const Kernels& k) {
+        // maximum, sum, accumulator
+        Aligned<float> state(static_cast<size_t>(heads) * (2 + value_dim));
+        for (size_t i = 0; i < state.size(); ++i)
+            state[i] = i < static_cast<size_t>(heads) ? -std::numeric_limits<float>::infinity() : 0.0f;
+        for (const int from : {begin, 0})
+            k.attend_latent(type, queries.data(), heads, dim, value_dim, 0.3f, keys.data(), from, end, state.data(),
+                            state.data() + heads, state.data() + 2 * heads);
+        return state;
+    };
+    check_same(run(reference), run(kernels), describe(kernels.name, "attend_latent", {dim, value_dim, heads}));
+}
+
+void compare_recurrences(const Kernels& kernels, const Kernels& reference, Random& random, bool wild) {
+    const int taps = pick(random, 1, 5), channels = pick(random, 1, 100), missing = pick(random, 0, taps);
+    const auto data = floats(random, matrix_bytes(Layout::f32, channels, taps) / sizeof(float), wild);
+    const Matrix weights{Layout::f32, channels, taps, reinterpret_cast<const std::byte*>(data.data())};
+    std::vector<Aligned<float>> inputs;
+    std::vector<const float*> rows;
+    for (int tap = 0; tap < taps; ++tap) {
+        inputs.push_back(floats(random, static_cast<size_t>(channels), wild));
+        rows.push_back(tap < missing ? nullptr : inputs.back().data());
+    }
+    const auto convolved = [&](const Kernels& k) {
+        Aligned<float> out(static_cast<size_t>(channels));
+        k.convolve(weights, rows.data(), 0, (channels + kRowBlock - 1) / kRowBlock, taps % 2 == 0, out.data());
+        return out;
+    };
+    check_same(convolved(reference), convolved(kernels), describe(kernels.name, "convolve", {taps, channels, missing}));
+
+    const int key_dim = pick(random, 1, 70), value_dim = kLanes * pick(random, 1, 6);
+    const auto start = floats(random, static_cast<size_t>(key_dim) * value_dim, wild);
+    const auto query = floats(random, static_cast<size_t>(key_dim), wild);
+    const auto key = floats(random, static_cast<size_t>(key_dim), wild);
+    const auto value = floats(random, static_cast<size_t>(value_dim), wild);
+    const auto advanced = [&](const Kernels& k) {
+        Aligned<float> state(start.size() + value_dim);  // and the output
+        std::memcpy(state.data(), start.data(), start.size() * sizeof(float));
+        k.gated_delta(state.data(), key_dim, value_dim, query.data(), key.data(), value.data(), 0.9f, 0.4f,
+                      state.data() + start.size());
+        return state;
+    };
+    check_same(advanced(reference), advanced(kernels), describe(kernels.name, "gated_delta", {key_dim, value_dim}));
+}
+
 // All codes and activations at their extremes: sums that 16 bits might not hold.
 void compare_extremes(const Kernels& kernels, const Kernels& reference, Layout layout) {
     constexpr int rows = kRowBlock, cols = 256, tokens = 5, groups = cols / kGroup;
@@ -232,6 +289,10 @@ void compare_with_scalar(const Kernels& kernels, const char* name) {
         compare_extremes(kernels, reference, layout);
     }
     for (int round = 0; round < 100; ++round) compare_vectors(kernels, reference, random, round % 2 == 0);
+    for (int round = 0; round < 30; ++round) compare_recurrences(kernels, reference, random, round % 2 == 0);
+    for (const KvType type : {KvType::f32, KvType::f16, KvType::q8_0})
+        for (int round = 0; round < 12; ++round)
+            compare_latent_attention(kernels, reference, random, type, round % 2 == 0);
     constexpr KvType types[] = {KvType::f32, KvType::f16, KvType::q8_0};
     for (const KvType key_type : types)
         for (const KvType value_type : types)
