@@ -34,7 +34,8 @@ class Model {
         add_vector("final_norm", kHidden);
         for (int number = 0; number < kLayerCount; ++number) {
             LayerSpec layer;
-            layer.attention = {.heads = kHeads, .kv_heads = kKvHeads, .head_dim = kHeadDim, .scale = 0.2f};
+            layer.attention = {
+                .heads = kHeads, .kv_heads = kKvHeads, .head_dim = kHeadDim, .value_dim = kHeadDim, .scale = 0.2f};
             layer.attention.qk_norm = QkNorm::head;
             layer.attention.rope = 0;
             layer.attention.window = number == 2 ? 40 : 0;
