@@ -103,6 +103,38 @@ void compare_products(const Kernels& kernels, const Kernels& reference, Random& 
                describe(kernels.name, "product", {static_cast<int>(layout), rows, cols, count, first, last}));
 }
 
+// The first levels of a nested matrix, of any widths that make up at most 8 bits.
+void compare_nested(const Kernels& kernels, const Kernels& reference, Random& random) {
+    const int rows = pick(random, 1, 80), cols = pick(random, 1, 260), tokens = pick(random, 1, 19);
+    const int groups = (cols + kGroup - 1) / kGroup;
+    Matrix matrix{Layout::nested, rows, cols, nullptr};
+    std::vector<Aligned<std::byte>> levels;
+    for (int left = pick(random, 1, 8); left > 0;) {
+        const int bits = pick(random, 1, left);
+        const std::string name = (levels.empty() ? "base" : "refine") + std::to_string(bits) + "g64";
+        levels.push_back(noise(random, stored_bytes(stored_layout(name), rows, cols)));
+        // The top bit of exponents off: no infinities, no NaN among the scales.
+        for (std::byte& byte : levels.back().span()) byte &= std::byte{0xBF};
+        matrix.levels.bits[matrix.levels.count] = static_cast<uint8_t>(bits);
+        matrix.levels.data[matrix.levels.count++] = levels.back().data();
+        left -= bits;
+    }
+    const auto x = floats(random, static_cast<size_t>(tokens) * cols, false);
+    Aligned<int8_t> codes(static_cast<size_t>(tokens) * groups * kGroup);
+    Aligned<float> scales(static_cast<size_t>(tokens) * groups), sums(static_cast<size_t>(tokens) * groups);
+    for (int t = 0; t < tokens; ++t)
+        reference.quantize({x.data() + t * cols, static_cast<size_t>(cols)}, codes.data() + t * groups * kGroup,
+                           scales.data() + t * groups, sums.data() + t * groups);
+    const Activations input{x.data(), cols, codes.data(), scales.data(), sums.data()};
+    const auto product = [&](const Kernels& k) {
+        Aligned<float> out(static_cast<size_t>(tokens) * rows);
+        k.matmul(matrix, input, {}, tokens, 0, (rows + kRowBlock - 1) / kRowBlock, out.data(), rows);
+        return out;
+    };
+    check_same(product(reference), product(kernels),
+               describe(kernels.name, "nested product", {matrix.levels.count, rows, cols, tokens}));
+}
+
 void compare_vectors(const Kernels& kernels, const Kernels& reference, Random& random, bool wild) {
     const auto size = static_cast<size_t>(pick(random, 1, 200));
     const int number = static_cast<int>(size), groups = (number + kGroup - 1) / kGroup;
@@ -289,6 +321,7 @@ void compare_with_scalar(const Kernels& kernels, const char* name) {
         compare_extremes(kernels, reference, layout);
     }
     for (int round = 0; round < 100; ++round) compare_vectors(kernels, reference, random, round % 2 == 0);
+    for (int round = 0; round < 60; ++round) compare_nested(kernels, reference, random);
     for (int round = 0; round < 30; ++round) compare_recurrences(kernels, reference, random, round % 2 == 0);
     for (const KvType type : {KvType::f32, KvType::f16, KvType::q8_0})
         for (int round = 0; round < 12; ++round)
