@@ -53,6 +53,7 @@ def decode(
     eviction: str,
     prefetch: bool,
     warm: bool = False,
+    quality: str = "exact",
 ) -> dict[str, Any]:
     """Computes the prompt, then one token at a time. Sampling is not part of it.
 
@@ -60,7 +61,13 @@ def decode(
     """
     begin = time.perf_counter()
     with edgemoe.load(
-        path, memory=memory, threads=threads, context=context, eviction=eviction, prefetch=prefetch
+        path,
+        memory=memory,
+        threads=threads,
+        context=context,
+        eviction=eviction,
+        prefetch=prefetch,
+        quality=quality,
     ) as model:
         load_seconds = time.perf_counter() - begin
         if warm:
@@ -86,6 +93,7 @@ def decode(
             "prompt": {name: before[name] - start[name] for name in before},
             "token_seconds": seconds,
             "decode": {name: after[name] - before[name] for name in after},
+            "mean_bits": model.stats()["mean_bits"],
             "logits_sha256": digest.hexdigest(),
             "expert_slots": budget.expert_slots,
             "slot_bytes": budget.slot_bytes,

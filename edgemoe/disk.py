@@ -47,7 +47,7 @@ def reading_threads(file: Path, section: int, folder: Path) -> int:
         return DEFAULT_READERS
     best = max(rates.values())
     readers = min(depth for depth, rate in rates.items() if rate >= _ENOUGH * best)
-    known[key] = {"readers": readers, "bytes_per_second": round(rates[readers]), "measured": round(time.time())}
+    known[key] = {"readers": readers, "bytes_per_second": round(rates[readers]), "measured": int(time.time())}
     _save(folder / "disk.json", known)
     return readers
 

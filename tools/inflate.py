@@ -1,8 +1,11 @@
 """Makes a model of real byte counts, with real routing, from a trained small one: it computes the same function.
 
     python -m tools.inflate FOLDER TARGET [--hidden-times 16] [--ffn-times 40] [--bits 4] [--dense-bits 8]
+                            [--levels-of PACK]
 
 FOLDER: a Hugging Face folder of a Qwen3-MoE. TARGET: NAME.emoe (a pack) or NAME.gguf (for llama.cpp).
+PACK: FOLDER converted with `edgemoe convert --levels`; its experts' codes are repeated, and what was measured of its
+levels and modes holds for the large model too.
 
 The residual stream is repeated: where the small model has x, the large one has [x|x|...|x], r times. RMSNorm divides
 by the same root mean square. Matrices that read the stream repeat their columns, those that write it repeat their rows,
@@ -29,10 +32,11 @@ import numpy.typing as npt
 
 from edgemoe.convert import BLOBS, SourceModel
 from edgemoe.errors import EdgemoeError, OptionError
-from edgemoe.formats.layouts import BLOCK, GROUP, QUANTIZED, bf16_to_f32, pack
-from edgemoe.formats.pack import Bytes
+from edgemoe.formats.layouts import BLOCK, GROUP, QUANTIZED, bf16_to_f32, pack, pack_level, packed_size, unpack_level
+from edgemoe.formats.pack import Bytes, Pack
 from edgemoe.formats.safetensors import read_json
 from edgemoe.quantize.rtn import quantize
+from edgemoe.spec import ModelSpec
 from tools.model_files import GGUF_BLOCKS, print_progress, write_gguf, write_pack
 
 _READS_STREAM = ("embedding", "head", "q", "k", "v", "router")
@@ -43,10 +47,11 @@ class InflatedModel:
     """The widened model: `tools.model_files.Model` on top of a small one's folder.
 
     hidden_times: a power of two. ffn_times: any number from 1 on; unless it is a power of two, the weights of the
-    output matrices are rounded. Raises OptionError, and what reading the folder raises.
+    output matrices are rounded. levels_of: a nested pack of the same folder, to repeat its codes (ffn_times must be a
+    power of two then). Raises OptionError, and what reading the folder and the pack raises.
     """
 
-    def __init__(self, folder: Path, hidden_times: int, ffn_times: int) -> None:
+    def __init__(self, folder: Path, hidden_times: int, ffn_times: int, levels_of: Path | None = None) -> None:
         if hidden_times < 1 or hidden_times & (hidden_times - 1):
             raise OptionError(f"{hidden_times} copies of the stream are not a power of two")
         if ffn_times < 1:
@@ -67,8 +72,29 @@ class InflatedModel:
         for data in self.blobs.values():
             digest.update(data)
         self.fingerprint = f"{digest.hexdigest()} {hidden_times} {ffn_times}"
+        self.levels: tuple[int, ...] = ()
+        self.quality: dict[str, Any] = {}
+        self._nested: Pack | None = None
+        if levels_of is not None:
+            self._open_nested(levels_of, small)
 
-    def packed(self, name: str, layout: str) -> Iterator[Bytes]:
+    def _open_nested(self, path: Path, small: ModelSpec) -> None:
+        nested = Pack.open(path)
+        ladders = {tuple(level.bits for level in layer.levels) for layer in nested.experts.values()}
+        if nested.spec != small or len(ladders) != 1:
+            raise OptionError(f"{path}: not this model with the same levels in every layer")
+        (self.levels,) = ladders
+        if any(len(sections) < len(self.levels) for layer in nested.experts.values() for sections in layer.sections):
+            raise OptionError(f"{path}: some experts have fewer levels than others")
+        if len(self.levels) < 2 or self._times[1] & (self._times[1] - 1):
+            raise OptionError(f"{path}: {len(self.levels)} levels, {self._times[1]} copies of the feed-forward units")
+        self._nested, self.quality = nested, nested.quality
+        self.fingerprint += f" {path.resolve()} {path.stat().st_mtime_ns}"
+
+    def packed(self, name: str, layout: str, level: int = 0) -> Iterator[Bytes]:
+        if self._nested is not None and ".experts." in name:
+            yield self._repeated_level(self._nested, name, level).data
+            return
         weights, row_times, column_times = self._widening(name)
         if weights.ndim == 1:
             yield pack("vector", weights).data
@@ -80,6 +106,22 @@ class InflatedModel:
         wide = np.tile(data.reshape(-(-weights.shape[0] // BLOCK), -1), (1, column_times))
         for _ in range(row_times):
             yield wide.reshape(-1).data
+
+    def _repeated_level(self, nested: Pack, name: str, level: int) -> npt.NDArray[np.uint8]:
+        """One level of an expert's matrix: codes and parameters repeated like the weights."""
+        hidden_times, ffn_times = self._times
+        _, layer, _, expert, part = name.split(".")
+        experts = nested.experts[int(layer)]
+        place = experts.levels[level].parts[part]
+        section = nested.read_section(experts.sections[int(expert)][level])
+        data = section[place.offset : place.offset + packed_size(place.layout, *place.shape)]
+        codes, first, second = unpack_level(place.layout, data, *place.shape)
+        rows, columns = (hidden_times, ffn_times) if part == "down" else (ffn_times, hidden_times)
+        if columns > 1 and place.shape[1] % GROUP:
+            raise OptionError(f"{name}: {place.shape[1]} columns are no whole groups of {GROUP}")
+        if part == "down" and level == 0:  # offsets and the later levels' parameters are relative to this scale
+            first = (first / np.float16(ffn_times)).astype(np.float16)
+        return pack_level(place.layout, *(np.tile(values, (rows, columns)) for values in (codes, first, second)))
 
     def blocks(self, name: str, kind: str) -> Iterator[Bytes]:
         import gguf
@@ -129,12 +171,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ffn-times", type=int, default=40, help="copies of the feed-forward units (default: 40)")
     parser.add_argument("--bits", type=int, default=4, help="of the experts: 32, 8 or 4 (default: 4)")
     parser.add_argument("--dense-bits", type=int, default=8, help="of the other matrices (default: 8)")
+    parser.add_argument(
+        "--levels-of", type=Path, metavar="PACK", help="a nested pack of FOLDER, for a pack with levels"
+    )
     options = parser.parse_args(argv)
     write = {".emoe": write_pack, ".gguf": write_gguf}.get(options.target.suffix)
     if write is None:
         parser.error(f"{options.target}: neither .emoe nor .gguf")
     try:
-        model = InflatedModel(options.folder, options.hidden_times, options.ffn_times)
+        if options.levels_of and options.target.suffix == ".gguf":
+            raise OptionError("a GGUF file holds one width of each expert")
+        model = InflatedModel(options.folder, options.hidden_times, options.ffn_times, options.levels_of)
         total, active = model.spec.parameters()
         print(f"{model.name}: {total / 1e9:.2f} G weights, {active / 1e9:.2f} G of them work on a token")
         write(model, options.target, options.bits, options.dense_bits, print_progress)

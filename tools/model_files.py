@@ -27,6 +27,7 @@ from edgemoe.formats.pack import (
     align,
     tensor_size,
 )
+from edgemoe.quantize.nested_experts import level_layouts
 from edgemoe.spec import ModelSpec
 
 LAYOUTS = {32: "f32", 8: "q8g64", 4: "q4g64"}
@@ -42,7 +43,8 @@ class Model(Protocol):
     """A model whose tensors are made when they are asked for.
 
     rope_base: of the rotary embedding. generation: as in a pack's index. blobs: name -> contents (tokenizer.json, ...).
-    name: for people. fingerprint: of everything the bytes depend on.
+    name: for people. fingerprint: of everything the bytes depend on. levels: widths of nested experts; quality: what
+    was measured of them, as in a pack's index; both empty for experts of one width.
     """
 
     spec: ModelSpec
@@ -51,32 +53,40 @@ class Model(Protocol):
     blobs: dict[str, bytes]
     name: str
     fingerprint: str
+    levels: tuple[int, ...]
+    quality: dict[str, Any]
 
-    def packed(self, name: str, layout: str) -> Iterable[Bytes]:
-        """The tensor of this engine name ("layers.0.experts.1.gate") in a layout of packs, in pieces."""
+    def packed(self, name: str, layout: str, level: int = 0) -> Iterable[Bytes]:
+        """The tensor of this engine name ("layers.0.experts.1.gate"), or one level of it, in a layout of packs, in
+        pieces."""
 
     def blocks(self, name: str, kind: str) -> Iterable[Bytes]:
         """The same in a type of GGUF, row after row."""
 
 
 def write_pack(model: Model, target: Path, bits: int, dense_bits: int, progress: Progress | None = None) -> None:
-    """bits: 32, 8 or 4, of the experts; dense_bits: of the other matrices. Routers and vectors are float32."""
+    """bits: 32, 8 or 4, of the experts, unless the model has levels; dense_bits: of the other matrices. Routers and
+    vectors are float32."""
     _check_target(target, bits, dense_bits)
     spec = model.spec
-    provenance = {"source": model.name, "source_format": "generated", "bits": bits, "dense_bits": dense_bits}
-    contents = PackContents(spec, model.generation, provenance, {}, {}, {}, [])
+    widths = model.levels or (bits,)
+    expert_layouts = level_layouts(widths) if model.levels else [LAYOUTS[bits]]
+    provenance = {"source": model.name, "source_format": "generated", "bits": widths[-1], "dense_bits": dense_bits}
+    contents = PackContents(spec, model.generation, provenance, {}, {}, {}, [], model.quality)
     sections: list[dict[str, tuple[str, int]] | bytes] = []  # tensor -> layout and offset; the sections' lengths follow
     lengths: list[int] = []
+    level_of: list[int] = []
 
-    def add(shapes: Mapping[str, tuple[int, ...]], width: int) -> int:
+    def add(shapes: Mapping[str, tuple[int, ...]], of_matrices: str, level: int = 0) -> int:
         tensors, end = {}, 0
         for name, shape in shapes.items():
-            layout = "vector" if len(shape) == 1 else "f32" if name.endswith(".router") else LAYOUTS[width]
+            layout = "vector" if len(shape) == 1 else "f32" if name.endswith(".router") else of_matrices
             offset = align(end, ALIGNMENT)
             tensors[name] = (layout, offset)
             end = offset + tensor_size(layout, shape)
         sections.append(tensors)
         lengths.append(end)
+        level_of.append(level)
         return len(sections) - 1
 
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -84,13 +94,14 @@ def write_pack(model: Model, target: Path, bits: int, dense_bits: int, progress:
         group = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
         groups.setdefault(group, {})[name] = shape
     for shapes in groups.values():
-        number = add(shapes, dense_bits)
+        number = add(shapes, LAYOUTS[dense_bits])
         for name, (layout, offset) in sections[number].items():  # type: ignore[union-attr]
             contents.dense[name] = DenseTensor(number, offset, layout, shapes[name])
     for name, data in model.blobs.items():
         contents.blobs[name] = Blob(len(sections), len(data))
         sections.append(data)
         lengths.append(len(data))
+        level_of.append(0)
     for layer, layer_spec in enumerate(spec.layers):
         if not layer_spec.experts:
             continue
@@ -98,13 +109,19 @@ def write_pack(model: Model, target: Path, bits: int, dense_bits: int, progress:
         numbers = []
         for expert in range(layer_spec.experts):
             prefix = f"layers.{layer}.experts.{expert}."
-            numbers.append((add({prefix + part: matrices[part] for part in PARTS}, bits),))
-        places = sections[-1]
-        assert isinstance(places, dict)
-        parts = {part: Part(places[prefix + part][0], 0, places[prefix + part][1], matrices[part]) for part in PARTS}
-        contents.experts[layer] = ExpertLayer((Level(bits, parts),), tuple(numbers))
+            named = {prefix + part: matrices[part] for part in PARTS}
+            numbers.append(tuple(add(named, layout, level) for level, layout in enumerate(expert_layouts)))
+        levels = []
+        for width, number in zip(widths, numbers[-1], strict=True):
+            places = sections[number]
+            assert isinstance(places, dict)
+            parts = {
+                part: Part(places[prefix + part][0], 0, places[prefix + part][1], matrices[part]) for part in PARTS
+            }
+            levels.append(Level(width, parts))
+        contents.experts[layer] = ExpertLayer(tuple(levels), tuple(numbers))
 
-    def chunks(section: dict[str, tuple[str, int]] | bytes) -> Iterator[Bytes]:
+    def chunks(section: dict[str, tuple[str, int]] | bytes, level: int) -> Iterator[Bytes]:
         if isinstance(section, bytes):
             yield section
             return
@@ -112,13 +129,13 @@ def write_pack(model: Model, target: Path, bits: int, dense_bits: int, progress:
         for name, (layout, offset) in section.items():
             yield bytes(offset - end)
             end = offset
-            for chunk in model.packed(name, layout):
+            for chunk in model.packed(name, layout, level):
                 yield chunk
                 end += len(chunk)
 
-    with PackWriter.create(target, f"{model.fingerprint} {bits} {dense_bits}") as writer:
-        for section in sections[writer.done :]:
-            writer.add(chunks(section))
+    with PackWriter.create(target, f"{model.fingerprint} {widths} {dense_bits}") as writer:
+        for number in range(writer.done, len(sections)):
+            writer.add(chunks(sections[number], level_of[number]))
             if progress:
                 progress(writer.bytes_done, sum(lengths))
         writer.finish(contents)

@@ -84,10 +84,12 @@ class SyntheticModel:
         self.generation = {"bos_token_ids": [], "eos_token_ids": [0]}
         self.blobs = {"tokenizer.json": _tokenizer()}
         self.name = f"synthetic-{layers}x{experts}x{ffn}"
+        self.levels: tuple[int, ...] = ()
+        self.quality: dict[str, Any] = {}
         self.fingerprint = f"{self.name} {self.spec} {seed}"
         self._seed = seed
 
-    def packed(self, name: str, layout: str) -> Iterator[Bytes]:
+    def packed(self, name: str, layout: str, level: int = 0) -> Iterator[Bytes]:
         if layout in ("vector", "f32"):
             yield pack(layout, self._floats(name)).data
             return

@@ -15,8 +15,9 @@ sys.path.append(str(ROOT))
 import edgemoe  # noqa: E402
 from edgemoe.convert import convert  # noqa: E402
 from edgemoe.errors import OptionError  # noqa: E402
-from edgemoe.formats.layouts import packed_size, unpack  # noqa: E402
+from edgemoe.formats.layouts import packed_size, unpack, unpack_level  # noqa: E402
 from edgemoe.formats.pack import Pack  # noqa: E402
+from edgemoe.quantize.nested_experts import NestedOptions  # noqa: E402
 from tools.inflate import InflatedModel, main  # noqa: E402
 from tools.model_files import write_gguf, write_pack  # noqa: E402
 
@@ -88,6 +89,44 @@ def test_codes_are_those_of_the_small_model(bits: int, tiny_qwen3_moe: Callable[
         expected = np.tile(expert(small, 1, 3, part), times) / divisor
         # Scales divided by a power of two are the same numbers unless they become too small for a float16.
         np.testing.assert_allclose(expert(wide, 1, 3, part), expected, atol=1e-6)
+
+
+def test_levels_are_those_of_a_nested_pack(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_qwen3_moe(hidden_size=64, moe_intermediate_size=64, head_dim=16)
+    small, wide = tmp_path / "small.emoe", tmp_path / "wide.emoe"
+    convert(folder, small, nested=NestedOptions(levels=(2, 3, 4), calibrate=False))
+    model = InflatedModel(folder, 2, 4, small)
+    write_pack(model, wide, 4, 8)
+    packs = [Pack.open(path) for path in (small, wide)]
+    assert [level.bits for level in packs[1].experts[1].levels] == [2, 3, 4]
+    for part, times, divisor in (("gate", (4, 2), 1), ("up", (4, 2), 1), ("down", (2, 4), 4)):
+        stored = []
+        for pack in packs:
+            table = pack.experts[1]
+            levels = []
+            for level, section in zip(table.levels, table.sections[3], strict=True):
+                place = level.parts[part]
+                data = pack.read_section(section)[place.offset :][: packed_size(place.layout, *place.shape)]
+                levels.append(unpack_level(place.layout, data, *place.shape))
+            stored.append(levels)
+        for number, (before, after) in enumerate(zip(*stored, strict=True)):
+            np.testing.assert_array_equal(after[0], np.tile(before[0], times))
+            scale = np.tile(before[1] / (np.float16(divisor) if number == 0 else 1), times)
+            np.testing.assert_allclose(after[1], scale, atol=1e-6)
+            np.testing.assert_array_equal(after[2], np.tile(before[2], times))
+    for cap in (0, 2):
+        found = []
+        for path in (small, wide):
+            with edgemoe.model.Model(path, memory="1GB", threads=1, context=64, level_cap=cap) as engine:
+                found.append(engine.logits(TOKENS))
+        # Not the same bits: sums are longer, and activations of the repeated units are rounded alike but added up anew.
+        np.testing.assert_allclose(found[1], found[0], atol=2e-3 * np.ptp(found[0]))
+    with pytest.raises(OptionError, match="copies of the feed-forward units"):
+        InflatedModel(folder, 2, 3, small)
+    with pytest.raises(OptionError, match="not this model"):
+        InflatedModel(tiny_qwen3_moe(hidden_size=64), 2, 4, small)
+    with pytest.raises(SystemExit, match="a GGUF file holds one width"):
+        main([str(folder), str(tmp_path / "x.gguf"), "--levels-of", str(small)])
 
 
 @pytest.mark.parametrize(("bits", "sizes"), [(4, (64, 64)), (8, (64, 32)), (32, (40, 24))])

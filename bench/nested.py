@@ -1,0 +1,205 @@
+"""What do fewer bits for less important experts bring, and what do they cost?
+
+    python -m bench.nested FOLDER --text FILE [--hidden-times 8] [--ffn-times 16] [--limits 25,50] [--rounds 3]
+                           [--work DIR] [--json FILE] [--markdown FILE]
+
+FOLDER: a trained small Qwen3-MoE in Hugging Face form. Method:
+
+* FOLDER is converted to nested levels of 2, 3 and 4 bits, calibrated and measured on the shipped texts, and widened
+  (tools/inflate.py): the same function and routing, with experts of a real size. The rival is the same model with
+  experts of one width, 4 bits (q4g64, 4.5 with scale and offset), widened likewise.
+* A limit of 25 % is what the rival's planner asks for to hold everything, less three quarters of its experts. All
+  contenders get the same bytes: each run is a process of its own in a memory cgroup of exactly that size, swap off.
+* Each run computes the same prompt and then the same tokens one by one (bench/offload.py); the contenders take turns,
+  for some rounds; the figures are medians.
+* Perplexity is measured by the engine itself, on FILE, in each mode of the small nested pack (windows of 512, second
+  halves): the widened one computes the same function. Change is from the pack's own exact mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+import edgemoe  # noqa: E402
+from bench._cage import Cage, drop_cache, run  # noqa: E402
+from bench._machine import machine, say  # noqa: E402
+from bench.offload import SLACK, seconds_per_token  # noqa: E402
+from edgemoe.convert import convert  # noqa: E402
+from edgemoe.errors import EdgemoeError  # noqa: E402
+from edgemoe.quantize.calibration import HELD_OUT  # noqa: E402
+from edgemoe.quantize.nested_experts import NestedOptions  # noqa: E402
+from edgemoe.text.perplexity import perplexity  # noqa: E402
+from tools.inflate import InflatedModel  # noqa: E402
+from tools.model_files import write_pack  # noqa: E402
+
+LEVELS = (2, 3, 4)
+MODES = ("exact", "high", "balanced", "fast")
+RIVAL = "one width"
+TEXT = "The old man looked at the sea and"
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace, caged: bool) -> None:
+        self.options = options
+        self.caged = caged
+        self.context = options.prompt_tokens + options.tokens + 8
+        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+    def job(self, name: str, cage: int | None = None, **options: Any) -> dict[str, Any]:
+        """A child of bench/_ours.py, in a cage of so many bytes if that is given. Raises SystemExit if it fails."""
+        options |= {"job": name, "threads": self.options.threads, "context": self.context}
+        command = [sys.executable, str(ROOT / "bench" / "_ours.py"), json.dumps(options)]
+        outcome = run(command, cage, caged=self.caged and cage is not None, environment=self.environment)
+        if outcome.report is None:
+            raise SystemExit(f"nested: {name}: {outcome.error}")
+        return outcome.report
+
+    def perplexities(self, pack: Path) -> dict[str, float]:
+        """Of each mode, on the text."""
+        found = {}
+        for mode in MODES:
+            with edgemoe.load(pack, quality=mode, threads=self.options.threads) as model:
+                tokens = model.tokenizer.encode(self.options.text.read_text("utf-8"))[: self.options.text_tokens]
+                *_, last = perplexity(tokens, model.logits, min(512, model.context), *model.tokenizer.bos_ids[:1])
+                found[mode] = last.perplexity
+        return found
+
+    def speeds(self, nested: Path, rival: Path, folder: Path) -> list[dict[str, Any]]:
+        plan = self.job("plan", path=str(rival))
+        everything = plan["rest"] + plan["experts"] * plan["slot"] + SLACK
+        count = self.options.prompt_tokens + self.options.tokens
+        tokens = self.job("sequence", path=str(rival), text=TEXT, tokens=count, trace=str(folder / "trace"))["tokens"]
+        prompt, rest = tokens[: self.options.prompt_tokens], tokens[self.options.prompt_tokens :]
+        contenders = [(RIVAL, rival, "exact"), *((mode, nested, mode) for mode in MODES)]
+        rows = []
+        for percent in self.options.limits:
+            limit = everything - int((1 - percent / 100) * plan["experts"]) * plan["slot"]
+            reports: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in contenders}
+            for number in range(self.options.rounds):
+                for name, path, quality in contenders:
+                    drop_cache(path)
+                    how = {"path": str(path), "memory": limit, "eviction": "next_use", "prefetch": True}
+                    how |= {"prompt": prompt, "tokens": rest, "quality": quality}
+                    reports[name].append(self.job("decode", cage=limit, **how))
+                    rate = 1 / seconds_per_token(reports[name][-1])
+                    say(f"  {percent:g} %, round {number + 1}, {name}: {rate:.2f} tok/s")
+            for name, found in reports.items():
+                decode = found[0]["decode"]
+                rows.append(
+                    {
+                        "percent": percent,
+                        "limit": limit,
+                        "contender": name,
+                        "tokens_per_second": [1 / seconds_per_token(report) for report in found],
+                        "bytes_per_token": decode["bytes_read"] / self.options.tokens,
+                        "hit_rate": decode["experts_hit"] / decode["experts_requested"],
+                        "mean_bits": found[0]["mean_bits"],
+                        "logits_sha256": sorted({report["logits_sha256"] for report in found}),
+                    }
+                )
+        return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    facts = result["machine"]
+    lines = [
+        "# Nested experts in less memory than the model",
+        "",
+        f"{facts['date']}, {facts['processor']}, {facts['threads']} threads, {facts['system']}. {result['model']}: "
+        f"nested pack {result['nested_bytes'] / 1e9:.2f} GB, one width {result['rival_bytes'] / 1e9:.2f} GB; "
+        f"medians of {result['rounds']} rounds in turns; perplexity on {result['text']}. "
+        + ("Runs are caged, swap off." if facts["caged"] else "**Runs are not caged.**"),
+        "",
+        "| held | limit | contender | bits used | MB/token | hit rate | tok/s | of one width | perplexity | change |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    exact = result["perplexity"]["exact"]
+    rival: dict[float, float] = {}
+    for row in result["rows"]:
+        rate = statistics.median(row["tokens_per_second"])
+        name, percent = row["contender"], row["percent"]
+        if name == RIVAL:
+            rival[percent] = rate
+        value = result["perplexity"].get(name)
+        cost = f"{value:.2f} | {value / exact - 1:+.2%}" if value is not None else "- | -"
+        lines.append(
+            f"| {percent:g} % | {row['limit'] / 1e9:.2f} GB | {name} | {row['mean_bits']:.2f} | "
+            f"{row['bytes_per_token'] / 1e6:.1f} | {row['hit_rate']:.1%} | {rate:.2f} | {rate / rival[percent]:.2f} | "
+            f"{cost} |"
+        )
+    same = all(len(row["logits_sha256"]) == 1 for row in result["rows"])
+    by_mode = {name: {row["logits_sha256"][0] for row in result["rows"] if row["contender"] == name} for name in MODES}
+    same = same and all(len(found) == 1 for found in by_mode.values())
+    lines += ["", f"Logits of each mode {'have the same bits' if same else '**DIFFER**'} in all rounds and limits."]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.nested", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="Hugging Face folder of a trained Qwen3-MoE")
+    parser.add_argument("--text", type=Path, required=True, help="of which perplexity is measured")
+    parser.add_argument("--text-tokens", type=int, default=16384)
+    parser.add_argument("--hidden-times", type=int, default=8)
+    parser.add_argument("--ffn-times", type=int, default=16)
+    parser.add_argument("--limits", default="25,50", help="percentages of the experts (default: 25,50)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work", type=Path, help="folder for large files, on the disk to measure (default: a new one)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args(argv)
+    options.limits = [float(limit) for limit in options.limits.split(",")]
+    try:
+        with Cage.create(None):
+            caged = True
+    except OSError as error:
+        say(f"runs are not caged: {error}")
+        caged = False
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=options.work or Path.cwd())))
+        small, nested, rival = folder / "small.emoe", folder / "nested.emoe", folder / "one-width.emoe"
+        bench = Bench(options, caged)
+        try:
+            say("converting")
+            convert(options.folder, small, nested=NestedOptions(levels=LEVELS, quality_text=HELD_OUT))
+            write_pack(InflatedModel(options.folder, options.hidden_times, options.ffn_times, small), nested, 4, 8)
+            write_pack(InflatedModel(options.folder, options.hidden_times, options.ffn_times), rival, 4, 8)
+            perplexities = bench.perplexities(small)
+            rows = bench.speeds(nested, rival, folder)
+        except (EdgemoeError, OSError) as error:
+            raise SystemExit(f"nested: {error}") from None
+        result = {
+            "machine": machine() | {"caged": caged, "threads": options.threads},
+            "model": f"{options.folder.resolve().name} x{options.hidden_times} x{options.ffn_times}",
+            "text": options.text.name,
+            "rounds": options.rounds,
+            "nested_bytes": nested.stat().st_size,
+            "rival_bytes": rival.stat().st_size,
+            "perplexity": perplexities,
+            "rows": rows,
+        }
+    text = table(result)
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
