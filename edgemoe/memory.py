@@ -52,6 +52,14 @@ def format_size(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def format_count(number: int) -> str:
+    """A number of parameters for people: 30.53 B, 20.96 M."""
+    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return str(number)
+
+
 def cgroup_headroom() -> int | None:
     """Bytes this process's memory cgroup may still be charged; None without a limit. Reads cgroup v2 and v1."""
     try:

@@ -30,7 +30,7 @@ from edgemoe.formats.pack import (
 )
 from edgemoe.formats.safetensors import read_json
 from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now
-from edgemoe.model import DEFAULT_CONTEXT, _engine_index
+from edgemoe.model import DEFAULT_CONTEXT, QUALITIES, _engine_index
 from edgemoe.spec import FLOAT_TENSORS, ModelSpec
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Plan:
     dense: weights always in memory. experts: all routed experts as stored. active: weights that one token works with.
     state: of one sequence of `context` positions. least: the smallest budget that runs; sensible: one that holds twice
     the experts of one token, or everything where that is less; everything: the budget with no reads left.
-    source: where the hit rates come from.
+    source: where the hit rates come from. qualities: the same budgets in each lossy mode that the pack has measured.
     """
 
     model: str
@@ -95,6 +95,7 @@ class Plan:
     memory: int
     source: str
     speeds: tuple[Speed, ...]
+    qualities: dict[str, tuple[Speed, ...]]
 
 
 def plan_model(
@@ -113,10 +114,12 @@ def plan_model(
     memory: bytes, None for what is free. disk, bandwidth: bytes per second of the disk and of the memory.
     trace: of this model, for hit rates; without one they are a published range.
 
+    A lossy mode is taken to read, keep and compute the share of an expert that its mean bits are of exact mode's.
+
     Raises MemoryBudgetError that names the number that would do, SourceError, PackError, UnsupportedModelError,
     OptionError.
     """
-    spec, index = _facts(path, bits)
+    spec, index, shares = _facts(path, bits)
     total_experts = sum(layer.experts for layer in spec.layers)
     if not total_experts:
         raise UnsupportedModelError(f"{path}: every layer is dense; there is nothing to stream")
@@ -152,21 +155,21 @@ def plan_model(
         _check_trace(trace, spec, path)
     limits = sorted({least, sensible, everything, chosen.limit, *_between(least, everything)})
     budgets = [budget(size) for size in limits]
-    # Where experts have fewer levels than the largest, more of them fit than there are slots.
-    low, high = _hit_rates([b.expert_slots * total_experts // b.all_slots for b in budgets], spec, trace)
     expert_bytes = _expert_bytes(index)
     active = _active_bytes(spec, index, expert_bytes)
-    missing = sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
-    speeds = []
-    for size, division, worst, best in zip(limits, budgets, low, high, strict=True):
-        reads = ((1 - best) * missing, (1 - worst) * missing)
-        speed, expected = None, None
-        if disk and bandwidth:
-            arithmetic = active / (ARITHMETIC_SHARE * bandwidth)
-            speed = (1 / (arithmetic + reads[1] / disk), 1 / max(arithmetic, reads[0] / disk))
-            reading = sum(reads) / 2 / disk
-            expected = 1 / (max(arithmetic, reading) + UNHIDDEN_SHARE * min(arithmetic, reading))
-        speeds.append(Speed(size, division.expert_slots, (worst, best), reads, speed, expected))
+    working_bytes = sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
+
+    def speeds(share: float) -> tuple[Speed, ...]:
+        """Of all budgets, with so much of each expert read, kept and computed."""
+        # Where experts have fewer levels than the largest, or work at fewer, more of them fit than there are slots.
+        held = [int(min(b.expert_slots / share, b.all_slots)) * total_experts // b.all_slots for b in budgets]
+        low, high = _hit_rates(held, spec, trace)
+        missing, arithmetic = share * working_bytes, active - (1 - share) * working_bytes
+        return tuple(
+            _speed(size, division.expert_slots, (worst, best), missing, arithmetic, disk, bandwidth)
+            for size, division, worst, best in zip(limits, budgets, low, high, strict=True)
+        )
+
     parameters, active_parameters = spec.parameters()
     return Plan(
         model=path.name,
@@ -184,20 +187,55 @@ def plan_model(
         everything=everything,
         memory=chosen.limit,
         source=f"trace of {trace.model}" if trace else "published range for caches of recently used experts",
-        speeds=tuple(speeds),
+        speeds=speeds(1.0),
+        qualities={name: speeds(share) for name, share in shares.items()},
     )
 
 
-def _facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
+def _speed(
+    memory: int,
+    slots: int,
+    rates: tuple[float, float],
+    missing: float,
+    active: float,
+    disk: float | None,
+    bandwidth: float | None,
+) -> Speed:
+    """What hit rates mean where a token works with `active` bytes, `missing` of them experts'."""
+    worst, best = rates
+    reads = ((1 - best) * missing, (1 - worst) * missing)
+    speed, expected = None, None
+    if disk and bandwidth:
+        arithmetic = active / (ARITHMETIC_SHARE * bandwidth)
+        speed = (1 / (arithmetic + reads[1] / disk), 1 / max(arithmetic, reads[0] / disk))
+        reading = sum(reads) / 2 / disk
+        expected = 1 / (max(arithmetic, reading) + UNHIDDEN_SHARE * min(arithmetic, reading))
+    return Speed(memory, slots, rates, reads, speed, expected)
+
+
+def _facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any], dict[str, float]]:
+    """The specification, the engine's index, and the share of an expert that each measured lossy mode uses."""
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if path.is_dir():
         has_weights = next(path.glob("*.safetensors"), None) is not None
-        return _folder_facts(path, bits) if has_weights else _config_facts(path / "config.json", bits)
+        return (*(_folder_facts(path, bits) if has_weights else _config_facts(path / "config.json", bits)), {})
     if path.suffix == ".json":
-        return _config_facts(path, bits)
-    found = build_index(GgufSource.open(path)) if is_gguf(path) else Pack.open(path)
-    return found.spec, _engine_index(found)
+        return (*_config_facts(path, bits), {})
+    if is_gguf(path):
+        gguf = build_index(GgufSource.open(path))
+        return gguf.spec, _engine_index(gguf), {}
+    pack = Pack.open(path)
+    return pack.spec, _engine_index(pack), _mode_shares(pack)
+
+
+def _mode_shares(pack: Pack) -> dict[str, float]:
+    """Mean bits of the lossy modes that the pack has measured, relative to those of exact mode."""
+    modes = pack.quality.get("modes", {})
+    whole = modes["exact"]["mean_bits"] if "exact" in modes else 0
+    shares = {name: modes[name]["mean_bits"] / whole for name in QUALITIES[1:] if name in modes and whole}
+    # A file can say anything; a mode uses something of an expert, and no more than all of it.
+    return {name: share for name, share in shares.items() if 0 < share <= 1}
 
 
 def _folder_facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
@@ -214,8 +252,9 @@ def _config_facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
     """The same from nothing but the configuration: what it asks for is what the weights will be."""
     from edgemoe.families import family_for
 
+    config = read_json(path)
     try:
-        spec = family_for(config := read_json(path)).spec(config)
+        spec = family_for(config).spec(config)
     except (UnsupportedModelError, SourceError) as error:
         raise type(error)(f"{path}: {error}") from None
     layouts = {32: "f32", 16: "bf16", 8: "q8g64", 4: "q4g64"}

@@ -101,10 +101,11 @@ def write_nested_pack(
     target: Path,
     bits: Sequence[int] = (2, 3, 4),
     levels_of: Callable[[int, int], int] | None = None,
+    quality: dict[str, Any] | None = None,
 ) -> Path:
     """The pack `source`, whose experts are float32, with nested experts instead.
 
-    levels_of(layer, expert): how many levels an expert has; all of them unless it is given.
+    levels_of(layer, expert): how many levels an expert has; all of them unless it is given. quality: of the index.
     """
     old = Pack.open(source)
     contents = PackContents(
@@ -115,6 +116,7 @@ def write_nested_pack(
         experts={},
         blobs={},
         unused=old.unused,
+        quality=quality or {},
     )
     names = level_names(bits)
     with PackWriter.create(target, str(bits)) as writer:

@@ -22,12 +22,33 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), required=False)
-@click.option("-M", "--memory", default="auto", show_default=True, help="Budget: 8GB (10^9), 6GiB or auto.")
-@click.option("-c", "--ctx-size", type=click.IntRange(0), help="Positions; 0 for all the model was made for.")
-@click.option("--bits", type=click.Choice(["4", "8", "16", "32"]), default="8", help="Of a folder's conversion.")
-@click.option("--trace", type=click.Path(path_type=Path), help="A routing trace of this model, for its hit rates.")
-@click.option("--disk", help="Disk speed in bytes per second (2GB) instead of measuring it.")
-@click.option("--bandwidth", help="Memory speed in bytes per second (30GB) instead of measuring it.")
+@click.option(
+    "-M",
+    "--memory",
+    default="auto",
+    show_default=True,
+    metavar="auto|SIZE",
+    help="What the program may take in all, such as 8GB (10^9) or 6GiB.",
+)
+@click.option(
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Tokens of prompt and answer together; 0 for all the model was made for.  [default: 4096, or that]",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8", "16", "32"]),
+    default="8",
+    show_default=True,
+    help="Of a folder's conversion; packs and GGUF files have theirs.",
+)
+@click.option(
+    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="A routing trace of this model, for its hit rates."
+)
+@click.option("--disk", metavar="SIZE", help="Disk speed in bytes per second (2GB) instead of measuring it.")
+@click.option("--bandwidth", metavar="SIZE", help="Memory speed in bytes per second (30GB) instead of measuring it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are bytes.")
 def command(
     model: Path | None,
@@ -40,7 +61,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Tell whether MODEL (a pack, a GGUF file, a Hugging Face folder or its config.json alone; default: the bundled
-    one) fits into the memory, and how fast it will be with several budgets.
+    one) fits into the memory, and how fast it will be with several budgets, and with each --quality that the pack has
+    measured.
 
     Only headers are read. Disk and memory are measured where models are cached, unless given. Exits with 1 and the
     number that would do where the model cannot fit.
@@ -92,16 +114,18 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
     from rich.text import Text
 
     from edgemoe.cli._printable import printable
-    from edgemoe.memory import format_size
+    from edgemoe.memory import format_count, format_size
 
     console = Console()
+    # Piped into a file or a pager, tables keep their columns.
+    console.width = max(console.width, 100) if not console.is_terminal else console.width
 
     def say(text: str) -> None:
         console.print(Text(text), soft_wrap=True)
 
     say(
-        f"{printable(plan.model)}: {plan.parameters / 1e9:.2f} billion parameters, {plan.active_parameters / 1e9:.2f} "
-        f"at work on a token"
+        f"{printable(plan.model)}: {format_count(plan.parameters)} parameters, {format_count(plan.active_parameters)} "
+        f"active per token"
     )
     say(
         f"dense weights {format_size(plan.dense)}, "
@@ -129,6 +153,20 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
             style="bold" if chosen else None,
         )
     console.print(table)
+    if plan.qualities and plan.speeds[0].expected:
+        modes = {"exact": plan.speeds, **plan.qualities}
+        table = Table()
+        for name in ("--memory", *(f"{name}, tokens/s" for name in modes)):
+            table.add_column(name, justify="right")
+        for speed, *others in zip(*modes.values(), strict=True):
+            chosen = speed.memory == plan.memory
+            table.add_row(
+                ("> " if chosen else "") + _megabytes(speed.memory),
+                *(f"{mode.expected:.1f}" for mode in (speed, *others)),
+                style="bold" if chosen else None,
+            )
+        say("by --quality:")
+        console.print(table)
     say(f"hit rates: {printable(plan.source)}")
     if speeds.get("disk") and speeds.get("bandwidth"):
         say(f"at {format_size(speeds['disk'] or 0)}/s from disk, {format_size(speeds['bandwidth'] or 0)}/s from memory")

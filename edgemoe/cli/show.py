@@ -55,9 +55,15 @@ def _pack_facts(path: Path) -> dict[str, Any]:
             facts = {"bits": level.bits, "layouts": sorted({part.layout for part in level.parts.values()})}
             if facts not in levels:
                 levels.append(facts)
+    counts: dict[str, int] = {}
+    for layer in pack.experts.values():
+        for sections in layer.sections:
+            width = str(layer.levels[len(sections) - 1].bits)
+            counts[width] = counts.get(width, 0) + 1
     return {
         **_spec_facts(path, "pack", pack.spec, pack.generation),
         "levels": levels,
+        "experts_by_bits": dict(sorted(counts.items(), key=lambda item: int(item[0]))),
         "dense_layouts": sizes["dense"],
         "expert_layouts": sizes["experts"],
         **_size_facts(pack.spec, sum(sizes["dense"].values()), sum(sizes["experts"].values()), path.stat().st_size),
@@ -166,18 +172,24 @@ def _size_facts(spec: ModelSpec, dense: int, experts: int, file: int) -> dict[st
 
 def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """The facts for people: labels and texts."""
-    from edgemoe.memory import format_size
+    from edgemoe.memory import format_count, format_size
 
     sizes, bits = facts["bytes"], facts["bits_per_weight"]
     yield "model", f"{facts['path']} ({facts['format']}, {format_size(sizes['total'])})"
     yield "family", facts["family"]
-    yield "parameters", f"{_count(facts['parameters'])}, {_count(facts['active_parameters'])} active per token"
+    yield (
+        "parameters",
+        f"{format_count(facts['parameters'])}, {format_count(facts['active_parameters'])} active per token",
+    )
     dense = f", {facts['dense_layers']} of them dense" if facts["dense_layers"] else ""
     yield "layers", f"{facts['layers']}{dense}, hidden size {facts['hidden_size']}"
     yield "experts", f"{facts['experts']} per layer, top {facts['top_k']}, expert size {facts['expert_dim']}"
     yield "context", f"{facts['context']} positions"
     if facts["levels"]:
         yield "levels", "; ".join(f"{level['bits']} bits ({', '.join(level['layouts'])})" for level in facts["levels"])
+    counts = facts.get("experts_by_bits", {})
+    if len(facts["levels"]) > 1:
+        yield "", "; ".join(f"{count} experts have up to {width} bits" for width, count in counts.items())
     for kind in ("dense", "experts"):
         if sizes[kind]:
             layouts = ", ".join(facts["dense_layouts" if kind == "dense" else "expert_layouts"])
@@ -213,10 +225,3 @@ def _quality_lines(quality: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 def _map(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items()) or "nothing"
-
-
-def _count(number: int) -> str:
-    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
-        if number >= unit:
-            return f"{number / unit:.2f} {name}"
-    return str(number)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nested
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -77,6 +78,44 @@ def test_more_memory_means_more_speed(models: tuple[Path, Path]) -> None:
     for speed in plan.speeds:
         assert speed.expected and speed.tokens_per_second
         assert speed.tokens_per_second[0] <= speed.expected <= speed.tokens_per_second[1]
+
+
+def test_measured_modes_read_and_compute_less(models: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, one_level = models
+    floats = tmp_path / "f.emoe"
+    convert(folder, floats, 32)
+    widths = {"exact": 4.0, "high": 3.0, "fast": 2.0}
+    figures = {"perplexity": 9.0, "kl": 0.1}
+
+    def quality(modes: dict[str, float]) -> dict[str, Any]:
+        return {
+            "text": "t",
+            "tokens": 100,
+            "reference": {"perplexity": 9.0},
+            "levels": [{"bits": bits, **figures} for bits in (2, 3, 4)],
+            "modes": {name: {"thresholds": [], "mean_bits": bits, **figures} for name, bits in modes.items()},
+        }
+
+    # A mode of no bits, and one of more than there are, are not foretold.
+    cases = ({}, quality(widths), quality({"exact": 4.0, "high": 0.0, "fast": 5.0}), quality({"exact": 0.0, "high": 0}))
+    packs = [nested.write_nested_pack(floats, tmp_path / f"{n}.emoe", quality=case) for n, case in enumerate(cases)]
+    plans = [plan_model(path, memory=10**9, disk=1e9, bandwidth=1e10) for path in packs]
+    assert plans[0].qualities == plans[2].qualities == plans[3].qualities == {}
+    plan = plans[1]
+    assert list(plan.qualities) == ["high", "fast"]
+    for name, speeds in plan.qualities.items():
+        share = widths[name] / 4
+        for speed, exact in zip(speeds, plan.speeds, strict=True):
+            assert (speed.memory, speed.slots) == (exact.memory, exact.slots)
+            assert speed.expected and exact.expected and speed.expected > exact.expected
+            assert speed.hit_rate[0] >= exact.hit_rate[0]
+            assert speed.bytes_per_token[1] <= share * exact.bytes_per_token[1]
+        # With everything in memory only the arithmetic counts: all dense weights, and the share of the experts.
+        experts = sum(layer.top_k for layer in Pack.open(packs[1]).spec.layers) * plan.expert
+        assert speeds[-1].expected == pytest.approx(7.5e9 / (plan.active - (1 - share) * experts))
+    for path, expected in ((packs[1], True), (packs[0], False), (one_level, False)):
+        assert ("fast, tokens/s" in run(str(path), "-M", "1GB", *SPEEDS).stdout) == expected
+    assert set(json.loads(run(str(packs[1]), "-M", "1GB", "--json", *SPEEDS).stdout)["qualities"]) == {"high", "fast"}
 
 
 def test_what_does_not_fit_says_what_would(models: tuple[Path, Path]) -> None:

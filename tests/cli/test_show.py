@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import nested
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -57,6 +58,15 @@ def test_pack(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
         "nothing",
     ):
         assert part in text.stdout
+
+
+def test_experts_of_several_widths_are_counted(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
+    convert(tiny_qwen3_moe(), tmp_path / "f.emoe", 32)
+    target = nested.write_nested_pack(tmp_path / "f.emoe", tmp_path / "n.emoe", (2, 3, 4), lambda _, n: 3 if n else 1)
+    facts = json.loads(run("show", target, "--json").stdout)
+    assert [level["bits"] for level in facts["levels"]] == [2, 3, 4]
+    assert facts["experts_by_bits"] == {"2": 2, "4": 10}
+    assert "2 experts have up to 2 bits; 10 experts have up to 4 bits" in run("show", target).stdout
 
 
 @pytest.mark.parametrize("stacked", [False, True])
