@@ -147,14 +147,16 @@ def _facts(model: Model) -> dict[str, Any]:
         "isa": model.isa,
         "threads": model.threads,
         "memory": model.budget.limit,
+        "quality": model.quality,
     }
 
 
 def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     streamed = any(row["mib_per_token"] for row in rows)
-    head = ["model", "size", "params", "isa", "threads", "memory", "test", "t/s"]
-    head += ["experts in memory", "MiB/token"] if streamed else []
-    lines = [f"| {' | '.join(head)} |", "|---" * 6 + "|---:" * (len(head) - 6) + "|"]
+    lossy = any(row["quality"] != "exact" for row in rows)
+    texts = ["model", "size", "params", "isa", "threads", "memory", *(["quality"] if lossy else [])]
+    numbers = ["test", "t/s", *(["experts in memory", "MiB/token"] if streamed else [])]
+    lines = [f"| {' | '.join(texts + numbers)} |", "|---" * len(texts) + "|---:" * len(numbers) + "|"]
     for row in rows:
         cells = [
             row["model"],
@@ -163,6 +165,7 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
             row["isa"],
             str(row["threads"]),
             f"{row['memory'] / 1e9:.2f} GB",
+            *([row["quality"]] if lossy else []),
             row["test"],
             f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
         ]

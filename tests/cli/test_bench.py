@@ -53,12 +53,16 @@ def test_forms(folder: str) -> None:
 def test_streaming_is_told() -> None:
     """Two more columns where something was read."""
     facts = {"model": "m", "model_size": 1 << 30, "model_n_params": 2e9, "isa": "scalar", "threads": 2, "memory": 3e9}
+    facts["quality"] = "exact"
     row = facts | {"test": "tg8", "avg_ts": 4.0, "stddev_ts": 0.5, "hit_rate": 0.75, "mib_per_token": 12.5}
     lines = _markdown([row, row | {"hit_rate": None}]).splitlines()
     assert lines[0].endswith("| t/s | experts in memory | MiB/token |")
     assert lines[2] == "| m | 1.00 GiB | 2.00 B | scalar | 2 | 3.00 GB | tg8 | 4.00 ± 0.50 | 75.0 % | 12.5 |"
     assert lines[3].endswith("| - | 12.5 |")
     assert [line.count("|") for line in lines] == [11] * 4
+    lines = _markdown([row | {"quality": "fast"}]).splitlines()
+    assert "| memory | quality | test |" in lines[0] and "| 3.00 GB | fast | tg8 |" in lines[2]
+    assert [line.count("|") for line in lines] == [12] * 3
 
 
 @pytest.mark.parametrize(
