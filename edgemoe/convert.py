@@ -229,7 +229,7 @@ class SourceModel:
         if is_gguf(path):
             return cls._open_gguf(path)
         if not path.is_dir():
-            raise SourceError(f"{path}: {'not a model folder' if path.exists() else 'no such folder'}")
+            raise SourceError(f"{path}: {'not a model folder, nor a GGUF file' if path.exists() else 'no such folder'}")
         config = read_json(path / "config.json")
         folder = SafetensorsFolder.open(path)
         try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from edgemoe.cli._terminal import note, progress_bar
 from edgemoe.cli.options import memory_size
@@ -86,9 +87,17 @@ _DEFAULT_LEVELS = "2,3,4"
     metavar="auto|SIZE",
     help="What fitting levels may take in all, such as 8GB (10^9) or 6GiB.  [default: auto]",
 )
-@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="Of it.  [default: one per processor]")
+@click.option(
+    "-t",
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that fit levels.  [default: one per processor]",
+)
 @click.option("-f", "--force", is_flag=True, help="Replace TARGET if it exists.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     source: Path,
     target: Path,
     bits: str | None,
@@ -129,15 +138,9 @@ def command(
         )
         nested = dataclasses.replace(nested, memory=memory, threads=threads)
     else:
-        given = {
-            "--calibration": calibration,
-            "--quality-text": quality_text,
-            "--memory": memory,
-            "--threads": threads,
-        }
-        for name, value in given.items():
-            if value is not None:
-                raise click.UsageError(f"{name} is for --levels")
+        for name in ("calibration", "calibration_tokens", "quality_text", "quality_tokens", "memory", "threads"):
+            if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                raise click.UsageError(f"--{name.replace('_', '-')} is for --levels")
     experts, dense = (int(width) if width else None for width in (bits, dense_bits))
     types = requantized_types(source, experts if nested is None else max(nested.levels), dense)
     if types:

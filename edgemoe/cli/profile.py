@@ -27,13 +27,24 @@ _PIECE = 512  # tokens of a text that are run together, as in the paper
     help="Text to run a model on; may be repeated, each file is a kind of text.",
 )
 @click.option("-n", "--tokens", type=click.IntRange(1), default=8192, show_default=True, help="Of each text, at most.")
-@click.option("-M", "--memory", help="Budget to run a model in: 8GB (10^9), 6GiB or auto.")
+@click.option(
+    "-M",
+    "--memory",
+    metavar="auto|SIZE",
+    help="What running a model may take in all, such as 8GB (10^9) or 6GiB.  [default: auto]",
+)
 @click.option(
     "--top-k", type=click.IntRange(1, 256), help="Experts per token, where TRACE is a folder of router logits."
 )
 @click.option("--model", "name", help="Whose router logits, where the folder holds several models'.")
 @click.option("--expert-size", help="Size of one stored expert (2.5MB), to count bytes and memory.")
-@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Default: all processors.")
+@click.option(
+    "-t",
+    "--threads",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Threads that compute.  [default: one per processor]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write a report to this file.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write the trace to this file.")
@@ -64,7 +75,7 @@ def command(
 
     expert_bytes = parse_size(expert_size) if expert_size else None
     errors = Console(stderr=True)
-    routing = _run(trace, texts, tokens, memory) if texts else _load(trace, top_k, name)
+    routing = _run(trace, texts, tokens, memory, threads) if texts else _load(trace, top_k, name)
     if save:
         routing.save(save)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
@@ -107,7 +118,7 @@ def _load(source: Path, top_k: int | None, name: str | None) -> Trace:
     return read_trace(source, weights=False)
 
 
-def _run(source: Path, texts: tuple[Path, ...], tokens: int, memory: str | None) -> Trace:
+def _run(source: Path, texts: tuple[Path, ...], tokens: int, memory: str | None, threads: int | None) -> Trace:
     """The trace of a model on some files, cut into pieces of _PIECE tokens that are run one by one."""
     import tempfile
 
@@ -116,7 +127,7 @@ def _run(source: Path, texts: tuple[Path, ...], tokens: int, memory: str | None)
     from edgemoe.profiling.trace import concatenate
 
     traces = []
-    with tempfile.TemporaryDirectory() as folder, edgemoe.load(source, memory=memory) as model:
+    with tempfile.TemporaryDirectory() as folder, edgemoe.load(source, memory=memory, threads=threads) as model:
         piece = min(_PIECE, model.context)
         for number, text in enumerate(texts):
             ids = model.tokenizer.encode(text.read_text(encoding="utf-8", errors="replace"))[:tokens]

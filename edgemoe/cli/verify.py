@@ -20,9 +20,13 @@ def command(ctx: click.Context, pack: Path, as_json: bool) -> None:
 
     The damaged sections are named, with the experts or tensors in them, and the exit status is 1.
     """
+    from edgemoe.errors import PackError
+    from edgemoe.formats.gguf import is_gguf
     from edgemoe.formats.pack import Pack
     from edgemoe.memory import format_size
 
+    if pack.is_file() and is_gguf(pack):
+        raise PackError(f"{pack}: a GGUF file has no checksums")
     opened = Pack.open(pack)
     with progress_bar("verifying") as advance:
         damaged = opened.verify(advance)

@@ -96,12 +96,16 @@ def middle(profile: Profile) -> Scores:
     return max((s for s in profile.scores if s.length <= 16), key=lambda s: s.length, default=profile.scores[0])
 
 
+def _texts(profile: Profile) -> str:
+    return "1 text" if profile.texts == 1 else f"{profile.texts:,} texts"
+
+
 def terminal(profile: Profile) -> Group:
     """The summary that `edgemoe profile` prints."""
     head = Text()
     head.append(printable(profile.model) or "model", style="bold")
     head.append(
-        f": {profile.tokens:,} tokens in {profile.texts:,} texts, {len(profile.layers)} layers with experts, "
+        f": {profile.tokens:,} tokens in {_texts(profile)}, {len(profile.layers)} layers with experts, "
         f"{_span(profile.experts)} experts, {_span(profile.top_k)} per token\n"
     )
     for line in verdict(profile):
@@ -211,7 +215,7 @@ def to_html(profile: Profile) -> str:
     score = middle(profile)
     body = [
         f"<h1>{title}</h1>",
-        f'<p class="soft">Routing of {profile.tokens:,} tokens in {profile.texts:,} texts; '
+        f'<p class="soft">Routing of {profile.tokens:,} tokens in {_texts(profile)}; '
         f"{len(profile.layers)} layers with {_span(profile.experts)} experts, {_span(profile.top_k)} per token. "
         f"{html.escape(profile.source)}</p>",
         '<div class="verdict">' + "".join(f"<p>{html.escape(line)}</p>" for line in verdict(profile)) + "</div>",

@@ -109,9 +109,8 @@ class LayerwiseModel:
         slots = min(room // max(plan["slot"], 1), max(plan["experts"], 1))
         if room < 0 or slots < plan["minimum_slots"]:
             least = self._memory - room + plan["minimum_slots"] * plan["slot"]
-            raise MemoryBudgetError(
-                f"layer {layer} takes {format_size(least)} to run, {format_size(self._memory)} are there for it (-M)"
-            )
+            free = format_size(max(self._memory, 0))
+            raise MemoryBudgetError(f"layer {layer} takes {format_size(least)} to run, {free} are there for it (-M)")
         return _core.Engine(data, index, {**self._options, "expert_slots": max(slots, 1)})
 
     def _layer_index(self, layer: int, spec: ModelSpec) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def test_interrupt_says_how_to_continue(tiny_qwen3_moe: Make, tmp_path: Path, mo
         (["{source}", "a.emoe", "--levels", "2,9"], 1, "levels 2,9 do not ascend within 1 to 8"),
         (["{source}", "a.emoe", "--levels", "2,4", "--bits", "4"], 2, "--bits and --levels exclude each other"),
         (["{source}", "a.emoe", "--calibration", "none"], 2, "--calibration is for --levels"),
+        (["{source}", "a.emoe", "--quality-tokens", "9"], 2, "--quality-tokens is for --levels"),
         (["{source}", "a.emoe", "--target-bpw", "3", "--calibration", "none"], 1, "without calibration"),
         (["{source}", "a.emoe", "--levels", "2,4", "--calibration", "gone.txt"], 1, "gone.txt: No such file"),
         (["{source}"], 2, "Missing argument"),

@@ -57,7 +57,9 @@ def test_damaged(pack: Path) -> None:
 
 def test_no_pack(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
-    for path, message in ((tmp_path / "gone", "No such file"), (tmp_path / "text", "not an .emoe pack")):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    cases = {"gone": "No such file", "text": "not an .emoe pack", "model.gguf": "a GGUF file has no checksums"}
+    for path, message in ((tmp_path / name, message) for name, message in cases.items()):
         result = run("verify", path)
         assert result.exit_code == 1
         assert result.stderr.startswith(f"edgemoe: error: {path}: ")
