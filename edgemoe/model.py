@@ -80,7 +80,7 @@ def resolve(
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """The pack behind a model argument: None (the bundled one), a pack, or a Hugging Face folder.
+    """The file behind a model argument: None (the bundled pack), a pack, a GGUF file, or a Hugging Face folder.
 
     A folder is converted once, into the cache; `announce` gets a line that says so and how much disk it takes,
     `progress` is called with (bytes done, bytes in all).
@@ -118,7 +118,8 @@ def load(
 ) -> Model:
     """Opens a model for generation.
 
-    path: an `.emoe` pack, a Hugging Face folder (converted once into the cache), or None for the bundled model.
+    path: an `.emoe` pack, a GGUF file (run where it lies), a Hugging Face folder (converted once into the cache), or
+    None for the bundled model.
     memory: bytes, "8GB" (10^9), "6GiB" or "auto" (default): what the process may take in all.
     threads: default: the processors this process may use. context: positions of a sequence, default 4096 or what the
     model was made for, if that is less; 0 for all the model was made for.

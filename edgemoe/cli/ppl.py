@@ -44,8 +44,8 @@ def command(
     """Measure how well a model predicts a text: its perplexity, by llama-perplexity's method.
 
     The text is cut into chunks of N tokens; the first half of each is context, the second half is scored. MODEL is a
-    pack or a Hugging Face folder; without one the bundled model is measured. The figure after +/- is the standard
-    error.
+    pack, a GGUF file, or a Hugging Face folder; without one the bundled model is measured. The figure after +/- is the
+    standard error.
     """
     if model is not None and model_option is not None:
         raise click.UsageError("the model is given twice, as MODEL and with -m")

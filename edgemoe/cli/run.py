@@ -128,10 +128,10 @@ def command(
 ) -> None:
     """Answer a prompt, or hold a conversation.
 
-    MODEL is a pack (.emoe) or a Hugging Face folder, which is converted once; the first argument is always MODEL, and
-    without one the bundled model answers. The prompt is PROMPT, -p, -f, or what comes through a pipe; without any of
-    them the terminal becomes a conversation (Ctrl-C stops an answer, Ctrl-D leaves). The model's chat template is
-    applied if it has one; without one, or with --raw, it continues the text.
+    MODEL is a pack (.emoe), a GGUF file, or a Hugging Face folder, which is converted once; the first argument is
+    always MODEL, and without one the bundled model answers. The prompt is PROMPT, -p, -f, or what comes through a
+    pipe; without any of them the terminal becomes a conversation (Ctrl-C stops an answer, Ctrl-D leaves). The model's
+    chat template is applied if it has one; without one, or with --raw, it continues the text.
 
     The text goes to the standard output, everything else, the model's thoughts included, to stderr.
     """
