@@ -5,9 +5,10 @@
 Method:
 
 * The routing is traced on one text of the model's own; what is measured runs on another.
-* Right before the runs the disk (random direct reads of one section of MODEL) and the memory (`edgemoe doctor`'s
-  measure) are timed, and the predictions are made and written down: `plan_model` with that trace, for a context of the
-  runs, at each limit.
+* Right before the runs disk and memory are timed: the rate at which edgemoe reads while it computes 16 tokens of the
+  traced text (probes of a virtual disk found 1.3 GB/s where the runs had 1.8), and `edgemoe doctor`'s measure of the
+  memory. The predictions are made and written down: `plan_model` with that trace, for a context of the runs, at each
+  limit.
 * Then come the runs, interleaved (25, 50, 75, 25, ... %): a process of its own in a memory cgroup of exactly that size,
   swap off, computes a prompt and then tokens one by one, as bench/offload.py does.
 * The error of a run is (measured - predicted) / measured; the result is the median of its absolute values.
@@ -29,20 +30,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from bench._cage import Cage, drop_cache, run  # noqa: E402
-from bench._disk import random_read_bandwidth  # noqa: E402
 from bench.offload import machine, say, seconds_per_token  # noqa: E402
 from edgemoe import _core  # noqa: E402
-from edgemoe.disk import reading_threads  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
-from edgemoe.formats.gguf import is_gguf  # noqa: E402
-from edgemoe.formats.gguf_index import GgufSource, build_index  # noqa: E402
-from edgemoe.formats.pack import BLOCK, Pack  # noqa: E402
-from edgemoe.model import default_cache_dir  # noqa: E402
 from edgemoe.planning import plan_model  # noqa: E402
 from edgemoe.profiling import read_trace  # noqa: E402
 
 TRACED_TEXT = "To install the program, you need"
 MEASURED_TEXT = "The old man looked at the sea and"
+PROBE_TOKENS = 16
 
 
 class Bench:
@@ -68,27 +64,24 @@ class Bench:
         tokens: list[int] = self.job("sequence", text=text, tokens=count, trace=str(trace))["tokens"]
         return tokens
 
-    def speeds(self) -> tuple[float, float]:
+    def speeds(self, tokens: Sequence[int], limit: int) -> tuple[float, float]:
         """Bytes per second of the disk and of the memory, now."""
-        path = self.options.model
-        index = build_index(GgufSource.open(path)) if is_gguf(path) else Pack.open(path)
-        sections = [index.sections[numbers[0]] for layer in index.experts.values() for numbers in layer.sections]
-        extents = [extent for section in sections for extent in section.extents]
-        size = extents[0].length
-        threads = reading_threads(path, size, default_cache_dir())
-        disk = random_read_bandwidth(path, size, [e.offset // BLOCK * BLOCK for e in extents], threads=threads)
+        prompt, rest = tokens[: self.options.prompt_tokens], tokens[self.options.prompt_tokens :][:PROBE_TOKENS]
+        how = {"memory": limit, "eviction": "next_use", "prefetch": True, "prompt": prompt, "tokens": rest}
+        drop_cache(self.options.model)
+        decode = self.job("decode", cage=limit, **how)["decode"]
         done, seconds = _core.profiling.memory_read_speed(256 << 20, self.options.threads, 1.0)
-        return disk, done / seconds
+        return decode["bytes_read"] / decode["read_seconds"], done / seconds
 
     def measure(self, folder: Path) -> dict[str, Any]:
-        self.sequence(TRACED_TEXT, folder / "trace")
+        other = self.sequence(TRACED_TEXT, folder / "trace")
         trace = read_trace(folder / "trace", weights=False)
         tokens = self.sequence(MEASURED_TEXT, folder / "other")
         everything = plan_model(self.options.model, memory=1 << 50, context=self.context)
         limits = [
             everything.everything - int((1 - percent / 100) * everything.experts) for percent in self.options.limits
         ]
-        disk, bandwidth = self.speeds()
+        disk, bandwidth = self.speeds(other, limits[len(limits) // 2])
         predictions = []
         for limit in limits:
             plan = plan_model(
