@@ -133,6 +133,57 @@ void test_abandoned(const Fixture& fixture) {
     }
 }
 
+// Levels of one, one and two blocks: a long run must be found between short ones, also where every long run has
+// something of the very expert that is asked for.
+void test_levels() {
+    constexpr int kLevels = 3, kExperts = 6, kPerExpert = 4;  // blocks
+    std::vector<std::byte> content(kExperts * kPerExpert * kDiskBlock);
+    for (size_t i = 0; i < content.size(); ++i) content[i] = static_cast<std::byte>(i / kDiskBlock * 7 + i);
+    const TemporaryFile file(content);
+    PackIndex index;
+    index.files = {file.path()};
+    const StoredLayout stored = stored_layout("f32");
+    ExpertLayer& experts = index.experts[0];
+    for (int level = 0; level < kLevels; ++level) {
+        experts.levels.push_back({2 + level, {}});
+        for (ExpertPart& part : experts.levels.back().parts) part = {stored, 0, 0, kRows, kCols};
+    }
+    uint64_t offset = 0;
+    for (int expert = 0; expert < kExperts; ++expert) {
+        experts.sections.emplace_back();
+        for (int level = 0; level < kLevels; ++level) {
+            const uint64_t bytes = (level == 2 ? 2 : 1) * kDiskBlock;
+            experts.sections.back().push_back(static_cast<uint32_t>(index.sections.size()));
+            index.sections.push_back({{{0, offset, bytes}}, crc32c(std::span(content).subspan(offset, bytes))});
+            offset += bytes;
+        }
+    }
+    std::vector<std::unique_ptr<DirectFile>> files;
+    files.push_back(std::make_unique<DirectFile>(file.path()));
+    Random random(3);
+    for (const int slots : {1, 2, 4}) {
+        ExpertStore store(index, files, {.slots = slots, .readers = 2});
+        for (int turn = 0; turn < 400; ++turn) {
+            std::vector<ExpertStream::Need> needs;
+            for (int expert = 0; expert < kExperts; ++expert)
+                if (pick(random, 0, 2) == 0) needs.push_back({expert, pick(random, 0, kLevels - 1), 0, 1, 1.0f});
+            ExpertStream stream(store, 0, 1, needs);
+            size_t given = 0;
+            for (auto items = stream.next(); !items.empty(); items = stream.next())
+                for (const ExpertStream::Item& item : items) {
+                    ++given;
+                    const ExpertStream::Need& need = needs[item.position];
+                    for (int level = 0; level <= need.level; ++level)
+                        check(std::memcmp(item.weights.parts[0][level],
+                                          content.data() + (need.expert * kPerExpert + level) * kDiskBlock,
+                                          kDiskBlock) == 0,
+                              "a level has another one's weights");
+                }
+            check(given == needs.size(), "a need was not given exactly once");
+        }
+    }
+}
+
 }  // namespace
 
 void test_store() {
@@ -140,6 +191,7 @@ void test_store() {
     test_streams(fixture);
     test_failures(fixture);
     test_abandoned(fixture);
+    test_levels();
 }
 
 }  // namespace edgemoe::tests

@@ -600,6 +600,7 @@ std::span<const ExpertStream::Item> ExpertStream::next() {
     items_.clear();
     for (Expert& expert : experts_)
         if (expert.pinned && expert.given == expert.end - expert.first) unpin(expert);
+    bool anew = false;
     while (unfinished_ > 0) {
         Expert* refused = nullptr;
         bool keeping = false;
@@ -624,10 +625,11 @@ std::span<const ExpertStream::Item> ExpertStream::next() {
         }
         if (!items_.empty()) break;
         if (refused && !keeping && store_.reading_ == 0) {
-            // Nothing is kept, and yet what this expert has in memory leaves no long run free: it starts anew.
-            if (store_.levels(refused->demand.expert)[0].unit < 0)
-                throw std::runtime_error("the memory for experts does not hold one of them");
+            // Nothing is kept, and yet what this expert has in memory leaves no long run free, or a run was struck off
+            // the candidates for what another refused one has in it: it starts anew.
+            if (std::exchange(anew, true)) throw std::runtime_error("the memory for experts does not hold one of them");
             store_.evict(store_.first_section_[refused->demand.expert]);
+            store_.forget_candidates();
             continue;
         }
         const auto begin = Clock::now();
