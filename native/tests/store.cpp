@@ -184,6 +184,14 @@ void test_levels() {
     }
 }
 
+// What is missing is being read while the pass does something else before it asks for it.
+void test_reads_begin_with_the_stream(const Fixture& fixture) {
+    ExpertStore store(fixture.index, fixture.files, {.slots = 6, .readers = 2});
+    const std::vector<ExpertStream::Need> needs{{0, 0, 0, 1, 1}, {1, 0, 0, 1, 1}};
+    const ExpertStream stream(store, 0, 1, needs);
+    check(store.counters().experts_requested == needs.size(), "a stream does not ask for what is missing at once");
+}
+
 }  // namespace
 
 void test_store() {
@@ -192,6 +200,7 @@ void test_store() {
     test_failures(fixture);
     test_abandoned(fixture);
     test_levels();
+    test_reads_begin_with_the_stream(fixture);
 }
 
 }  // namespace edgemoe::tests

@@ -577,6 +577,10 @@ ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<
     }
     store.ahead_.clear();
     store.hints_.clear();
+    // The others at once, as many as there is room for: they are read while the pass does something else, and before
+    // what it expects next.
+    for (Expert& expert : experts_)
+        if (!expert.pinned && !(expert.pinned = store.pin(expert.demand))) break;
 }
 
 void ExpertStream::unpin(Expert& expert) {
