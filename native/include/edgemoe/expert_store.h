@@ -229,6 +229,7 @@ class ExpertStore {
     LookAhead look_ahead_;
     std::chrono::steady_clock::time_point idle_since_;  // of the disk, but for predictions
     bool idle_ = false;
+    int layer_ = -1;  // of the last stream
     StoreCounters counters_;
     int demands_reading_ = 0;
     int reading_ = 0;

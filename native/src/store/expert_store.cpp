@@ -547,6 +547,9 @@ ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<
     unfinished_ = static_cast<int>(experts_.size());
     std::lock_guard lock(store.mutex_);
     store.forget_candidates();
+    // Nothing is read ahead from one pass to the next: the time between them, a user's perhaps, is no window.
+    if (layer <= store.layer_) store.idle_ = false;
+    store.layer_ = layer;
     store.ranking_.begin_turn(layer, tokens);
     for (Expert& expert : experts_) {
         ExpertStore::Demand& demand = expert.demand;
