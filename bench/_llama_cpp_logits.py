@@ -1,8 +1,10 @@
 """A child of `compare_llama_cpp`: llama.cpp (xllamacpp) reads a GGUF, and its log probabilities after each token are
 written.
 
-Its argument is JSON: path, tokens, vocabulary, threads, target. `target` becomes float32 [tokens, vocabulary], without
-a header. A server gives out the probabilities of as many tokens as are asked for: here, of all of them.
+Its argument is JSON: path, tokens, vocabulary, threads, target, sampled (a token that is always the one sampled, where
+others may be pieces of a character, which llama.cpp holds back; probabilities do not depend on it). `target` becomes
+float32 [tokens, vocabulary], without a header. A server gives out the probabilities of as many tokens as are asked for:
+here, of all of them.
 """
 
 import array
@@ -11,7 +13,7 @@ import math
 import sys
 
 
-def log_probabilities(path, tokens, vocabulary, threads, target):
+def log_probabilities(path, tokens, vocabulary, threads, target, sampled=None):
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -30,6 +32,8 @@ def log_probabilities(path, tokens, vocabulary, threads, target):
         for end in range(1, len(tokens) + 1):
             # What it has computed it keeps; only the last token is new.
             request = {"prompt": tokens[:end], "n_predict": 1, "temperature": 0, "logprobs": vocabulary}
+            if sampled is not None:
+                request["logit_bias"] = [[sampled, 1000.0]]
             answer = server.handle_completions({**request, "cache_prompt": end > 1})
             row = array.array("f", [math.nan]) * vocabulary
             for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:

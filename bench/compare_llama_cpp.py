@@ -73,7 +73,9 @@ def ours(path: Path, tokens: Sequence[int]) -> Array:
         return log_softmax(model.logits(tokens))
 
 
-def theirs(path: Path, tokens: Sequence[int], vocabulary: int, options: argparse.Namespace) -> Array:
+def theirs(
+    path: Path, tokens: Sequence[int], vocabulary: int, options: argparse.Namespace, sampled: int | None = None
+) -> Array:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "log_probabilities"
         arguments = {
@@ -82,6 +84,7 @@ def theirs(path: Path, tokens: Sequence[int], vocabulary: int, options: argparse
             "vocabulary": vocabulary,
             "threads": options.threads,
             "target": str(target),
+            "sampled": sampled,
         }
         command = [options.peer_python, str(ROOT / "bench" / "_llama_cpp_logits.py"), json.dumps(arguments)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=3600)
