@@ -198,6 +198,7 @@ th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; color: var(--soft); }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+.entry { white-space: nowrap; }
 .key { display: inline-block; width: 14px; height: 3px; vertical-align: middle; margin: 0 6px 0 14px; }
 """
 
@@ -402,8 +403,8 @@ def _lines(
         parts.append(f'<line x1="{left}" y1="{y}" x2="{width - right}" y2="{y}" stroke="var(--line)"/>')
         name = f"{step * 20} %" if percent else f"{step / 5:.1f}"
         parts.append(f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{name}</text>')
-    for step in range(5):
-        value = low + (high - low) * step / 4
+    ticks = [low + (high - low) * step / 4 for step in range(5)]
+    for value in ticks if percent else sorted({float(round(tick)) for tick in ticks}):
         x = at(value, 0).split(",")[0]
         name = f"{value:.0%}".replace("%", " %") if percent else f"{value:.0f}"
         parts.append(f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{name}</text>')
@@ -423,7 +424,8 @@ def _lines(
             x, y = at(*points[0]).split(",")
             parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
     key = "".join(
-        f'<span class="key" style="background:{_COLOURS[name]}"></span>{html.escape(name)}' for name, _ in curves
+        f'<span class="entry"><span class="key" style="background:{_COLOURS[name]}"></span>{html.escape(name)}</span> '
+        for name, _ in curves
     )
     names = html.escape(", ".join(name for name, _ in curves))
     return (
