@@ -15,13 +15,16 @@ from tools.train.model import Model
 _STEPS = ((3.4445, -4.7750, 2.0315),) * 4
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearly orthogonal factor of each matrix: ``[n, rows, columns]`` -> the same shape, singular values near 1."""
+def orthogonalize(matrices: Tensor, half: bool = False) -> Tensor:
+    """The nearly orthogonal factor of each matrix: ``[n, rows, columns]`` -> the same shape, singular values near 1.
+
+    ``half``: with products of bfloat16, which the iteration forgives.
+    """
     flip = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if flip else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.bfloat16() if half else x
     if x.is_cuda:
-        x = x.bfloat16()
         for a, b, c in _STEPS:
             gram = x @ x.transpose(1, 2)
             x = a * x + (b * gram + c * gram @ gram) @ x
@@ -52,9 +55,10 @@ class Muon(torch.optim.Optimizer):
         pool: Executor,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        half: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.pool = pool
+        self.pool, self.half = pool, half
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -76,19 +80,18 @@ class Muon(torch.optim.Optimizer):
                 tasks += [(group, *parts) for parts in zip(*(x.split(size) for x in flat), strict=True)]
         list(self.pool.map(self._update, tasks))
 
-    @staticmethod
     @torch.no_grad()
-    def _update(task: tuple[dict[str, Any], Tensor, Tensor, Tensor]) -> None:
+    def _update(self, task: tuple[dict[str, Any], Tensor, Tensor, Tensor]) -> None:
         group, parameter, grad, average = task
         average.lerp_(grad, 1 - group["momentum"])
-        update = orthogonalize(grad.lerp(average, group["momentum"]))
+        update = orthogonalize(grad.lerp(average, group["momentum"]), self.half)
         rows, columns = parameter.shape[1:]
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
 def make_optimizers(
-    model: Model, muon_lr: float, adam_lr: float, weight_decay: float, pool: Executor
+    model: Model, muon_lr: float, adam_lr: float, weight_decay: float, pool: Executor, half: bool
 ) -> list[torch.optim.Optimizer]:
     """Muon for attention and experts; AdamW for embeddings, routers and norms (a router's rows are no rotation)."""
     matrices, embeddings, routers, norms = [], [], [], []
@@ -112,7 +115,10 @@ def make_optimizers(
         weight_decay=0.0,
         fused=True,
     )
-    optimizers: list[torch.optim.Optimizer] = [Muon(matrices, muon_lr, pool, weight_decay=weight_decay), adam]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, muon_lr, pool, weight_decay=weight_decay, half=half),
+        adam,
+    ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
