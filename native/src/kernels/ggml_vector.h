@@ -87,7 +87,6 @@ struct GgmlKernels {
     static constexpr int kChunk = 48;  // tokens that are packed at a time
     static constexpr size_t kPackedGroup = kGroup + sizeof(float) + 4 * sizeof(int16_t);  // bytes of a token's group
     static constexpr int kMxfp4Offset = 12;
-    static constexpr ptrdiff_t kPrefetch = 4096;  // bytes ahead
 
     struct Product {
         const Matrix& matrix;
@@ -129,13 +128,18 @@ struct GgmlKernels {
         return V::add_16(broadcast_pair(parts), broadcast_pair(parts + 2));
     }
 
-    // A single token waits for memory, and the processor's own prefetching does not look far enough ahead: asks for
-    // lines first ... first + count - 1 from `words` on, of every row block.
-    template <int R>
-    static EDGEMOE_INLINE void prefetch(const Product& p, const std::byte* words, int first, int count) {
-        for (int i = first; i < first + count; ++i) {
+    // A single token waits for memory. Where a block's words are used in their order, the processor's own prefetching
+    // is best left alone; blocks with sub-blocks of 16 jump between their parts, more places than it follows: each of
+    // their sub-blocks asks for some lines of the next block. All of them at once would wait for each other.
+    template <Layout L, int P, int K, int R>
+    static EDGEMOE_INLINE void prefetch(const Product& p, const std::byte* words, int half) {
+        constexpr int lines = ggml_format(L).words, upper = (lines + 1) / 2;
+        constexpr int pieces = 128 / ggml_sub_block(L), piece = P * (pieces / 2) + K;
+        const std::byte* next = words + (lines + half * (lines / 2)) * 64;
+        EDGEMOE_UNROLL
+        for (int i = piece * upper / pieces; i < (piece + 1) * upper / pieces; ++i) {
             EDGEMOE_UNROLL
-            for (int r = 0; r < R; ++r) __builtin_prefetch(words + r * p.bytes + i * 64);
+            for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * p.bytes + i * 64);
         }
     }
 
@@ -177,7 +181,6 @@ struct GgmlKernels {
                                            int block, const Tile<T>& tile, F (&sums)[R][T]) {
         constexpr int bits = offset_bits(L, V::kSignedOffset);
         constexpr int offset = L == Layout::ggml_mxfp4 ? kMxfp4Offset : bits < 0 ? 0 : 1 << (bits < 0 ? 0 : bits);
-        if constexpr (T == 1) prefetch<R>(p, words + kPrefetch, 0, ggml_format(L).words);
         const Tile<T> x = tile.group(block / 2);
         const int odd = block % 2;
         I dots[R][T];
@@ -341,8 +344,8 @@ struct GgmlKernels {
     }
 
     template <Layout L, int P, int K, int R, int T>
-    static EDGEMOE_INLINE void sub_block(const Product& p, const std::byte* words, int half, const int8_t* codes,
-                                         const Factors (&group)[R], I (&dots)[R][T]) {
+    static EDGEMOE_INLINE void sub_block(const Product& p, const std::byte* words, int half, bool more,
+                                         const int8_t* codes, const Factors (&group)[R], I (&dots)[R][T]) {
         I scale[R];
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) scale[r] = V::as_scale(factor<L, K>(group[r].scales));
@@ -350,12 +353,14 @@ struct GgmlKernels {
             return large_codes<L, P, K>(words + r * p.bytes, half, n);
         };
         constexpr int width = ggml_sub_block(L);
+        if constexpr (T == 1 && width == 16)
+            if (more) prefetch<L, P, K, R>(p, words, half);
         V::template dot_quads<largest_code(L), width / 4, true, R, T>(weights, codes + K * width, scale, dots);
     }
 
     template <Layout L, int P, int R, int T>
     static EDGEMOE_INLINE void large_group(const Product& p, const std::byte* words, const std::byte* parameters,
-                                           int half, const Tile<T>& x, F (&sums)[R][T]) {
+                                           int half, bool more, const Tile<T>& x, F (&sums)[R][T]) {
         constexpr int bits = offset_bits(L, V::kSignedOffset);
         Factors integers[R];
         I dots[R][T];
@@ -374,11 +379,11 @@ struct GgmlKernels {
                 for (int t = 0; t < T; ++t) dots[r][t] = V::set1_i(0);
             }
         }
-        sub_block<L, P, 0, R, T>(p, words, half, x.codes, integers, dots);
-        sub_block<L, P, 1, R, T>(p, words, half, x.codes, integers, dots);
+        sub_block<L, P, 0, R, T>(p, words, half, more, x.codes, integers, dots);
+        sub_block<L, P, 1, R, T>(p, words, half, more, x.codes, integers, dots);
         if constexpr (ggml_sub_block(L) == 16) {
-            sub_block<L, P, 2, R, T>(p, words, half, x.codes, integers, dots);
-            sub_block<L, P, 3, R, T>(p, words, half, x.codes, integers, dots);
+            sub_block<L, P, 2, R, T>(p, words, half, more, x.codes, integers, dots);
+            sub_block<L, P, 3, R, T>(p, words, half, more, x.codes, integers, dots);
         }
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -404,12 +409,10 @@ struct GgmlKernels {
 
     template <Layout L, int R, int T>
     static EDGEMOE_INLINE void large_block(const Product& p, const std::byte* words, const std::byte* parameters,
-                                           int block, const Tile<T>& tile, F (&sums)[R][T]) {
-        constexpr int lines = ggml_format(L).words;
+                                           int block, bool more, const Tile<T>& tile, F (&sums)[R][T]) {
         for (int half = 0; half < 2; ++half) {
-            if constexpr (T == 1) prefetch<R>(p, words + kPrefetch, half * (lines / 2), (lines + 1) / 2);
-            large_group<L, 0, R, T>(p, words, parameters, half, tile.group(block * 4 + half * 2), sums);
-            large_group<L, 1, R, T>(p, words, parameters, half, tile.group(block * 4 + half * 2 + 1), sums);
+            large_group<L, 0, R, T>(p, words, parameters, half, more, tile.group(block * 4 + half * 2), sums);
+            large_group<L, 1, R, T>(p, words, parameters, half, more, tile.group(block * 4 + half * 2 + 1), sums);
         }
     }
 
@@ -433,7 +436,7 @@ struct GgmlKernels {
             if constexpr (format.cols == 32)
                 small_block<L, R, T>(p, words, parameters, i, x, sums);
             else
-                large_block<L, R, T>(p, words, parameters, i, x, sums);
+                large_block<L, R, T>(p, words, parameters, i, i + 1 < blocks, x, sums);
             words += format.words * 64;
             parameters += format.parameters * format.parameter_bytes * kRowBlock;
         }
