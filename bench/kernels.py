@@ -10,8 +10,8 @@ reach in registers, of the instruction that the kernels of that set use; float l
 The shape is that of an expert of Qwen3-30B-A3B, 768 x 2048.
 
 The expert layer: router, 8 of 128 such experts, 4 bits. edgemoe and llama.cpp run a model of layers whose attention is
-next to nothing (one head of 64), the same GGUF file, and a layer is their time divided by the layers; of a prompt, for
-llama.cpp, by one less, as it computes the last layer's experts for the last token only. onnxruntime runs its
+next to nothing (one head of 64), the same GGUF file, and a layer is their time divided by the layers; of a prompt by one
+less, as both compute the last layer's experts for the last token only. onnxruntime runs its
 `com.microsoft.QMoE` alone, with 4-bit codes and a scale for 64 of them, which gets the router's logits as an input.
 PYTHON: an interpreter with xllamacpp and onnxruntime; what it lacks is left out.
 """
@@ -95,7 +95,7 @@ def layer_times(options: argparse.Namespace) -> dict[str, dict[int, list[float]]
                         calls = answer["tokens"] if tokens == 1 else 1
                         if number:  # the first round does not count
                             values = times.setdefault(one.name, {}).setdefault(tokens, [])
-                            layers = options.layers - (tokens > 1 and one.name != OURS)
+                            layers = options.layers - (tokens > 1)
                             values.append(answer["seconds"] / calls / layers)
     if options.onnx:
         command = [options.onnx_python, str(ROOT / "bench" / "_qmoe.py")]

@@ -69,6 +69,26 @@ def test_logits_equal_the_numpy_reference(make_pack: Callable[..., Path], bits: 
     assert difference.mean() < (2e-6 if bits >= 16 else 5e-4)
 
 
+def test_the_last_layer_computes_only_wanted_tokens(make_pack: Callable[..., Path]) -> None:
+    pack = make_pack(4)
+    count, layers, top_k = 30, len(Pack.open(pack).experts), Pack.open(pack).spec.layers[0].top_k
+    positions, ids = np.arange(count, dtype=np.int32), np.zeros(count, np.int32)
+    with edgemoe.load(pack) as model:
+        engine = model._open()
+        every = engine.forward(TOKENS[:count], positions, ids, positions)
+        for wanted in ([], [count - 1], [0, 3, 17]):
+            engine.truncate(0, 0)
+            before = engine.counters()["expert_uses"]
+            some = engine.forward(TOKENS[:count], positions, ids, np.array(wanted, np.int32))
+            uses = engine.counters()["expert_uses"] - before
+            np.testing.assert_array_equal(some, every[wanted])
+            assert uses == ((layers - 1) * count + len(wanted)) * top_k
+        engine.truncate(0, 0)
+        engine.record_routing(True)
+        np.testing.assert_array_equal(engine.forward(TOKENS[:count], positions, ids, [4]), every[[4]])
+        assert engine.take_routing()[0].shape == (count, layers * top_k)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_int8_activations_cost_little(make_pack: Callable[..., Path], bits: int) -> None:
     pack = make_pack(bits)

@@ -220,7 +220,8 @@ def train(args: argparse.Namespace) -> Path:
     total = sum(p.numel() for p in model.parameters())
     expert = sum(m.gate_up.numel() + m.down.numel() for m in model.mixtures())
     active = total - expert + expert * config.num_experts_per_tok // config.num_experts
-    note({"parameters": total, "active": active, "device": device, "bf16": half, "resumed_at": done, "steps": args.steps})
+    sizes_of = {"parameters": total, "active": active}
+    note(sizes_of | {"device": device, "bf16": half, "resumed_at": done, "steps": args.steps})
 
     micro = min(sequences, args.micro or (64 if device == "cuda" else 4))
     began, seconds, clock = time.monotonic(), 0.0, time.monotonic()

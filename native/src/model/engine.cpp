@@ -515,16 +515,30 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
         }
     });
 
+    // The last layer's feed-forward part changes nothing but logits: the tokens that nobody wants logits of need not go
+    // through it, unless their routing is recorded. Rows move to the front, in their order.
+    const bool all_tokens = pass_ || recording_;
+    const int rows = static_cast<int>(wanted.size());
+    const auto keep_wanted = [&] {
+        for (int i = 0; i < rows; ++i)
+            std::memmove(s.x + size_t(i) * hidden, s.x + size_t(wanted[i]) * hidden, hidden * sizeof(float));
+    };
     for (int layer = first_layer; layer < end_layer; ++layer) {
         check();
         mix(layer, count, positions, sequence_ids);
-        normalize(layers_[layer].ffn_norm, s.x, count, s.normed);
+        int active = count;
+        if (layer + 1 == end_layer && !all_tokens) {
+            keep_wanted();
+            active = rows;
+            if (active == 0) break;
+        }
+        normalize(layers_[layer].ffn_norm, s.x, active, s.normed);
         if (spec_.layers[layer].experts)
-            expert_ffn(layer, count);
+            expert_ffn(layer, active);
         else
-            dense_ffn(layer, count);
+            dense_ffn(layer, active);
         if (const float* scale = layers_[layer].output_scale)
-            each_token(count, [&](int t) {
+            each_token(active, [&](int t) {
                 float* x = s.x + size_t(t) * hidden;
                 for (int i = 0; i < hidden; ++i) x[i] *= *scale;
             });
@@ -542,11 +556,9 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
         pass_->peaks += pairs;
         pass_->energies += pairs;
     }
-    if (wanted.empty()) return;
-    const int rows = static_cast<int>(wanted.size());
-    for (int i = 0; i < rows; ++i)
-        std::memcpy(s.normed + size_t(i) * hidden, s.x + size_t(wanted[i]) * hidden, hidden * sizeof(float));
-    normalize(*final_norm_, s.normed, rows, s.normed);
+    if (rows == 0) return;
+    if (all_tokens) keep_wanted();
+    normalize(*final_norm_, s.x, rows, s.normed);
     const Activations input = prepare(s.normed, rows, hidden, {&head_, 1});
     product({&head_, 1}, input, rows, {&logits, 1});
     if (!head_bias_ && spec_.logits_divisor == 1.0f && spec_.logits_softcap == 0) return;
