@@ -3,9 +3,9 @@ written.
 
 Its argument is JSON: path, tokens, vocabulary, threads, target, sampled (a token that is always the one sampled, where
 others may be pieces of a character, which llama.cpp holds back; probabilities do not depend on it), context (0: a
-little more than the tokens), exact (whether to keep keys and values in 32 bits and leave out its flash attention, which
-sums in 16). `target` becomes float32 [tokens, vocabulary], without a header. A server gives out the probabilities of as
-many tokens as are asked for: here, of all of them.
+little more than the tokens), exact (whether to keep keys and values in 32 bits and to leave out its flash attention,
+which rounds more). `target` becomes float32 [tokens, vocabulary], without a header. A server gives out the
+probabilities of as many tokens as are asked for: here, of all of them.
 """
 
 import array
