@@ -2,9 +2,10 @@
 written.
 
 Its argument is JSON: path, tokens, vocabulary, threads, target, sampled (a token that is always the one sampled, where
-others may be pieces of a character, which llama.cpp holds back; probabilities do not depend on it). `target` becomes
-float32 [tokens, vocabulary], without a header. A server gives out the probabilities of as many tokens as are asked for:
-here, of all of them.
+others may be pieces of a character, which llama.cpp holds back; probabilities do not depend on it), context (0: a
+little more than the tokens), exact (whether to keep keys and values in 32 bits and to leave out its flash attention,
+which rounds more). `target` becomes float32 [tokens, vocabulary], without a header. A server gives out the
+probabilities of as many tokens as are asked for: here, of all of them.
 """
 
 import array
@@ -13,12 +14,12 @@ import math
 import sys
 
 
-def log_probabilities(path, tokens, vocabulary, threads, target, sampled=None):
+def log_probabilities(path, tokens, vocabulary, threads, target, sampled=None, context=0, exact=False):
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = path
-    params.n_ctx = len(tokens) + 16
+    params.n_ctx = context or len(tokens) + 16
     params.n_gpu_layers = 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.fit_params = False
@@ -26,7 +27,10 @@ def log_probabilities(path, tokens, vocabulary, threads, target, sampled=None):
     params.cache_ram_mib = 0
     params.n_ctx_checkpoints = 0
     params.ui = False
-    params.verbosity = 1
+    if exact:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.verbosity = 2  # with what goes wrong
     server = xllamacpp.Server(params)
     with open(target, "wb") as out:  # noqa: PTH123
         for end in range(1, len(tokens) + 1):

@@ -74,8 +74,15 @@ def ours(path: Path, tokens: Sequence[int]) -> Array:
 
 
 def theirs(
-    path: Path, tokens: Sequence[int], vocabulary: int, options: argparse.Namespace, sampled: int | None = None
+    path: Path,
+    tokens: Sequence[int],
+    vocabulary: int,
+    options: argparse.Namespace,
+    sampled: int | None = None,
+    context: int = 0,
+    exact: bool = False,
 ) -> Array:
+    """Log probabilities by llama.cpp, [tokens, vocabulary]. The other arguments are those of the child."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "log_probabilities"
         arguments = {
@@ -85,11 +92,15 @@ def theirs(
             "threads": options.threads,
             "target": str(target),
             "sampled": sampled,
+            "context": context,
+            "exact": exact,
         }
         command = [options.peer_python, str(ROOT / "bench" / "_llama_cpp_logits.py"), json.dumps(arguments)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=3600)
         if result.returncode:
-            raise SystemExit(f"llama.cpp failed: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
+            said = result.stderr.strip().splitlines() or ["?"]
+            loading = [line.partition("error loading model: ")[2] for line in said if "error loading model: " in line]
+            raise SystemExit(f"llama.cpp failed: {(loading or said[-1:])[0]}")
         values = np.fromfile(target, np.float32).reshape(len(tokens), vocabulary).astype(np.float64)
     if np.isnan(values).any():
         raise SystemExit(f"{path}: llama.cpp gave no probability for {np.isnan(values).sum()} tokens")

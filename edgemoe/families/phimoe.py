@@ -1,8 +1,9 @@
 """Phi-3.5-MoE (Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE): LayerNorms with biases, biases in attention and output head,
 LongRoPE, a SparseMixer router.
 
-LongRoPE's frequencies are chosen by the context that a model is loaded with. GGUF files do not state the router's
-threshold, which is that of all released models.
+LongRoPE's frequencies are chosen by the context that a model is loaded with. GGUF files state neither the router's
+threshold nor the factors on cosine and sine ("rope.scaling.attn_factor" is what follows from the context lengths, 1.19,
+not the configuration's short_mscale and long_mscale): they are taken to be those of all released models.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "phimoe"
 
+_MSCALE = 1.243163121016122
 _NAMES = Names(
     {
         **ATTENTION,
@@ -107,6 +109,10 @@ def spec_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     if "rope_factors_long.weight" in metadata:  # some files have the factors and no type
         metadata = {"phimoe.rope.scaling.type": "longrope", **metadata}
     config = _GGUF.configuration(metadata, shapes)
+    if "rope_scaling" in config:
+        config["rope_scaling"] |= {"short_mscale": _MSCALE, "long_mscale": _MSCALE}
+    if config.get("sliding_window") == 0:  # how conversions write that there is none
+        del config["sliding_window"]
     return spec({**config, "attention_bias": "blk.0.attn_q.bias" in shapes, "lm_head_bias": "output.bias" in shapes})
 
 

@@ -41,7 +41,8 @@ class Case:
 
     config: the name of transformers' class; options: of it. architecture: of GGUF files; metadata: their keys after the
     architecture. convert: what llama.cpp's converter does to tensors before they are named. oracle: the options that
-    transformers must have to compute what the model is meant to compute, where it does not.
+    transformers must have to compute what the model is meant to compute, where it does not. adjust: changes parameters
+    (name -> tensor) after their random values.
     """
 
     config: str
@@ -50,6 +51,7 @@ class Case:
     metadata: Mapping[str, Any]
     convert: Callable[[Arrays, Any], Arrays] = lambda tensors, config: tensors
     oracle: Mapping[str, Any] = field(default_factory=dict)
+    adjust: Callable[[dict[str, Any]], None] = lambda parameters: None
     positions: int = 96
     context: int = 512
 
@@ -79,6 +81,19 @@ def neighbours(tensors: Arrays, config: Any) -> Arrays:
         name: permute(values, counts[name.split(".")[-2]]) if re.search(r"\.[qk]_proj\.", name) else values
         for name, values in tensors.items()
     }
+
+
+def further_layer(tensors: Arrays, config: Any) -> Arrays:
+    """A layer more, which predicts a token more: as the last one, with norms and a projection of its own."""
+    last, count, hidden = config.num_hidden_layers - 1, config.num_hidden_layers, config.hidden_size
+    copies = {
+        name.replace(f"model.layers.{last}.", f"model.layers.{count}."): values
+        for name, values in tensors.items()
+        if name.startswith(f"model.layers.{last}.")
+    }
+    norms = {f"blk.{count}.nextn.{part}.weight": np.ones(hidden, np.float32) for part in ("enorm", "hnorm")}
+    projection = {f"blk.{count}.nextn.eh_proj.weight": np.zeros((hidden, 2 * hidden), np.float32)}
+    return {**tensors, **copies, **norms, **projection}
 
 
 def split_gates(tensors: Arrays, config: Any) -> Arrays:
@@ -155,6 +170,7 @@ def write_folder(folder: Path, case: Case, original: bool = True) -> Any:
             else:
                 fan = values.shape[-2] if config.model_type == "gpt_oss" and values.dim() == 3 else values.shape[-1]
                 values.copy_(noise * 2.0 * fan**-0.5)
+        case.adjust(dict(model.named_parameters()))
     model.save_pretrained(folder, save_original_format=original)
     vocabulary = {f"<{i}>": i for i in range(VOCABULARY)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<0>"))
@@ -316,14 +332,16 @@ _LONG_ROPE: dict[str, Any] = {
     "rope_theta": 1e6,
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
     "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
-    "short_mscale": 1.2,
-    "long_mscale": 1.2,
+    # As all released models have them.
+    "short_mscale": 1.243163121016122,
+    "long_mscale": 1.243163121016122,
     "original_max_position_embeddings": 64,
 }
+# The converter writes no type. Its factor is the one of LongRoPE, sqrt(1 + ln 8 / ln 64), not the model's.
 _LONG_ROPE_KEYS = {
-    "rope.scaling.type": "longrope",
     "rope.scaling.original_context_length": 64,
-    "rope.scaling.attn_factor": 1.2,
+    "rope.scaling.attn_factor": 1.2247449,
+    "attention.sliding_window": 0,
 }
 
 CASES: dict[str, Case] = {
@@ -391,6 +409,8 @@ CASES: dict[str, Case] = {
         {
             "expert_count": 4,
             "expert_used_count": 3,
+            "attention.key_length": 32,
+            "attention.value_length": 32,
             "rope.dimension_count": 32,
             "rope.freq_base": 1e6,
             "attention.sliding_window": 70,
@@ -451,7 +471,7 @@ CASES: dict[str, Case] = {
             "block_count": 4,
             "nextn_predict_layers": 1,
         },
-        lambda tensors, config: {**tensors, "blk.3.nextn.eh_proj.weight": np.zeros((64, 128), np.float32)},
+        further_layer,
     ),
     "ernie4_5_moe": Case(
         "Ernie4_5_MoeConfig",
@@ -471,7 +491,12 @@ CASES: dict[str, Case] = {
             "moe_layer_interval": 2,
         },
         "ernie4_5-moe",
-        {**_ERNIE_KEYS, "expert_shared_count": 0, "interleave_moe_layer_step": 2},
+        {
+            **_ERNIE_KEYS,
+            "expert_shared_count": 0,
+            "expert_shared_feed_forward_length": None,
+            "interleave_moe_layer_step": 2,
+        },
     ),
     "minimax_m2": Case(
         "MiniMaxM2Config",
@@ -588,7 +613,16 @@ CASES: dict[str, Case] = {
         "GraniteMoeConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.25},
         "granitemoe",
-        {"expert_count": 4, "expert_used_count": 2, "rope.freq_base": 10000.0, "attention.scale": 0.25},
+        {
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "rope.freq_base": 10000.0,
+            "rope.dimension_count": 16,
+            "embedding_scale": 1.0,
+            "residual_scale": 1.0,
+            "attention.scale": 0.25,
+            "logit_scale": 1.0,
+        },
         split_stacked,
     ),
 }

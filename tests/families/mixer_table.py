@@ -321,7 +321,13 @@ CASES: dict[str, Case] = {
         {},
         context=256,
     ),
-    "qwen3_5_moe": Case("Qwen3_5MoeTextConfig", _DELTA, "qwen35moe", _DELTA_KEYS, split_delta),
+    "qwen3_5_moe": Case(
+        "Qwen3_5MoeTextConfig",
+        _DELTA,
+        "qwen35moe",
+        {**_DELTA_KEYS, "rope.dimension_sections": [2, 1, 1, 0]},
+        split_delta,
+    ),
     "qwen3_5_moe, tied, more heads": Case(
         "Qwen3_5MoeTextConfig",
         {
@@ -340,6 +346,7 @@ CASES: dict[str, Case] = {
             **_DELTA_KEYS,
             "full_attention_interval": 2,
             "rope.dimension_count": 16,
+            "rope.dimension_sections": [3, 3, 2, 0],
             "rope.freq_base": 1e7,
             "ssm.state_size": 16,
             "ssm.group_count": 4,

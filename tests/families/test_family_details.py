@@ -17,6 +17,7 @@ from edgemoe.convert import SourceModel, convert
 from edgemoe.errors import ReadError, SourceError, StateError, UnsupportedModelError
 from edgemoe.families import family_for
 from edgemoe.formats.ggml_blocks import dequantize, mxfp4_blocks
+from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.pack import Pack
 from edgemoe.memory import plan_budget
 from edgemoe.spec import ModelSpec
@@ -261,6 +262,21 @@ def test_longrope_is_chosen_by_the_context(tmp_path: Path) -> None:
         expected = expected_logits(with_options(folder, oracle), tokens)
         with edgemoe.load(tmp_path / "a.emoe", **{**F32_STATE, "context": context}) as model:
             assert np.abs(model.logits(tokens) - expected).max() <= 2e-3 * np.ptp(expected)
+
+
+def test_phi_files_of_different_conversions(tmp_path: Path) -> None:
+    """With the type of scaling stated or not, with a window that is none or longer than the context."""
+    folder, case = folder_of(tmp_path, "phimoe"), CASES["phimoe"]
+    specs = []
+    for number, more in enumerate(({}, {"rope.scaling.type": "longrope", "attention.sliding_window": 7})):
+        changed = dataclasses.replace(case, metadata={**case.metadata, **more})
+        specs.append(GgufSource.open(write_gguf(tmp_path / f"{number}.gguf", folder, changed)).spec)
+    first, second = (spec.layers[0].attention for spec in specs)
+    assert (first.window, second.window) == (None, 7)
+    assert first.rope == second.rope
+    # Not what the file says, which follows from its context lengths.
+    assert first.rope is not None
+    assert (first.rope.attention_factor, first.rope.long_attention_factor) == (1.243163121016122, 1.243163121016122)
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
