@@ -10,9 +10,9 @@ reach in registers, of the instruction that the kernels of that set use; float l
 The shape is that of an expert of Qwen3-30B-A3B, 768 x 2048.
 
 The expert layer: router, 8 of 128 such experts, 4 bits. edgemoe and llama.cpp run a model of layers whose attention is
-next to nothing (one head of 64), the same GGUF file, and a layer is their time divided by the layers; of a prompt by one
-less, as both compute the last layer's experts for the last token only. onnxruntime runs its
-`com.microsoft.QMoE` alone, with 4-bit codes and a scale for 64 of them, which gets the router's logits as an input.
+next to nothing (one head of 64), the same GGUF file, and a layer is their time divided by the layers; of a prompt by
+one less, as both compute the last layer's experts for the last token only. onnxruntime runs its `com.microsoft.QMoE`
+alone, with 4-bit codes and a scale for 64 of them, which gets the router's logits as an input.
 PYTHON: an interpreter with xllamacpp and onnxruntime; what it lacks is left out.
 """
 
