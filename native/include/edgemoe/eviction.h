@@ -12,7 +12,7 @@ namespace edgemoe {
 enum class Eviction : uint8_t {
     lru,          // least recently used
     lfu,          // least often used, then least recently
-    least_stale,  // those untouched in this forward pass first, then least recently used (SpecMD)
+    least_stale,  // those untouched in this forward pass first, then least recently used (SpecMD): the order of lru
     next_use,     // least likely to be used when its layer comes again; among equals the layer that comes last
 };
 
@@ -30,10 +30,11 @@ class EvictionRanking {
   public:
     EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_section, int layers);
 
-    // Layer `layer` is about to compute `tokens` tokens.
-    void begin_turn(int layer, int tokens);
+    // Layer `layer` is about to compute `tokens` tokens. The number of layers that were passed on the way to it from
+    // the last one (the first follows the last), itself included: only their sections have another rank now.
+    int begin_turn(int layer, int tokens);
     // The section works in the current turn; `last_token` is the last of the turn's tokens that uses it, `uses` how
-    // many.
+    // many. No other section's rank changes.
     void use(int section, int last_token, int uses);
 
     // Smaller leaves first.
@@ -54,15 +55,14 @@ class EvictionRanking {
     std::vector<int32_t> layer_of_;
     std::vector<uint64_t> last_use_;  // clock of the last use, 0 for never
     std::vector<uint32_t> uses_;
-    std::vector<uint64_t> last_pass_;
     std::vector<double> score_;           // decayed uses as of last_token_
     std::vector<uint64_t> last_token_;    // of the section's layer
     std::vector<uint64_t> layer_tokens_;  // tokens each layer has computed, those of its current turn included
+    std::vector<uint64_t> passed_;        // when each layer was passed last, counted in layers
     std::array<double, kHorizon> decay_;
     int layer_ = -1;
     int layers_;
     uint64_t turn_begin_ = 0;
-    uint64_t pass_ = 0;
     uint64_t clock_ = 0;
 };
 

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "edgemoe/arena.h"
+#include "edgemoe/cheapest_runs.h"
 #include "edgemoe/direct_file.h"
 #include "edgemoe/eviction.h"
 #include "edgemoe/pack_index.h"
@@ -35,14 +36,14 @@ struct ExpertWeights {
 
 struct StoreCounters {
     uint64_t experts_requested = 0;
-    uint64_t experts_hit = 0;  // all levels that were needed were in memory
-    uint64_t sections_read = 0;
-    uint64_t bytes_read = 0;
+    uint64_t experts_hit = 0;      // all levels that were needed were in memory
+    uint64_t sections_read = 0;    // whole and undamaged
+    uint64_t bytes_read = 0;       // for these
     uint64_t evictions = 0;        // of sections
     uint64_t prefetch_issued = 0;  // sections read because they were predicted
     uint64_t prefetch_used = 0;    // ... that were there when they were needed
     uint64_t prefetch_late = 0;    // ... that were still being read when they were needed
-    uint64_t prefetch_wasted = 0;  // ... that left unused
+    uint64_t prefetch_wasted = 0;  // ... that left unused, or could not be read
     double stall_seconds = 0;      // the pass waited and had nothing to compute
     double read_seconds = 0;       // at least one read was under way
 };
@@ -169,23 +170,13 @@ class ExpertStore {
     // False: there is no room, for others are kept.
     bool pin(const Demand& demand);
     int make_room(int run, bool for_prediction);  // the first unit of an empty run, or -1
-    int free_run(int run) const;                  // that is empty already, or -1
     bool can_leave(int section) const;
-
-    // What it costs to empty a run: that of the section in it which should stay the longest.
-    struct Cost {
-        bool hinted = false;  // what is expected next leaves only when nothing else can
-        EvictionRanking::Rank rank;
-        int level = 0;  // negative: of equal ones the finest goes first
-        auto operator<=>(const Cost&) const = default;
-    };
-    struct Candidate {
-        Cost cost;
-        int32_t begin;
-    };
-    bool cost_of(int begin, int run, Cost& cost) const;  // false: something in it cannot leave
-    // What may leave or its rank has changed: candidates are gathered anew when room is needed the next time.
-    void forget_candidates() { gathered_ = 0; }
+    Cost cost_of(int unit) const;
+    void begin_turn(int layer, int tokens);
+    // Whether sections may leave, or their ranks, have changed: what their units cost is found out anew when room is
+    // needed the next time.
+    void reconsider(int expert);
+    void reconsider(const Held& section);
     void evict(int section);  // and the finer levels of its expert
     void place(Held& section, int unit);
     void drop(Held& section);
@@ -208,12 +199,11 @@ class ExpertStore {
     std::vector<std::pair<int, int>> experts_;  // global number -> (layer, expert)
     std::vector<int32_t> first_section_;        // [experts + 1] into sections_
     std::vector<Held> sections_;
-    std::vector<uint8_t> hinted_;  // global number -> expected by the current hint
-    std::vector<int32_t> owner_;   // unit -> section, -1 for none
-    int32_t free_units_;
-    int32_t longest_run_ = 1;
-    std::vector<std::vector<Candidate>> candidates_;  // [binary logarithm of the run] heaps, the least cost on top
-    uint32_t gathered_ = 0;                           // bit per heap: holds all runs that could be emptied
+    std::vector<uint8_t> hinted_;           // global number -> expected by the current hint
+    std::vector<int32_t> owner_;            // unit -> section, -1 for none
+    CheapestRuns runs_;                     // of units, but for what has to be reconsidered
+    std::vector<int32_t> reconsidered_;     // units
+    std::vector<uint8_t> is_reconsidered_;  // [units]
     Arena arena_;
     EvictionRanking ranking_;
 

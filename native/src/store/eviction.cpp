@@ -1,5 +1,6 @@
 #include "edgemoe/eviction.h"
 
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -20,11 +21,12 @@ EvictionRanking::EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_
       layer_of_(std::move(layer_of_section)),
       last_use_(layer_of_.size()),
       uses_(layer_of_.size()),
-      last_pass_(layer_of_.size()),
       score_(layer_of_.size()),
       last_token_(layer_of_.size()),
       layer_tokens_(layers),
+      passed_(layers),
       layers_(layers) {
+    std::iota(passed_.begin(), passed_.end(), 0);
     double value = 1;
     for (double& factor : decay_) {
         factor = value;
@@ -32,11 +34,13 @@ EvictionRanking::EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_
     }
 }
 
-void EvictionRanking::begin_turn(int layer, int tokens) {
-    if (layer <= layer_) ++pass_;
+int EvictionRanking::begin_turn(int layer, int tokens) {
+    const int count = (layer - layer_ - 1 + layers_) % layers_ + 1;
+    for (int i = 1; i <= count; ++i) passed_[(layer_ + i) % layers_] += static_cast<uint64_t>(layers_);
     layer_ = layer;
     turn_begin_ = layer_tokens_[layer];
     layer_tokens_[layer] += static_cast<uint64_t>(tokens);
+    return count;
 }
 
 double EvictionRanking::likelihood(int section) const {
@@ -46,7 +50,6 @@ double EvictionRanking::likelihood(int section) const {
 
 void EvictionRanking::use(int section, int last_token, int uses) {
     last_use_[section] = ++clock_;
-    last_pass_[section] = pass_;
     uses_[section] += static_cast<uint32_t>(uses);
     // Uses before the last one of a turn lie anywhere in it; only the last is counted, at its own time.
     const uint64_t now = turn_begin_ + static_cast<uint64_t>(last_token) + 1;
@@ -58,17 +61,15 @@ void EvictionRanking::use(int section, int last_token, int uses) {
 EvictionRanking::Rank EvictionRanking::rank(int section) const {
     switch (policy_) {
         case Eviction::lru:
+        case Eviction::least_stale:  // what was touched in this pass was used after all that was not
             return {0, last_use_[section]};
         case Eviction::lfu:
             return {static_cast<double>(uses_[section]), last_use_[section]};
-        case Eviction::least_stale:
-            return {last_pass_[section] == pass_ && last_use_[section] ? 1.0 : 0.0, last_use_[section]};
         case Eviction::next_use:
             break;
     }
-    // Layers until its turn: 1 for the next layer, `layers` for the current one.
-    const int away = (layer_of_[section] - layer_ - 1 + layers_) % layers_ + 1;
-    return {likelihood(section), static_cast<uint64_t>(layers_ - away)};
+    // The layer that was passed last comes again last.
+    return {likelihood(section), ~passed_[layer_of_[section]]};
 }
 
 }  // namespace edgemoe

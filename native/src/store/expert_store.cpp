@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <compare>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -107,10 +106,11 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
       options_(options),
       layout_(index),
       owner_(static_cast<size_t>(layout_.units_per_slot) * options.slots, -1),
-      free_units_(static_cast<int32_t>(owner_.size())),
+      is_reconsidered_(owner_.size(), 0),
       arena_(layout_.unit * owner_.size()),
       ranking_(options.eviction, {}, 0) {
     std::vector<int32_t> layer_of;
+    int longest_run = 1;
     for (const auto& [layer, experts] : index.experts) {
         first_expert_.resize(std::max<size_t>(first_expert_.size(), layer + 1), -1);
         first_expert_[layer] = static_cast<int32_t>(experts_.size());
@@ -123,7 +123,7 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
                 uint64_t bytes = 0;
                 for (const Extent& extent : section.extents) bytes += span_bytes(extent);
                 const int run = layout_.run(extent_places(experts.levels[level], section).back());
-                longest_run_ = std::max(longest_run_, run);
+                longest_run = std::max(longest_run, run);
                 sections_.push_back({global, static_cast<int32_t>(level), run, bytes});
                 layer_of.push_back(layer);
             }
@@ -133,7 +133,8 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
     ranking_ = EvictionRanking(options.eviction, std::move(layer_of), static_cast<int>(first_expert_.size()));
     hinted_.assign(experts_.size(), 0);
     demands_.reserve(experts_.size());
-    for (int run = 1; run <= longest_run_; run *= 2) candidates_.emplace_back().reserve(owner_.size() / run);
+    runs_ = CheapestRuns(owner_.size(), longest_run);
+    reconsidered_.reserve(owner_.size());
     for (int i = 0; i < options.readers; ++i) readers_.emplace_back([this] { read_loop(); });
 }
 
@@ -166,8 +167,10 @@ bool ExpertStore::wants_hints() const { return options_.prefetch && owner_.size(
 
 void ExpertStore::hint(int layer, std::span<const Hint> experts) {
     std::lock_guard lock(mutex_);
-    forget_candidates();
-    for (const int32_t global : hint_) hinted_[global] = 0;
+    for (const int32_t global : hint_) {
+        hinted_[global] = 0;
+        reconsider(global);
+    }
     hint_.clear();
     hints_.clear();
     ahead_.clear();
@@ -180,6 +183,7 @@ void ExpertStore::hint(int layer, std::span<const Hint> experts) {
         const int global = global_number(layer, expected.expert);
         hint_.push_back(global);
         hinted_[global] = 1;
+        reconsider(global);
         finest = std::max(finest, expected.level);
     }
     for (int level = 0; level <= finest; ++level)
@@ -205,13 +209,13 @@ bool ExpertStore::can_leave(int number) const {
 
 void ExpertStore::place(Held& section, int unit) {
     section.unit = unit;
-    free_units_ -= section.run;
+    reconsider(section);
     std::fill_n(owner_.begin() + unit, section.run, static_cast<int32_t>(&section - sections_.data()));
 }
 
 void ExpertStore::drop(Held& section) {
+    reconsider(section);
     std::fill_n(owner_.begin() + section.unit, section.run, -1);
-    free_units_ += section.run;
     section.unit = -1;
     section.state = State::absent;
     section.speculative = false;
@@ -227,68 +231,46 @@ void ExpertStore::evict(int number) {
     }
 }
 
-int ExpertStore::free_run(int run) const {
-    if (free_units_ < run) return -1;
-    const int units = static_cast<int>(owner_.size());
-    const auto is_free = [&](int begin, int length) {
-        return begin + length <= units &&
-               std::all_of(owner_.begin() + begin, owner_.begin() + begin + length, [](int o) { return o < 0; });
-    };
-    int found = -1;
-    for (int unit = 0; unit + run <= units; unit += run) {
-        if (!is_free(unit, run)) continue;
-        // Beside what is taken, if possible, so that longer runs stay free.
-        if (run == longest_run_ || !is_free(unit / (2 * run) * 2 * run, 2 * run)) return unit;
-        if (found < 0) found = unit;
-    }
-    return found;
+void ExpertStore::reconsider(const Held& section) {
+    if (section.unit < 0) return;
+    for (int unit = section.unit; unit < section.unit + section.run; ++unit)
+        if (!std::exchange(is_reconsidered_[unit], 1)) reconsidered_.push_back(unit);
 }
 
-bool ExpertStore::cost_of(int begin, int run, Cost& cost) const {
-    bool first = true;
-    for (int unit = begin; unit < begin + run; ++unit) {
-        const int32_t owner = owner_[unit];
-        if (owner < 0 || (unit > begin && owner == owner_[unit - 1])) continue;
-        if (!can_leave(owner)) return false;
-        const Held& section = sections_[owner];
-        const Cost one{hinted_[section.expert] != 0, ranking_.rank(owner), -section.level};
-        if (first || cost < one) cost = one;
-        first = false;
+void ExpertStore::reconsider(int expert) {
+    for (const Held& section : levels(expert)) reconsider(section);
+}
+
+void ExpertStore::begin_turn(int layer, int tokens) {
+    const int passed = ranking_.begin_turn(layer, tokens), layers = static_cast<int>(first_expert_.size());
+    for (int i = 0; i < passed; ++i) {
+        const int each = (layer - i + layers) % layers;
+        if (first_expert_[each] < 0) continue;  // it is dense
+        const size_t begin = first_expert_[each];
+        for (size_t expert = begin; expert < experts_.size() && experts_[expert].first == each; ++expert)
+            reconsider(static_cast<int>(expert));
     }
-    return true;
+}
+
+Cost ExpertStore::cost_of(int unit) const {
+    const int32_t number = owner_[unit];
+    if (number < 0) return {};
+    if (!can_leave(number)) return {Cost::Kind::stays, {}, 0};
+    const Held& section = sections_[number];
+    return {hinted_[section.expert] ? Cost::Kind::expected : Cost::Kind::leaves, ranking_.rank(number), -section.level};
 }
 
 int ExpertStore::make_room(int run, bool for_prediction) {
-    if (const int unit = free_run(run); unit >= 0) return unit;
-    const auto size = static_cast<size_t>(std::countr_zero(static_cast<unsigned>(run)));
-    std::vector<Candidate>& heap = candidates_[size];
-    const auto later = [](const Candidate& left, const Candidate& right) {
-        return right.cost < left.cost || (!(left.cost < right.cost) && right.begin < left.begin);
-    };
-    if (!(gathered_ >> size & 1)) {
-        gathered_ |= 1u << size;
-        heap.clear();
-        Candidate candidate{};
-        for (; candidate.begin + run <= static_cast<int>(owner_.size()); candidate.begin += run)
-            if (cost_of(candidate.begin, run, candidate.cost)) heap.push_back(candidate);
-        std::make_heap(heap.begin(), heap.end(), later);
+    for (const int32_t unit : reconsidered_) {
+        runs_.set(static_cast<size_t>(unit), cost_of(unit));
+        is_reconsidered_[unit] = 0;
     }
-    while (!heap.empty() && !(for_prediction && heap.front().cost.hinted)) {
-        std::pop_heap(heap.begin(), heap.end(), later);
-        Candidate candidate = heap.back();
-        heap.pop_back();
-        const Cost before = candidate.cost;
-        if (!cost_of(candidate.begin, run, candidate.cost)) continue;
-        if (candidate.cost != before) {  // it holds something else by now
-            heap.push_back(candidate);
-            std::push_heap(heap.begin(), heap.end(), later);
-            continue;
-        }
-        for (int unit = candidate.begin; unit < candidate.begin + run; ++unit)
-            if (owner_[unit] >= 0) evict(owner_[unit]);
-        return candidate.begin;
-    }
-    return -1;
+    reconsidered_.clear();
+    const auto [begin, cost] = runs_.cheapest(run);
+    if (cost.kind >= (for_prediction ? Cost::Kind::expected : Cost::Kind::stays)) return -1;
+    for (int unit = begin; unit < begin + run; ++unit)
+        if (owner_[unit] >= 0) evict(owner_[unit]);
+    return begin;
 }
 
 bool ExpertStore::pin(const Demand& demand) {
@@ -299,6 +281,7 @@ bool ExpertStore::pin(const Demand& demand) {
         ++section.pins;
         if (section.unit < 0) added[missing++] = &section;
     }
+    reconsider(demand.expert);
     // Long runs first: they would not find a place between short ones.
     std::stable_sort(added.begin(), added.begin() + missing,
                      [](const Held* left, const Held* right) { return left->run > right->run; });
@@ -307,6 +290,7 @@ bool ExpertStore::pin(const Demand& demand) {
         if (unit < 0) {
             while (i-- > 0) drop(*added[i]);
             for (Held& section : needed) --section.pins;
+            reconsider(demand.expert);
             return false;
         }
         place(*added[i], unit);
@@ -385,6 +369,7 @@ ExpertStore::Request ExpertStore::next_request() {
         place(section, unit);
         section.speculative = true;
         section.state = State::reading;
+        reconsider(section.expert);  // its coarser levels stay meanwhile
         ++counters_.prefetch_issued;
         ahead_.push_back(number);
         ahead_bytes_ += static_cast<double>(section.bytes);
@@ -490,18 +475,21 @@ void ExpertStore::read_loop() {
             Held& section = levels(request.expert)[level];
             section.state = error ? State::failed : State::present;
             bytes += section.bytes;
-            ++counters_.sections_read;
+            if (error && std::exchange(section.speculative, false)) ++counters_.prefetch_wasted;
         }
-        counters_.bytes_read += bytes;
+        reconsider(request.expert);
+        if (!error) {
+            counters_.sections_read += static_cast<uint64_t>(request.end - request.first);
+            counters_.bytes_read += bytes;
+            if (demanded) look_ahead_.observe_read(seconds_since(begin), bytes);
+        }
         if (--reading_ == 0) counters_.read_seconds += seconds_since(reading_since_);
-        if (demanded) look_ahead_.observe_read(seconds_since(begin), bytes);
         demands_reading_ -= demanded;
         if (demanded && demands_reading_ == 0 && demands_.empty()) {
             idle_ = true;
             idle_since_ = Clock::now();
         }
         if (error) error_ = error;
-        if (!demanded) forget_candidates();
         ready_.notify_all();
         if (demands_reading_ == 0 && demands_.empty() && !hints_.empty()) work_.notify_all();
     }
@@ -527,9 +515,11 @@ ExpertWeights ExpertStore::weights(int global, int end) const {
 
 // After a failed pass: nothing that it asked for may still be under way, or its failure would meet the next pass.
 void ExpertStore::abandon(std::unique_lock<std::mutex>& lock) {
-    for (const Demand& demand : demands_)
+    for (const Demand& demand : demands_) {
         for (Held& section : levels(demand.expert).first(static_cast<size_t>(demand.end)))
             if (section.state == State::queued) drop(section);
+        reconsider(demand.expert);
+    }
     demands_.clear();
     hints_.clear();
     ready_.wait(lock, [this] { return reading_ == 0; });
@@ -546,11 +536,10 @@ ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<
     items_.reserve(needs.size());
     unfinished_ = static_cast<int>(experts_.size());
     std::lock_guard lock(store.mutex_);
-    store.forget_candidates();
     // Nothing is read ahead from one pass to the next: the time between them, a user's perhaps, is no window.
     if (layer <= store.layer_) store.idle_ = false;
     store.layer_ = layer;
-    store.ranking_.begin_turn(layer, tokens);
+    store.begin_turn(layer, tokens);
     for (Expert& expert : experts_) {
         ExpertStore::Demand& demand = expert.demand;
         int32_t uses = 0, last_token = -1, at = expert.end;
@@ -589,9 +578,9 @@ ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<
 void ExpertStream::unpin(Expert& expert) {
     for (auto& section : store_.levels(expert.demand.expert).first(static_cast<size_t>(expert.demand.end)))
         --section.pins;
+    store_.reconsider(expert.demand.expert);
     expert.pinned = false;
     --unfinished_;
-    store_.forget_candidates();
 }
 
 ExpertStream::~ExpertStream() {
@@ -632,11 +621,9 @@ std::span<const ExpertStream::Item> ExpertStream::next() {
         }
         if (!items_.empty()) break;
         if (refused && !keeping && store_.reading_ == 0) {
-            // Nothing is kept, and yet what this expert has in memory leaves no long run free, or a run was struck off
-            // the candidates for what another refused one has in it: it starts anew.
+            // Nothing is kept, and yet what this expert has in memory leaves no long run free: it starts anew.
             if (std::exchange(anew, true)) throw std::runtime_error("the memory for experts does not hold one of them");
             store_.evict(store_.first_section_[refused->demand.expert]);
-            store_.forget_candidates();
             continue;
         }
         const auto begin = Clock::now();
