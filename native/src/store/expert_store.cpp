@@ -515,11 +515,9 @@ ExpertWeights ExpertStore::weights(int global, int end) const {
 
 // After a failed pass: nothing that it asked for may still be under way, or its failure would meet the next pass.
 void ExpertStore::abandon(std::unique_lock<std::mutex>& lock) {
-    for (const Demand& demand : demands_) {
+    for (const Demand& demand : demands_)
         for (Held& section : levels(demand.expert).first(static_cast<size_t>(demand.end)))
             if (section.state == State::queued) drop(section);
-        reconsider(demand.expert);
-    }
     demands_.clear();
     hints_.clear();
     ready_.wait(lock, [this] { return reading_ == 0; });
