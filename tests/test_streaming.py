@@ -22,6 +22,7 @@ from edgemoe.memory import Budget, plan_budget
 from edgemoe.model import EVICTION_POLICIES, bundled_model
 
 TOKENS = np.random.default_rng(8).integers(0, 320, 40).tolist()
+READS = ("sections_read", "bytes_read")
 
 
 @pytest.fixture
@@ -117,6 +118,7 @@ def test_a_read_error_ends_the_pass_and_the_model_stays_usable(
 ) -> None:
     with load_with_slots(pack, 6, prefetch=False) as model:
         expected = model.logits(TOKENS).tobytes()
+        before = model._open().counters()
         links = {int(link.name): os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
         descriptor = next(number for number, target in links.items() if target == str(pack.resolve()))
         saved, directory = os.dup(descriptor), os.open(pack.parent, os.O_RDONLY)
@@ -128,6 +130,8 @@ def test_a_read_error_ends_the_pass_and_the_model_stays_usable(
             os.dup2(saved, descriptor)
             os.close(saved)
             os.close(directory)
+        after = model._open().counters()
+        assert {name: after[name] for name in READS} == {name: before[name] for name in READS}
         assert model.logits(TOKENS).tobytes() == expected
 
 

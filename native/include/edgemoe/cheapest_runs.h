@@ -29,8 +29,8 @@ struct Cost {
 //
 // For each length there is a tournament (Knuth, The Art of Computer Programming, volume 3, 5.4.1 and 5.2.3): a binary
 // tree over the runs in which every node knows the cheapest below it. Where a cost changes, the matches above it are
-// played anew until one that is won by another run, as before: that is mostly the first or the second, since few runs
-// are the cheapest of many.
+// played anew up to the first that another run wins as it did before. There are few, since few runs are the cheapest of
+// many.
 class CheapestRuns {
   public:
     CheapestRuns() = default;

@@ -26,6 +26,9 @@ Eviction eviction_from_name(std::string_view name);  // throws std::invalid_argu
 // at its layer's next turn follows from how recently and how often the layer's last tokens used it: a use counts
 // kDecay^n after n more tokens. Every layer has one turn in a pass; of two equally likely experts the one whose layer
 // was just computed is needed later and leaves.
+//
+// A rank is a number that stays what it is until something happens to its section or its layer, so that an order of
+// many sections can be kept up to date (CheapestRuns) instead of being made anew.
 class EvictionRanking {
   public:
     EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_section, int layers);
@@ -58,7 +61,7 @@ class EvictionRanking {
     std::vector<double> score_;           // decayed uses as of last_token_
     std::vector<uint64_t> last_token_;    // of the section's layer
     std::vector<uint64_t> layer_tokens_;  // tokens each layer has computed, those of its current turn included
-    std::vector<uint64_t> passed_;        // when each layer was passed last, counted in layers
+    std::vector<uint64_t> passed_;        // when each layer was passed last, in layers passed since the beginning
     std::array<double, kHorizon> decay_;
     int layer_ = -1;
     int layers_;

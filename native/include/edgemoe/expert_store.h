@@ -173,8 +173,9 @@ class ExpertStore {
     bool can_leave(int section) const;
     Cost cost_of(int unit) const;
     void begin_turn(int layer, int tokens);
-    // Whether sections may leave, or their ranks, have changed: what their units cost is found out anew when room is
-    // needed the next time.
+    // To be called whenever cost_of() changes for the units of an expert's levels, or of one section: they are valued
+    // anew when room is needed the next time. All others keep their place in the order of leaving, so that a turn costs
+    // what changes in it, not what the memory holds.
     void reconsider(int expert);
     void reconsider(const Held& section);
     void evict(int section);  // and the finer levels of its expert
@@ -199,11 +200,11 @@ class ExpertStore {
     std::vector<std::pair<int, int>> experts_;  // global number -> (layer, expert)
     std::vector<int32_t> first_section_;        // [experts + 1] into sections_
     std::vector<Held> sections_;
-    std::vector<uint8_t> hinted_;           // global number -> expected by the current hint
-    std::vector<int32_t> owner_;            // unit -> section, -1 for none
-    CheapestRuns runs_;                     // of units, but for what has to be reconsidered
-    std::vector<int32_t> reconsidered_;     // units
-    std::vector<uint8_t> is_reconsidered_;  // [units]
+    std::vector<uint8_t> hinted_;  // global number -> expected by the current hint
+    std::vector<int32_t> owner_;   // unit -> section, -1 for none
+    CheapestRuns runs_;
+    std::vector<int32_t> stale_;     // units that may cost something else by now than in runs_
+    std::vector<uint8_t> is_stale_;  // [units]
     Arena arena_;
     EvictionRanking ranking_;
 

@@ -26,7 +26,7 @@ EvictionRanking::EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_
       layer_tokens_(layers),
       passed_(layers),
       layers_(layers) {
-    std::iota(passed_.begin(), passed_.end(), 0);
+    std::iota(passed_.begin(), passed_.end(), 0);  // as if a pass had just ended
     double value = 1;
     for (double& factor : decay_) {
         factor = value;

@@ -106,7 +106,7 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
       options_(options),
       layout_(index),
       owner_(static_cast<size_t>(layout_.units_per_slot) * options.slots, -1),
-      is_reconsidered_(owner_.size(), 0),
+      is_stale_(owner_.size(), 0),
       arena_(layout_.unit * owner_.size()),
       ranking_(options.eviction, {}, 0) {
     std::vector<int32_t> layer_of;
@@ -134,7 +134,7 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
     hinted_.assign(experts_.size(), 0);
     demands_.reserve(experts_.size());
     runs_ = CheapestRuns(owner_.size(), longest_run);
-    reconsidered_.reserve(owner_.size());
+    stale_.reserve(owner_.size());
     for (int i = 0; i < options.readers; ++i) readers_.emplace_back([this] { read_loop(); });
 }
 
@@ -234,7 +234,7 @@ void ExpertStore::evict(int number) {
 void ExpertStore::reconsider(const Held& section) {
     if (section.unit < 0) return;
     for (int unit = section.unit; unit < section.unit + section.run; ++unit)
-        if (!std::exchange(is_reconsidered_[unit], 1)) reconsidered_.push_back(unit);
+        if (!std::exchange(is_stale_[unit], 1)) stale_.push_back(unit);
 }
 
 void ExpertStore::reconsider(int expert) {
@@ -261,11 +261,11 @@ Cost ExpertStore::cost_of(int unit) const {
 }
 
 int ExpertStore::make_room(int run, bool for_prediction) {
-    for (const int32_t unit : reconsidered_) {
+    for (const int32_t unit : stale_) {
         runs_.set(static_cast<size_t>(unit), cost_of(unit));
-        is_reconsidered_[unit] = 0;
+        is_stale_[unit] = 0;
     }
-    reconsidered_.clear();
+    stale_.clear();
     const auto [begin, cost] = runs_.cheapest(run);
     if (cost.kind >= (for_prediction ? Cost::Kind::expected : Cost::Kind::stays)) return -1;
     for (int unit = begin; unit < begin + run; ++unit)
