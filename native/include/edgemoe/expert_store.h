@@ -173,11 +173,13 @@ class ExpertStore {
     bool can_leave(int section) const;
     Cost cost_of(int unit) const;
     void begin_turn(int layer, int tokens);
-    // To be called whenever cost_of() changes for the units of an expert's levels, or of one section: they are valued
-    // anew when room is needed the next time. All others keep their place in the order of leaving, so that a turn costs
-    // what changes in it, not what the memory holds.
+    // To be called whenever cost_of() changes for another reason than a turn: for the units of an expert's levels, or
+    // of one section.
     void reconsider(int expert);
     void reconsider(const Held& section);
+    // Values anew, now that room is needed, what has changed since it was needed last. All else keeps its place in the
+    // order of leaving: a turn costs what changes in it, not what the memory holds.
+    void update_runs();
     void evict(int section);  // and the finer levels of its expert
     void place(Held& section, int unit);
     void drop(Held& section);
@@ -205,6 +207,7 @@ class ExpertStore {
     CheapestRuns runs_;
     std::vector<int32_t> stale_;     // units that may cost something else by now than in runs_
     std::vector<uint8_t> is_stale_;  // [units]
+    int passed_ = 0;                 // so many layers, up to the last stream's, have other ranks than in runs_
     Arena arena_;
     EvictionRanking ranking_;
 

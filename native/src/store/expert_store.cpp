@@ -242,14 +242,24 @@ void ExpertStore::reconsider(int expert) {
 }
 
 void ExpertStore::begin_turn(int layer, int tokens) {
-    const int passed = ranking_.begin_turn(layer, tokens), layers = static_cast<int>(first_expert_.size());
-    for (int i = 0; i < passed; ++i) {
-        const int each = (layer - i + layers) % layers;
-        if (first_expert_[each] < 0) continue;  // it is dense
-        const size_t begin = first_expert_[each];
-        for (size_t expert = begin; expert < experts_.size() && experts_[expert].first == each; ++expert)
+    layer_ = layer;
+    passed_ = std::min(passed_ + ranking_.begin_turn(layer, tokens), static_cast<int>(first_expert_.size()));
+}
+
+void ExpertStore::update_runs() {
+    const int layers = static_cast<int>(first_expert_.size());
+    for (; passed_ > 0; --passed_) {
+        const int layer = (layer_ - passed_ + 1 + layers) % layers;
+        if (first_expert_[layer] < 0) continue;  // it is dense
+        for (auto expert = static_cast<size_t>(first_expert_[layer]);
+             expert < experts_.size() && experts_[expert].first == layer; ++expert)
             reconsider(static_cast<int>(expert));
     }
+    for (const int32_t unit : stale_) {
+        runs_.set(static_cast<size_t>(unit), cost_of(unit));
+        is_stale_[unit] = 0;
+    }
+    stale_.clear();
 }
 
 Cost ExpertStore::cost_of(int unit) const {
@@ -261,11 +271,7 @@ Cost ExpertStore::cost_of(int unit) const {
 }
 
 int ExpertStore::make_room(int run, bool for_prediction) {
-    for (const int32_t unit : stale_) {
-        runs_.set(static_cast<size_t>(unit), cost_of(unit));
-        is_stale_[unit] = 0;
-    }
-    stale_.clear();
+    update_runs();
     const auto [begin, cost] = runs_.cheapest(run);
     if (cost.kind >= (for_prediction ? Cost::Kind::expected : Cost::Kind::stays)) return -1;
     for (int unit = begin; unit < begin + run; ++unit)
@@ -536,7 +542,6 @@ ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<
     std::lock_guard lock(store.mutex_);
     // Nothing is read ahead from one pass to the next: the time between them, a user's perhaps, is no window.
     if (layer <= store.layer_) store.idle_ = false;
-    store.layer_ = layer;
     store.begin_turn(layer, tokens);
     for (Expert& expert : experts_) {
         ExpertStore::Demand& demand = expert.demand;
