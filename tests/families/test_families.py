@@ -13,8 +13,10 @@ import pytest
 import edgemoe
 import edgemoe.model
 from edgemoe.convert import SourceModel, convert
+from edgemoe.formats.pack import Pack
 from edgemoe.memory import plan_budget
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index
+from edgemoe.quantize.nested_experts import NestedOptions
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -150,3 +152,28 @@ def test_layer_by_layer_equals_the_whole(model: tuple[str, Path], load: Load, tm
         logits = list(parts.run(layer, tokens[None], residual, None, np.arange(window, dtype=np.int32)))
     with load(folder / "model.emoe", context=window) as engine:
         np.testing.assert_array_equal(logits[0], engine.logits(tokens))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt_oss, other layers, low limit",
+        "deepseek_v2, experts in groups",
+        "qwen3_next, other proportions, a dense layer",
+    ],
+)
+def test_levels_are_calibrated(name: str, tmp_path: Path) -> None:
+    import tokenizers
+
+    write_folder(tmp_path / "hf", CASES[name])
+    path = str(tmp_path / "hf" / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(path)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"<{i}>" for i in np.random.default_rng(3).integers(0, VOCABULARY, 600)))
+    nested = NestedOptions((2, 8), text, tokens=512, quality_text=text, quality_tokens=256, memory=10**9, threads=1)
+    convert(tmp_path / "hf", tmp_path / "a.emoe", dense_bits=32, nested=nested)
+    coarse, fine = Pack.open(tmp_path / "a.emoe").quality["levels"]
+    assert 5 * fine["kl"] < coarse["kl"]
+    assert fine["kl"] < 0.1
