@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(path_type=Path), help="Where models lie. Default: the cache folder.")
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where models lie. Default: the cache folder.",
+)
 @click.option("--no-measure", is_flag=True, help="Measure no bandwidths: quicker, and no file to read is written.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object; sizes are bytes, speeds bytes per second."

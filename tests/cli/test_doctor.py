@@ -50,10 +50,18 @@ def test_for_people() -> None:
         assert words in result.stdout
 
 
-def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+def test_a_named_folder_must_be_there(tmp_path: Path) -> None:
+    result = run("--no-measure", "--folder", str(tmp_path / "gone"))
+    assert result.exit_code == 2
+    assert "does not exist" in result.stderr
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    result = run("--json", "--folder", str(file / "below"))
+    monkeypatch.setenv("EDGEMOE_CACHE", str(file / "below"))
+    result = run("--json")
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     (problem,) = (finding for finding in found["findings"] if finding["state"] == "problem")
