@@ -30,7 +30,7 @@ Parameters = list[tuple[NDArray[Any], NDArray[np.int8]]]
 def level_names(bits: Sequence[int]) -> list[str]:
     """The layouts of levels of these widths."""
     return [
-        f"base{width}g64" if level == 0 else f"refine{width - bits[level - 1]}g64" for level, width in enumerate(bits)
+        f"base{width}g64" if level == 0 else f"refine{width - bits[level - 1]}n64" for level, width in enumerate(bits)
     ]
 
 
@@ -50,8 +50,8 @@ def affine(bits: Sequence[int], parameters: Parameters) -> list[tuple[NDArray[np
             scale = first.astype(np.float64)
             offset = scale * (second / 32 - middle)
         else:
-            scale = scale / (2 * middle + 1) * (1 + first / 256)
-            offset = scale * (second / 64 - middle) + offset
+            scale = scale / (2 * middle + 1) * (1 + first / (8 * 2.0 ** bits[level - 1]))
+            offset = scale * ((second / 32 - first / 16) * (2 * middle + 1) - middle) + offset
         found.append((scale, offset))
     return found
 
@@ -69,12 +69,12 @@ def quantize(weights: NDArray[np.float32], bits: Sequence[int]) -> tuple[NDArray
         added = width - (bits[level - 1] if level else 0)
         if level == 0:
             first: NDArray[Any] = (step * 2 ** (top - width)).astype(np.float16)
-            share, unit = target / first.astype(np.float64), 32
+            share, unit, limit = target / first.astype(np.float64), 32.0, 128
         else:
             first = np.zeros((rows, groups), np.int8)
             scale, offset = affine(bits[:level], parameters)[-1]
-            share, unit = (target - offset) / (scale / 2**added), 64
-        second = np.clip(np.rint(unit * (share + (2**added - 1) / 2)), -128, 127).astype(np.int8)
+            share, unit, limit = (target - offset) / (scale / 2**added), 32 / 2.0**added, 8
+        second = np.clip(np.rint(unit * (share + (2**added - 1) / 2)), -limit, limit - 1).astype(np.int8)
         parameters.append((first, second))
     scale, offset = affine(bits, parameters)[-1]
     codes = np.clip(np.rint((padded - offset[:, :, None]) / scale[:, :, None]), 0, 2**top - 1)

@@ -7,7 +7,6 @@ own blocks, row after row (`ggml_blocks`).
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +23,8 @@ LAYOUTS = ("vector", "f32", "bf16", "f16", "q8g64", "q4g64")
 QUANTIZED = {"q8g64": 8, "q4g64": 4}
 """Layout -> bits per code, for the layouts that have codes, scales and offsets."""
 
-NESTED = tuple(f"{kind}{bits}g64" for kind in ("base", "refine") for bits in range(1, 9))
-"""Layouts of one level of a nested matrix: "base2g64" is level 0 of 2 bits, "refine1g64" a later one that adds one."""
+NESTED = tuple(f"{kind}{bits}{form}" for kind, form in (("base", "g64"), ("refine", "n64")) for bits in range(1, 9))
+"""Layouts of one level of a nested matrix: "base2g64" is level 0 of 2 bits, "refine1n64" a later one that adds one."""
 _CHUNK = 4  # groups of a nested level whose codes lie together, followed by their parameters
 
 _PLAIN: dict[str, npt.DTypeLike] = {"f32": "<f4", "bf16": "<u2", "f16": "<f2"}
@@ -161,16 +160,20 @@ class _Level(NamedTuple):
         for first in range(0, groups, _CHUNK):
             count = min(_CHUNK, groups - first)
             places.append((first, count, at, at + count * 128 * self.bits))
-            at = places[-1][3] + -(-count * BLOCK * (3 if self.base else 2) // 64) * 64
+            at = places[-1][3] + self._parameter_bytes(count)
         return places
 
     def block_bytes(self, groups: int) -> int:
         """Bytes of 16 rows."""
         _, count, _, parameters = self.chunks(groups)[-1]
-        return parameters + -(-count * BLOCK * (3 if self.base else 2) // 64) * 64
+        return parameters + self._parameter_bytes(count)
 
-    def types(self) -> tuple[npt.DTypeLike, npt.DTypeLike]:
-        return ("<f2" if self.base else "i1"), "i1"
+    def _parameter_bytes(self, groups: int) -> int:
+        return -(-groups * BLOCK * (3 if self.base else 1) // 64) * 64
+
+    def types(self) -> tuple[npt.DTypeLike, ...]:
+        """Of the arrays of parameters that are stored."""
+        return ("<f2", "i1") if self.base else ("u1",)
 
     def planes(self) -> list[int]:
         """Shifts of the planes' bits within this level's part of a code, high bits first."""
@@ -188,22 +191,29 @@ def level_bits(layout: str) -> tuple[int, bool]:
 def pack_level(
     layout: str,
     codes: npt.NDArray[np.uint8],
-    first: npt.NDArray[np.float16] | npt.NDArray[np.int8],
+    first: npt.NDArray[Any],
     second: npt.NDArray[np.int8],
 ) -> npt.NDArray[np.uint8]:
     """The bytes of one level of a nested matrix, a one-dimensional uint8 array of `packed_size` elements.
 
     layout: one of NESTED. codes: uint8 [rows, groups * 64], the d bits of this level only (values below 2^d).
-    first, second: [rows, groups]; scale (float16) and offset (int8) of level 0, ratio and shift (int8) of later ones.
+    first, second: [rows, groups]; scale (float16) and offset (int8) of level 0, ratio and shift (int8, within -8 to 7)
+    of later ones.
     """
     level = _level(layout)
     rows, columns = codes.shape
     blocks, groups = -(-rows // BLOCK), columns // GROUP
-    types = level.types()
-    if codes.dtype != np.uint8 or columns % GROUP or first.dtype != np.dtype(types[0]) or second.dtype != np.int8:
-        raise TypeError(f"layout {layout} takes uint8 codes in whole groups of {GROUP}, {types[0]} and int8 parameters")
+    kind = np.dtype(np.float16 if level.base else np.int8)
+    if codes.dtype != np.uint8 or columns % GROUP or first.dtype != kind or second.dtype != np.int8:
+        raise TypeError(f"layout {layout} takes uint8 codes in whole groups of {GROUP}, {kind} and int8 parameters")
     if codes.size and int(codes.max()) >> level.bits:
         raise ValueError(f"layout {layout}: a code of {codes.max()} has more than {level.bits} bits")
+    stored: tuple[npt.NDArray[Any], ...] = (first, second)
+    if not level.base:
+        for values in (first, second):
+            if values.size and (int(values.min()) < -8 or int(values.max()) > 7):
+                raise ValueError(f"layout {layout}: a parameter within {values.min()} to {values.max()}, not -8 to 7")
+        stored = (first.view(np.uint8) << np.uint8(4) | second.view(np.uint8) & np.uint8(15),)
     packed = np.zeros((blocks, level.block_bytes(groups)), np.uint8)
     # [block, group, quad, row, k]
     quads = _pad_rows(codes, blocks).reshape(blocks, BLOCK, groups, 16, 4).transpose(0, 2, 3, 1, 4)
@@ -217,7 +227,7 @@ def pack_level(
         np.ascontiguousarray(
             _pad_rows(values.astype(kind, copy=False), blocks).reshape(blocks, BLOCK, groups).transpose(0, 2, 1)
         ).view(np.uint8)
-        for values, kind in zip((first, second), types, strict=True)
+        for values, kind in zip(stored, level.types(), strict=True)
     ]
     bytes_of_group = np.concatenate(planes, axis=2)
     for begin, count, at, parameters in level.chunks(groups):
@@ -262,6 +272,9 @@ def unpack_level(
         at += 128 * width
     codes = np.ascontiguousarray(quads.transpose(0, 3, 1, 2, 4)).reshape(blocks * BLOCK, groups * GROUP)
     by_row = [values.transpose(0, 2, 1).reshape(blocks * BLOCK, groups)[:rows] for values in lanes]
+    if not level.base:
+        nibbles = by_row[0].view(np.int8)
+        by_row = [nibbles >> np.int8(4), (nibbles << np.int8(4)) >> np.int8(4)]
     return codes[:rows], by_row[0], by_row[1]
 
 
@@ -273,10 +286,9 @@ def _shifts(width: int) -> npt.NDArray[np.uint8]:
 
 
 def _level(layout: str) -> _Level:
-    match = re.fullmatch(r"(base|refine)([1-8])g64", layout)
-    if match is None:
+    if layout not in NESTED:
         raise ValueError(f"layout {layout!r} is not a level of a nested matrix ({', '.join(NESTED)})")
-    return _Level(int(match[2]), match[1] == "base")
+    return _Level(int(layout[-4]), layout.startswith("base"))
 
 
 def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

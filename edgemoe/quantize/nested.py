@@ -4,10 +4,13 @@ A matrix is quantized once, at the largest width, by GPTQ; a level's codes are t
 the high bits good weights is that every level has its own scale and offset per group of 64 columns, fitted by least
 squares under the Hessian, jointly over the groups of a row, and stored relative to the level before (docs/format.md):
 
-    level 0:    A = scale,                                     B = A * (offset / 32 - (2^bits - 1) / 2)
-    level l:    A' = A * 2^-d * (1 + ratio / 256),             B' = B + A' * (shift / 64 - (2^d - 1) / 2)
+    level 0:    A = scale,                                B = A * (offset / 32 - (2^bits - 1) / 2)
+    level l:    A' = A * 2^-d * (1 + ratio / 2^(b + 3)),  B' = B + A' * (2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2)
 
-with d the bits that level l adds; a weight is A * code + B.
+with b the bits of the level before and d those that level l adds; a weight is A * code + B. `ratio` and `shift` have 4
+bits each: `ratio` turns the line of the weights about the middle of the codes, `shift` moves it. So few bits are enough
+because the fine levels are fitted first: a coarse level has errors so large that it loses little when its scale and
+offset are chosen among those from which the next level's can be stored.
 
 GPTQ is Frantar et al. (2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"), in
 the form of Chee et al. (2023, "QuIP: 2-Bit Quantization of Large Language Models With Guarantees": LDLQ, proved there
@@ -22,6 +25,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +44,8 @@ SWEEPS = 2
 _CLIP_RATIOS = np.linspace(1.0, 0.4, 25, dtype=np.float32)
 # The stored offset of level 0 reaches 4 of its steps from the middle of its codes; half a step is left for the fit.
 _REACH = 3.4
-# Of the 2 steps that a later level's stored shift reaches: what a coarser level's scale, and its offset, may take away.
-_SCALE_SHARE, _OFFSET_SHARE = 0.8, 1.1
+# What a ratio or a shift can be, [16, 1].
+_NIBBLES = np.arange(-8, 8, dtype=np.float32)[:, None]
 # Columns whose errors reach the rest of their group together.
 _PANEL = 16
 # Rows worked on together: what is computed of a group of them stays in the processor's second-level cache.
@@ -53,12 +57,13 @@ class Nested:
     """A matrix at several widths.
 
     bits: ascending. codes: uint8 [rows, groups * 64], of the largest width, 0 in the padding. first, second: one array
-    [rows, groups] per level: scale (float16) and offset (int8) of level 0, ratio and shift (int8) of each later one.
+    [rows, groups] per level: scale (float16) and offset (int8) of level 0, ratio and shift (int8, within -8 to 7) of
+    each later one.
     """
 
     bits: tuple[int, ...]
     codes: npt.NDArray[np.uint8]
-    first: tuple[npt.NDArray[np.float16] | npt.NDArray[np.int8], ...]
+    first: tuple[npt.NDArray[Any], ...]
     second: tuple[npt.NDArray[np.int8], ...]
 
     def level_codes(self, level: int) -> npt.NDArray[np.uint8]:
@@ -70,12 +75,10 @@ class Nested:
     def parameters(self, level: int) -> tuple[Floats, Floats]:
         """(A, B) of a level, float32 [rows, groups]."""
         scale = self.first[0].astype(np.float32)
-        offset = scale * _base_step(self.second[0].astype(np.float32), self.bits[0])
+        offset = _base_offset(scale, self.second[0], self.bits[0])
         for finer in range(1, level + 1):
-            added = self.bits[finer] - self.bits[finer - 1]
-            ratio = self.first[finer].astype(np.float32) * np.float32(1 / 256)
-            scale = scale * np.float32(0.5**added) * (np.float32(1) + ratio)
-            offset = _refined_offset(scale, self.second[finer].astype(np.float32), offset, added)
+            below, width = self.bits[finer - 1], self.bits[finer]
+            scale, offset = _refined(scale, offset, self.first[finer], self.second[finer], below, width)
         return scale, offset
 
     def weights(self, level: int, columns: int) -> Floats:
@@ -173,21 +176,32 @@ def _quantize_rows(weights: Floats, hessian: Hessian, levels: tuple[int, ...], s
     target = np.zeros((len(hessian.matrix), rows), np.float32)
     target[:columns] = weights.T
     codes, scale, low = _gptq(target, hessian, levels)
-    first, second = [], []
-    fitted: tuple[Floats, Floats] | None = None
-    for level, width in enumerate(levels):
-        dropped = levels[-1] - width
-        sliced = np.floor(codes * np.float32(0.5**dropped)) if dropped else codes
+    sliced = [np.floor(codes * np.float32(0.5 ** (levels[-1] - width))) for width in levels]
+    fits: list[_Fit] = []
+    for level in reversed(range(len(levels))):
         # Before the fit a slice stands for the middle of the codes that share it.
-        start = scale * np.float32(2**dropped), low + scale * np.float32((2**dropped - 1) / 2)
-        coarser = None if fitted is None else (*fitted, width - levels[level - 1])
-        finer = levels[level + 1] - width if dropped else None
-        one, two, fitted = _fit(target, sliced, start, hessian, coarser, finer, width, sweeps)
-        first.append(np.ascontiguousarray(one.T))
-        second.append(np.ascontiguousarray(two.T))
+        spread = 2 ** (levels[-1] - levels[level])
+        start = scale * np.float32(spread), low + scale * np.float32((spread - 1) / 2)
+        fits.insert(0, _Fit(target, sliced[level], start, hessian))
+        choose: _Choice = _Coarser(fits[1], levels, level) if len(fits) > 1 else _Free(start, levels)
+        if level == 0:
+            choose = base = _Base(choose, levels[0], scale.shape)
+        fits[0].sweep(choose, sweeps)
+    first: list[npt.NDArray[Any]] = [base.first]
+    second = [base.second]
+    for level in range(1, len(levels)):
+        finer = _Finer(fits[level - 1], fits[level].scale.copy(), levels[level - 1], levels[level])
+        fits[level].sweep(finer, 1)
+        first.append(finer.first)
+        second.append(finer.second)
     stored = np.ascontiguousarray(codes.T.astype(np.uint8))
     stored[:, columns:] = 0
-    return Nested(levels, stored, tuple(first), tuple(second))
+    return Nested(
+        levels,
+        stored,
+        tuple(np.ascontiguousarray(values.T) for values in first),
+        tuple(np.ascontiguousarray(values.T) for values in second),
+    )
 
 
 # -- codes ----------------------------------------------------------------------------------------------------------
@@ -282,107 +296,188 @@ def _range(values: Floats, bits: tuple[int, ...]) -> tuple[Floats, Floats]:
 # -- scales and offsets ---------------------------------------------------------------------------------------------
 
 
-def _fit(
-    target: Floats,
-    codes: Floats,
-    start: tuple[Floats, Floats],
-    hessian: Hessian,
-    coarser: tuple[Floats, Floats, int] | None,
-    finer: int | None,
-    width: int,
-    sweeps: int,
-) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic], tuple[Floats, Floats]]:
-    """The two stored arrays [groups, rows] of a level, and its (A, B), float32 [groups, rows].
+class _Optimum(NamedTuple):
+    """Of a group's rows: how (w - A u - B)^T H (w - A u - B) depends on A and B, the other groups as they are.
 
-    Minimizes (w - A u - B)^T H (w - A u - B) of each row over the numbers that can be stored, one group after the
-    other with the others as they are (block coordinate descent), `sweeps` times.
-    coarser: (A, B, added bits) of the level before; None for level 0. finer: bits that the next level adds; None for
-    the last one. A level stays so close to where it starts that the numbers stored for the next one can reach theirs.
+    In A and in the mean weight A mean(u) + B it is a sum of two squares, and a constant. All arrays are [rows].
     """
-    groups, rows = start[0].shape
-    scale, offset = start[0].copy(), start[1].copy()
-    by_group = codes.reshape(groups, GROUP, rows)
-    identity = hessian.feedback is None
-    residual = (by_group * -scale[:, None] - offset[:, None]).reshape(target.shape)
-    residual += target
-    residual[hessian.columns :] = 0
-    stored_one = np.zeros((groups, rows), np.float16 if coarser is None else np.int8)
-    stored_two = np.zeros((groups, rows), np.int8)
-    for _ in range(1 if identity else sweeps):  # without cross terms the first sweep is the last word
-        for group in range(groups):
-            begin, end = group * GROUP, min((group + 1) * GROUP, hessian.columns)
-            u = by_group[group, : end - begin]
-            block = hessian.matrix[begin:end, begin:end]
-            gradient = residual[begin:end] if identity else hessian.matrix[begin:end] @ residual
-            ones = block.sum(axis=1)
-            uu = np.einsum("ij,ij->j", u, u if identity else block @ u)
-            u1, total = ones @ u, ones.sum()
-            right_u, right_1 = np.einsum("ij,ij->j", u, gradient), gradient.sum(axis=0)
-            determinant = uu * total - u1 * u1
-            solvable = determinant > 1e-5 * uu * total
-            change = np.divide(
-                right_u * total - right_1 * u1, determinant, out=np.zeros_like(determinant), where=solvable
-            )
-            wanted = scale[group] + change
-            if coarser is None:
-                middle = offset[group] + scale[group] * np.float32((2**width - 1) / 2)
-                wanted = np.maximum(wanted, np.abs(middle) / np.float32(_REACH))
-            if finer is not None:
-                slack = _SCALE_SHARE / ((2**width - 1) / 2 * 2**finer)
-                wanted = np.maximum(wanted, start[0][group] * np.float32(max(1 - slack, 0.7)))
-                wanted = np.minimum(wanted, start[0][group] * np.float32(min(1 + slack, 1.9)))
-            one, new_scale = _storable_scale(wanted, None if coarser is None else (coarser[0][group], coarser[2]))
-            # The offset makes up for what the scale lost when it was rounded.
-            change = new_scale - scale[group]
-            wanted = offset[group] + (right_1 - u1 * change) / total
-            if finer is not None:
-                middle = start[1][group] + (start[0][group] - new_scale) * np.float32((2**width - 1) / 2)
-                slack = start[0][group] * np.float32(_OFFSET_SHARE / 2**finer)
-                wanted = np.minimum(np.maximum(wanted, middle - slack), middle + slack)
-            two, new_offset = _storable_offset(
-                wanted,
-                new_scale,
-                width,
-                None if coarser is None else (coarser[1][group], coarser[2]),
-            )
-            residual[begin:end] -= u * change + (new_offset - offset[group])
-            stored_one[group], stored_two[group] = one, two
-            scale[group], offset[group] = new_scale, new_offset
-    return stored_one, stored_two, (scale, offset)
+
+    scale: Floats  # the best A
+    weight: Floats  # the best mean weight
+    mean: Floats  # of the codes u, weighted by H
+    curvature: Floats
+    total: np.float32  # sum of the group's H
+
+    def offset(self, scale: Floats) -> Floats:
+        """The best B for a given A, [..., rows]."""
+        return self.weight - self.mean * scale
+
+    def error(self, scale: Floats, offset: Floats) -> Floats:
+        """Without the constant, [..., rows]."""
+        turned = scale - self.scale
+        moved = offset - self.offset(scale)
+        found: Floats = self.curvature * turned * turned + self.total * moved * moved
+        return found
 
 
-def _storable_scale(wanted: Floats, coarser: tuple[Floats, int] | None) -> tuple[npt.NDArray[np.generic], Floats]:
-    """(what is stored, the scale it stands for) nearest to `wanted` [rows]; coarser: (A of the level before, added
-    bits)."""
-    if coarser is None:
-        half = np.clip(wanted, 0, LARGEST).astype(np.float16)
-        return half, half.astype(np.float32)
-    nominal = coarser[0] * np.float32(0.5 ** coarser[1])
-    ratio = np.divide(wanted, nominal, out=np.ones_like(wanted), where=nominal > 0)
-    stored = np.clip(np.rint(256 * (ratio - 1)), -128, 127).astype(np.int8)
-    return stored, nominal * (1 + stored.astype(np.float32) / 256)
+class _Choice(Protocol):
+    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
+        """(A, B) float32 [rows] of a group."""
 
 
-def _storable_offset(
-    wanted: Floats, scale: Floats, width: int, coarser: tuple[Floats, int] | None
-) -> tuple[npt.NDArray[np.int8], Floats]:
-    """(what is stored, the offset it stands for) nearest to `wanted` [rows]; coarser: (B of the level before, added
-    bits)."""
-    before = np.float32(0) if coarser is None else coarser[0]
-    steps = np.divide(wanted - before, scale, out=np.zeros_like(wanted), where=scale > 0)
-    unit, bits = (32, width) if coarser is None else (64, coarser[1])
-    stored = np.clip(np.rint(unit * (steps + np.float32((2**bits - 1) / 2))), -128, 127).astype(np.int8)
-    if coarser is None:
-        return stored, scale * _base_step(stored.astype(np.float32), width)
-    return stored, _refined_offset(scale, stored.astype(np.float32), coarser[0], bits)
+class _Fit:
+    """(A, B) of a level, float32 [groups, rows], and what they leave of the weights."""
+
+    def __init__(self, target: Floats, codes: Floats, start: tuple[Floats, Floats], hessian: Hessian) -> None:
+        self.scale, self.offset = start[0].copy(), start[1].copy()
+        self._hessian = hessian
+        self._codes = codes.reshape(len(self.scale), GROUP, -1)
+        self._residual = (self._codes * -self.scale[:, None] - self.offset[:, None]).reshape(target.shape)
+        self._residual += target
+        self._residual[hessian.columns :] = 0
+
+    def sweep(self, choose: _Choice, sweeps: int) -> None:
+        """Lets `choose` find A and B of one group after the other with the others as they are (block coordinate
+        descent), `sweeps` times."""
+        hessian, residual = self._hessian, self._residual
+        identity = hessian.feedback is None
+        for _ in range(1 if identity else sweeps):  # without cross terms the first sweep is the last word
+            for group, (scale, offset) in enumerate(zip(self.scale, self.offset, strict=True)):
+                begin, end = group * GROUP, min((group + 1) * GROUP, hessian.columns)
+                u = self._codes[group, : end - begin]
+                block = hessian.matrix[begin:end, begin:end]
+                gradient = residual[begin:end] if identity else hessian.matrix[begin:end] @ residual
+                ones = block.sum(axis=1)
+                total = ones.sum()
+                mean = (ones @ u) / total
+                uu = np.einsum("ij,ij->j", u, u if identity else block @ u)
+                curvature = uu - total * mean * mean
+                rise = gradient.sum(axis=0) / total
+                change = np.divide(
+                    np.einsum("ij,ij->j", u, gradient) - total * mean * rise,
+                    curvature,
+                    out=np.zeros_like(curvature),
+                    where=curvature > 1e-5 * uu,
+                )
+                # Where the codes are all the same, any scale would do: it stays where it is.
+                curvature = np.maximum(curvature, np.float32(1e-5) * (uu + total))
+                optimum = _Optimum(scale + change, offset + scale * mean + rise, mean, curvature, total)
+                new_scale, new_offset = choose(group, optimum)
+                residual[begin:end] -= u * (new_scale - scale) + (new_offset - offset)
+                scale[:], offset[:] = new_scale, new_offset
 
 
-def _base_step(offset: Floats, bits: int) -> Floats:
-    return offset * np.float32(1 / 32) - np.float32((2**bits - 1) / 2)
+class _Free:
+    """The best A and B of the finest level, within a factor of two of where they start and of what the stored offset of
+    level 0 can reach."""
+
+    def __init__(self, start: tuple[Floats, Floats], bits: tuple[int, ...]) -> None:
+        middle = np.abs(start[1] + start[0] * np.float32((2 ** bits[-1] - 1) / 2))
+        self._least = np.maximum(start[0] / 2, middle / np.float32(_REACH * 2 ** (bits[-1] - bits[0])))
+        self._most = np.maximum(start[0] * 2, self._least)
+
+    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
+        scale = np.minimum(np.maximum(optimum.scale, self._least[group]), self._most[group])
+        return scale, optimum.offset(scale)
 
 
-def _refined_offset(scale: Floats, shift: Floats, before: Floats, added: int) -> Floats:
-    """before + scale * (shift / 64 - ...), rounded once: the product is exact in float64."""
-    step = (shift / 64 - np.float32((2**added - 1) / 2)).astype(np.float64)
-    rounded: Floats = (scale * step + before).astype(np.float32)
+class _Coarser:
+    """The best A and B from which those of the next level can be stored: for each of the 16 ratios the best shift, and
+    of these pairs the best."""
+
+    def __init__(self, next_level: _Fit, bits: tuple[int, ...], level: int) -> None:
+        self._scale, self._offset = next_level.scale, next_level.offset
+        self._below, self._width = bits[level], bits[level + 1]
+        self._base_bits = bits[0]
+
+    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
+        finer, target = self._scale[group], self._offset[group]
+        added = self._width - self._below
+        scales = finer * np.float32(2**added) / _ratio_factor(_NIBBLES, self._below)
+        steps = _quotient(target - optimum.offset(scales), finer)
+        # The last step either way is left for what the rounding of this level's own offset will take.
+        shifts = np.minimum(np.maximum(_nearest_shift(steps, _NIBBLES, added), -7), 6)
+        offsets = target - finer * _offset_step(_NIBBLES, shifts, added)
+        errors = optimum.error(scales, offsets)
+        # Smaller scales only as far as the stored offset of level 0 can reach the middle of the weights.
+        middle = np.abs(target + finer * np.float32((2**self._width - 1) / 2))
+        reach = scales * np.float32(_REACH * 2 ** (self._below - self._base_bits))
+        errors[(_NIBBLES > 0) & (reach < middle)] = np.inf
+        best = errors.argmin(axis=0)[None]
+        return np.take_along_axis(scales, best, 0)[0], np.take_along_axis(offsets, best, 0)[0]
+
+
+class _Base:
+    """What `choose` finds for level 0 as it can be stored: first float16, second int8 [groups, rows]."""
+
+    def __init__(self, choose: _Choice, bits: int, shape: tuple[int, ...]) -> None:
+        self._choose, self._bits = choose, bits
+        self.first, self.second = np.zeros(shape, np.float16), np.zeros(shape, np.int8)
+
+    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
+        wanted, offset = self._choose(group, optimum)
+        self.first[group] = np.minimum(np.maximum(wanted, 0), np.float32(LARGEST))
+        scale = self.first[group].astype(np.float32)
+        # The offset makes up for what the scale lost when it was rounded.
+        steps = _quotient(offset + optimum.mean * (wanted - scale), scale)
+        stored = np.rint(32 * (steps + np.float32((2**self._bits - 1) / 2)))
+        self.second[group] = np.minimum(np.maximum(stored, -128), 127)
+        return scale, _base_offset(scale, self.second[group], self._bits)
+
+
+class _Finer:
+    """What is stored of a later level, int8 [groups, rows]: the ratio that comes nearest to the scale that was chosen,
+    `wanted`, and the best shift. before: of the level before, `below` bits wide."""
+
+    def __init__(self, before: _Fit, wanted: Floats, below: int, width: int) -> None:
+        self._scale, self._offset, self._wanted = before.scale, before.offset, wanted
+        self._below, self._width = below, width
+        self.first, self.second = (np.zeros(wanted.shape, np.int8) for _ in range(2))
+
+    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
+        coarser, offset = self._scale[group], self._offset[group]
+        added = self._width - self._below
+        factor = _quotient(self._wanted[group] * np.float32(2**added), coarser)
+        ratio = np.minimum(np.maximum(np.rint((factor - 1) * np.float32(8 * 2**self._below)), -8), 7)
+        self.first[group] = ratio
+        scale = coarser * np.float32(0.5**added) * _ratio_factor(ratio, self._below)
+        steps = _quotient(optimum.offset(scale) - offset, scale)
+        self.second[group] = np.minimum(np.maximum(_nearest_shift(steps, ratio, added), -8), 7)
+        return _refined(coarser, offset, self.first[group], self.second[group], self._below, self._width)
+
+
+def _quotient(numerator: Floats, denominator: Floats) -> Floats:
+    """0 where the denominator is not positive."""
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
+
+
+def _base_offset(scale: Floats, offset: npt.NDArray[np.int8], bits: int) -> Floats:
+    """B of level 0."""
+    return scale * (offset.astype(np.float32) * np.float32(1 / 32) - np.float32((2**bits - 1) / 2))
+
+
+def _ratio_factor(ratio: Floats, below: int) -> Floats:
+    return np.float32(1) + ratio * np.float32(0.125 * 0.5**below)
+
+
+def _offset_step(ratio: Floats, shift: Floats, added: int) -> Floats:
+    """(B' - B) / A', exactly."""
+    moved = shift * np.float32(1 / 32) - ratio * np.float32(1 / 16) - np.float32(0.5)
+    return moved * np.float32(2**added) + np.float32(0.5)
+
+
+def _nearest_shift(step: Floats, ratio: Floats, added: int) -> Floats:
+    """The whole shift, of any size, for which `_offset_step` comes nearest to `step`."""
+    moved = (step - np.float32(0.5)) * np.float32(0.5**added) + np.float32(0.5)
+    rounded: Floats = np.rint(32 * moved + 2 * ratio)
     return rounded
+
+
+def _refined(
+    scale: Floats, offset: Floats, ratio: npt.NDArray[np.int8], shift: npt.NDArray[np.int8], below: int, width: int
+) -> tuple[Floats, Floats]:
+    """(A', B') of the level after (A, B). The offset is rounded once: the product is exact in float64."""
+    added, ratios = width - below, ratio.astype(np.float32)
+    finer = scale * np.float32(0.5**added) * _ratio_factor(ratios, below)
+    step = _offset_step(ratios, shift.astype(np.float32), added).astype(np.float64)
+    return finer, (finer * step + offset).astype(np.float32)

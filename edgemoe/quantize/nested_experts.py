@@ -90,7 +90,7 @@ class NestedOptions:
 def level_layouts(bits: Sequence[int]) -> list[str]:
     """Layout of each level: level 0 whole, later ones the bits they add."""
     return [
-        f"base{width}g64" if level == 0 else f"refine{width - bits[level - 1]}g64" for level, width in enumerate(bits)
+        f"base{width}g64" if level == 0 else f"refine{width - bits[level - 1]}n64" for level, width in enumerate(bits)
     ]
 
 

@@ -132,19 +132,20 @@ def random_level(layout: str, rows: int, groups: int, seed: int) -> tuple[np.nda
     rng = np.random.default_rng(seed)
     bits, base = level_bits(layout)
     codes = rng.integers(0, 1 << bits, (rows, groups * GROUP), np.uint8)
-    first = rng.integers(-128, 128, (rows, groups), np.int8)
     scales = rng.random((rows, groups)).astype(np.float16)
-    return codes, scales if base else first, rng.integers(-128, 128, (rows, groups), np.int8)
+    limit = 128 if base else 8
+    first, second = rng.integers(-limit, limit, (2, rows, groups), np.int8)
+    return codes, scales if base else first, second
 
 
-@pytest.mark.parametrize("layout", ["base2g64", "refine1g64", "base3g64", "refine5g64"])
+@pytest.mark.parametrize("layout", ["base2g64", "refine1n64", "base3g64", "refine5n64"])
 def test_level_bytes(layout: str) -> None:
     """Byte by byte from the words of docs/format.md."""
     rows, groups = 19, 6
     codes, first, second = random_level(layout, rows, groups, 3)
     bits, base = level_bits(layout)
     data = pack_level(layout, codes, first, second).reshape(2, -1)
-    whole = 4 * 128 * bits + (192 if base else 128)
+    whole = 4 * 128 * bits + (192 if base else 64)
     assert data.shape[1] == whole + 2 * 128 * bits + (128 if base else 64)
     for row in range(rows):
         block, lane = data[row // 16], row % 16
@@ -162,10 +163,12 @@ def test_level_bytes(layout: str) -> None:
                     code = code << 1 | int(plane[quad // 8 * 64 + 4 * lane + k]) >> 2 * (quad % 4) + quad // 4 % 2 & 1
                 assert code == codes[row, group * GROUP + column]
             parameters = chunk[together * 128 * bits :]
-            width = 2 if base else 1
-            place = parameters[(group % 4 * 16 + lane) * width :][:width]
-            assert place.tobytes() == first[row, group].tobytes()
-            assert parameters[together * 16 * width + group % 4 * 16 + lane] == second[row, group].view(np.uint8)
+            place = group % 4 * 16 + lane
+            if base:
+                assert parameters[2 * place : 2 * place + 2].tobytes() == first[row, group].tobytes()
+                assert parameters[together * 32 + place] == second[row, group].view(np.uint8)
+            else:
+                assert parameters[place] == int(first[row, group]) % 16 * 16 + int(second[row, group]) % 16
 
 
 @settings(max_examples=60, deadline=None)
@@ -184,12 +187,15 @@ def test_level_refusals() -> None:
     codes, first, second = random_level("base2g64", 3, 1, 0)
     with pytest.raises(ValueError, match="a code of 2 has more than 1 bits"):
         pack_level("base1g64", np.full_like(codes, 2), first, second)
-    with pytest.raises(TypeError, match="layout refine2g64 takes uint8 codes"):
-        pack_level("refine2g64", codes, first, second)
+    with pytest.raises(TypeError, match="layout refine2n64 takes uint8 codes"):
+        pack_level("refine2n64", codes, first, second)
     with pytest.raises(TypeError, match="in whole groups of 64"):
         pack_level("base2g64", codes[:, :63], first, second)
     with pytest.raises(ValueError, match="'q4g64' is not a level of a nested matrix"):
         pack_level("q4g64", codes, first, second)
+    for first, second, worst in ((8, 0, "8 to 8"), (0, -9, "-9 to -9")):
+        with pytest.raises(ValueError, match=f"layout refine1n64: a parameter within {worst}, not -8 to 7"):
+            pack_level("refine1n64", codes & np.uint8(1), *(np.full((3, 1), x, np.int8) for x in (first, second)))
     with pytest.raises(ValueError, match="takes 320 bytes, not 319"):
         unpack_level("base2g64", bytes(319), 3, 64)
 

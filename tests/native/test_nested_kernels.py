@@ -40,8 +40,8 @@ def random_levels(rng: np.random.Generator, bits: Sequence[int], rows: int, cols
     levels = []
     for level, (name, added) in enumerate(zip(names, steps(bits), strict=True)):
         codes = rng.integers(0, 1 << added, (rows, groups * GROUP), np.uint8)
-        first = rng.integers(-128, 128, (rows, groups), np.int8)
-        second = rng.integers(-128, 128, (rows, groups), np.int8)
+        limit = 8 if level else 128
+        first, second = rng.integers(-limit, limit, (2, rows, groups), np.int8)
         scales = (rng.random((rows, groups)) * 0.1).astype(np.float16)
         levels.append(pack_level(name, codes, first if level else scales, second))
     return levels

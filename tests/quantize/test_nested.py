@@ -152,14 +152,16 @@ def test_parameters_are_the_format_s() -> None:
     made = Nested(
         (2, 3, 5),
         np.array([[0b11010] * GROUP], np.uint8),
-        (np.array([[0.5]], np.float16), np.array([[64]], np.int8), np.array([[-128]], np.int8)),
-        (np.array([[16]], np.int8), np.array([[-64]], np.int8), np.array([[32]], np.int8)),
+        (np.array([[0.5]], np.float16), np.array([[8 - 1]], np.int8), np.array([[-8]], np.int8)),
+        (np.array([[16]], np.int8), np.array([[-8]], np.int8), np.array([[4]], np.int8)),
     )
     a, b = made.parameters(0)
     assert (a[0, 0], b[0, 0]) == (0.5, 0.5 * (16 / 32 - 1.5))
-    a1, b1 = 0.25 * 1.25, 0.5 * (16 / 32 - 1.5) + 0.25 * 1.25 * (-1 - 0.5)
+    a1 = 0.25 * (1 + 7 / 32)
+    b1 = 0.5 * (16 / 32 - 1.5) + a1 * (2 * (-8 / 32 - 7 / 16) - 0.5)
     assert (made.parameters(1)[0][0, 0], made.parameters(1)[1][0, 0]) == (a1, b1)
-    a2, b2 = a1 / 4 * 0.5, b1 + a1 / 4 * 0.5 * (0.5 - 1.5)
+    a2 = a1 / 4 * (1 - 8 / 64)
+    b2 = b1 + a2 * (4 * (4 / 32 + 8 / 16) - 1.5)
     assert (made.parameters(2)[0][0, 0], made.parameters(2)[1][0, 0]) == (a2, b2)
     assert made.weights(2, 10)[0, 0] == np.float32(a2 * 0b11010 + b2)
     assert made.weights(0, 10)[0, 0] == np.float32(0.5 * 0b11 + b[0, 0])

@@ -72,7 +72,7 @@ def test_without_calibration(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     pack = Pack.open(target)
     assert not pack.quality
     assert [level.bits for level in pack.experts[1].levels] == [2, 3, 4]
-    assert [level.parts["up"].layout for level in pack.experts[1].levels] == ["base2g64", "refine1g64", "refine1g64"]
+    assert [level.parts["up"].layout for level in pack.experts[1].levels] == ["base2g64", "refine1n64", "refine1n64"]
     assert {len(sections) for sections in pack.experts[1].sections} == {3}
     assert pack.provenance["levels"] == [2, 3, 4]
     assert pack.dense["embedding"].layout == "q8g64"

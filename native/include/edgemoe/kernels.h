@@ -102,8 +102,10 @@ struct Kernels {
     //         acc = fma(d * x_scale, float(sum of scale * dot), acc); with minimums:
     //         acc = fma(-(dmin * x_scale), float(sum of minimum * x_code_sum), acc)
     // Nested layouts as the quantized ones, with the concatenated bits of their levels as codes and, of level 0 of b
-    // bits: scale = s, offset = s * (o / 32 - (2^b - 1) / 2); of each later level of d bits, in ascending order:
-    //     scale = (scale / 2^d) * (1 + ratio / 256); offset = fma(scale, shift / 64 - (2^d - 1) / 2, offset)
+    // bits: scale = s, offset = s * (o / 32 - (2^b - 1) / 2); of each later level of d bits, in ascending order, with b
+    // the bits of all before it:
+    //     scale = (scale / 2^d) * (1 + ratio / 2^(b + 3))
+    //     offset = fma(scale, 2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2, offset)
     void (*matmul)(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,
                    int first_block, int last_block, float* out, ptrdiff_t out_stride);
 
@@ -200,7 +202,7 @@ size_t kv_block_bytes(KvType type, int dim);
 // Matrices as files store them: the layouts above as they are, or row after row as in GGUF (`row_major`), which must be
 // interleaved once they are in memory. Names of row-major ones are "ggml.f32", "ggml.f16", "ggml.bf16" (their layouts
 // are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4". One level of a nested matrix: "base2g64" is level 0 of 2 bits,
-// "refine1g64" a later level that adds one.
+// "refine1n64" a later level that adds one.
 struct StoredLayout {
     Layout layout;
     bool row_major;

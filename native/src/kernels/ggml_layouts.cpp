@@ -149,7 +149,8 @@ StoredLayout stored_layout(std::string_view name) {
 
 std::string stored_name(StoredLayout stored) {
     if (stored.layout == Layout::nested)
-        return (stored.refines ? "refine" : "base") + std::to_string(stored.level_bits) + "g64";
+        return (stored.refines ? "refine" : "base") + std::to_string(stored.level_bits) +
+               (stored.refines ? "n64" : "g64");
     return (stored.row_major && !is_ggml(stored.layout) ? "ggml." : "") + std::string(layout_name(stored.layout));
 }
 

@@ -20,9 +20,9 @@ constexpr int kNestedChunk = 4;
 // is odd.
 constexpr size_t nested_codes(int bits) { return size_t{kRowBlock} * kGroup / 8 * static_cast<size_t>(bits); }
 
-// Bytes of the parameters of a chunk of `groups`: float16 and int8 of each row, or twice int8.
+// Bytes of the parameters of a chunk of `groups`: float16 and int8 of each row, or a byte of two times 4 bits.
 constexpr size_t nested_parameters(bool base, int groups) {
-    const size_t bytes = size_t{kRowBlock} * (base ? 3 : 2) * static_cast<size_t>(groups);
+    const size_t bytes = size_t{kRowBlock} * (base ? 3 : 1) * static_cast<size_t>(groups);
     return (bytes + 63) / 64 * 64;
 }
 

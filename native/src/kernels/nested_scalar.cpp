@@ -13,8 +13,8 @@ namespace {
 // One group of a level's row block.
 struct Group {
     const std::byte* codes;
-    const std::byte* first;   // the parameters of 16 rows: float16 or int8
-    const std::byte* second;  // int8
+    const std::byte* first;   // the parameters of 16 rows: float16, or a byte of two times 4 bits
+    const std::byte* second;  // int8, of level 0 only
     int bits;
 };
 
@@ -27,8 +27,8 @@ Group group_of(const Matrix& matrix, int level, int block, int g) {
                              g / kNestedChunk * nested_chunk_bytes(bits, base, kNestedChunk);
     const std::byte* parameters = chunk + together * nested_codes(bits);
     const size_t size = base ? sizeof(uint16_t) : 1;
-    return {chunk + (g - begin) * nested_codes(bits), parameters + (g - begin) * kRowBlock * size,
-            parameters + together * kRowBlock * size + (g - begin) * kRowBlock, bits};
+    const std::byte* second = base ? parameters + together * kRowBlock * size + (g - begin) * kRowBlock : nullptr;
+    return {chunk + (g - begin) * nested_codes(bits), parameters + (g - begin) * kRowBlock * size, second, bits};
 }
 
 int code_of(const Group& group, int row, int column) {
@@ -42,7 +42,11 @@ int code_of(const Group& group, int row, int column) {
     return code;
 }
 
-float signed_byte(const std::byte* data, int row) { return static_cast<float>(static_cast<int8_t>(data[row])); }
+float signed_byte(std::byte x) { return static_cast<float>(static_cast<int8_t>(x)); }
+
+// The high and the low four bits.
+float ratio_of(std::byte x) { return signed_byte(x & std::byte{0xF0}) / 16; }
+float shift_of(std::byte x) { return signed_byte(x << 4) / 16; }
 
 }  // namespace
 
@@ -63,12 +67,15 @@ void nested_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<
                     std::memcpy(&half, levels[0].first + row * sizeof half, sizeof half);
                     float scale = float_from_half(half);
                     const float middle = static_cast<float>((1 << levels[0].bits) - 1) / 2;
-                    float offset = scale * (signed_byte(levels[0].second, row) / 32 - middle);
+                    float offset = scale * (signed_byte(levels[0].second[row]) / 32 - middle);
+                    int below = levels[0].bits;
                     for (int level = 1; level < matrix.levels.count; ++level) {
                         const Group& fine = levels[level];
+                        const float ratio = ratio_of(fine.first[row]), shift = shift_of(fine.first[row]);
                         const float parts = static_cast<float>(1 << fine.bits);
-                        scale = scale / parts * (1 + signed_byte(fine.first, row) / 256);
-                        offset = std::fma(scale, signed_byte(fine.second, row) / 64 - (parts - 1) / 2, offset);
+                        scale = scale / parts * (1 + ratio / static_cast<float>(8 << below));
+                        offset = std::fma(scale, parts * (shift / 32 - ratio / 16 - 0.5f) + 0.5f, offset);
+                        below += fine.bits;
                     }
                     int32_t dot = 0;
                     for (int column = 0; column < kGroup; ++column) {

@@ -26,6 +26,7 @@ struct NestedKernels {
     static constexpr int kChunk = 48;                                   // tokens that are packed at a time
     static constexpr size_t kPackedGroup = kGroup + 2 * sizeof(float);  // bytes of a token's group
     static constexpr ptrdiff_t kPrefetch = 2048;                        // bytes ahead
+    static constexpr int kNibble = 28;                                  // where 4 bits are the highest of a lane
 
     struct Level {
         const std::byte* data;
@@ -185,18 +186,23 @@ struct NestedKernels {
                     const float middle = static_cast<float>((1 << bits_of(0)) - 1) * 0.5f;
                     F offset = V::mul(scale, V::fma(bytes_to_float(base + (2 * together + i) * kRowBlock),
                                                     V::set1(1.0f / 32), V::set1(-middle)));
+                    int below = bits_of(0);
                     EDGEMOE_UNROLL
                     for (int level = 1; level < level_count; ++level) {
                         const int bits = bits_of(level);
                         const std::byte* fine =
                             chunks[level] + r * p.levels[level].bytes + together * nested_codes(bits);
-                        const F ratio = bytes_to_float(fine + i * kRowBlock);
-                        const F shift = bytes_to_float(fine + (together + i) * kRowBlock);
-                        const float parts = static_cast<float>(1 << bits);
+                        // 4 bits at the top of a lane have their sign, and are 2^28 times as much.
+                        const I stored = V::load_u8(fine + i * kRowBlock);
+                        const F ratio = V::integers_to_float(
+                            V::and_i(V::template shift_left<24>(stored), V::set1_i(-(1 << kNibble))));
+                        const F shift = V::integers_to_float(V::template shift_left<kNibble>(stored));
+                        const float parts = static_cast<float>(1 << bits), unit = 1.0f / (1 << kNibble);
                         scale = V::mul(V::mul(scale, V::set1(1.0f / parts)),
-                                       V::fma(ratio, V::set1(1.0f / 256), V::set1(1.0f)));
-                        offset =
-                            V::fma(scale, V::fma(shift, V::set1(1.0f / 64), V::set1((1.0f - parts) * 0.5f)), offset);
+                                       V::fma(ratio, V::set1(unit / static_cast<float>(8 << below)), V::set1(1.0f)));
+                        const F moved = V::fma(shift, V::set1(unit * parts / 32), V::set1((1.0f - parts) * 0.5f));
+                        offset = V::fma(scale, V::fma(ratio, V::set1(unit * parts / -16), moved), offset);
+                        below += bits;
                     }
                     EDGEMOE_UNROLL
                     for (int t = 0; t < T; ++t) {
