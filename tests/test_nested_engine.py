@@ -145,7 +145,7 @@ def test_no_bit_depends_on_memory_threads_or_arrival(
         expected = passes(model)
     randomness = random.Random(1)
     for eviction in EVICTION_POLICIES:
-        for slots in (TOP_K, 8, 20):
+        for slots in (TOP_K, 8, 16):
             options = {
                 "prefetch": randomness.random() < 0.7,
                 "threads": randomness.randint(1, 3),
