@@ -135,6 +135,41 @@ def test_order_of_the_schemes() -> None:
             assert ours < 0.55 * output_error(weights, naive.astype(np.float32), inputs)
 
 
+@pytest.mark.parametrize(("below", "width"), [(2, 3), (3, 4), (2, 4), (4, 8)])
+def test_a_coarser_level_is_the_best_from_which_the_next_can_be_stored(below: int, width: int) -> None:
+    rng = np.random.default_rng(width)
+    rows, added = 50, width - below
+    codes = rng.integers(0, 2**below, (GROUP, rows)).astype(np.float32)
+    root = rng.standard_normal((GROUP, GROUP))
+    hessian = Hessian((root.T @ root / GROUP).astype(np.float32), GROUP)
+    scales = 0.01 * (1 + rng.random((1, rows)))
+    start = (scales, 0.01 * rng.standard_normal((1, rows)) - scales * (2**below - 1) / 2)
+    target = (codes * start[0] + start[1] + 0.005 * rng.standard_normal((GROUP, rows))).astype(np.float32)
+    coarse, fine = (
+        nested._Fit(target, codes, (scale.astype(np.float32), offset.astype(np.float32)), hessian)
+        for scale, offset in (start, (start[0] / 2**added, start[1] - start[0] * (0.5 - 0.5 / 2**added)))
+    )
+    coarse.sweep(nested._Coarser(fine, (below, width), 0), 1)
+    ratio, shift = (values.astype(np.float64) for values in np.meshgrid(range(-8, 8), range(-7, 7)))
+
+    def error(scale: Floats, offset: Floats, row: int) -> Floats:
+        lost = target[:, row].astype(np.float64) - codes[:, row] * scale[..., None] - offset[..., None]
+        return np.asarray(np.einsum("...i,ij,...j->...", lost, hessian.matrix.astype(np.float64), lost))
+
+    for row in range(rows):
+        scales = float(fine.scale[0, row]) * 2**added / (1 + ratio / 2 ** (below + 3))
+        steps = 2**added * (shift / 32 - ratio / 16 - 0.5) + 0.5
+        offsets = float(fine.offset[0, row]) - float(fine.scale[0, row]) * steps
+        found = error(coarse.scale[:, row], coarse.offset[:, row], row)[0]
+        assert found <= error(scales, offsets, row).min() * (1 + 1e-3)
+        # It is one of the pairs, so what is stored of the next level leads back to it.
+        near = np.hypot(scales - coarse.scale[0, row], offsets - coarse.offset[0, row]).min()
+        assert near < 1e-5 * coarse.scale[0, row]
+    finer = nested._Finer(coarse, fine.scale.copy(), below, width)
+    fine.sweep(finer, 1)
+    np.testing.assert_allclose(fine.scale * 2**added / (1 + finer.first / 2.0 ** (below + 3)), coarse.scale, rtol=1e-5)
+
+
 def test_rows_are_independent_and_stackable() -> None:
     weights, hessian, _ = layer(2, 700, 130)
     shared = Hessian(hessian.astype(np.float32), 130)
