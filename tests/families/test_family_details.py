@@ -203,7 +203,7 @@ def test_a_failed_chunk_costs_a_window_nothing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
     whole = pack.read_bytes()
     last = Pack.open(pack)
-    sections = [last.sections[numbers[0]].extents[0] for numbers in last.experts[2].sections]
+    sections = [last.sections[numbers[0]].extents[0] for numbers in last.experts[1].sections]
     with edgemoe.load(pack, **F32_STATE) as model:
         tokens = np.resize(TOKENS, 300)
         expected = model.logits(tokens)[-1].tobytes()

@@ -311,26 +311,30 @@ def test_a_prompt_is_kept_for_another_answer(packs: Callable[[str], Path], load:
             assert model._open().counters()["tokens"] - before <= 4
 
 
+@pytest.mark.parametrize("layer, kept", [(-2, 49), (-1, 129)])
 @pytest.mark.parametrize("name", RECURRENT)
-def test_a_failed_pass_leaves_no_trace(tmp_path: Path, packs: Callable[[str], Path], load: Load, name: str) -> None:
-    """An expert of the last layer cannot be read when the layers before have gone on."""
+def test_a_failed_pass_leaves_no_trace(
+    tmp_path: Path, packs: Callable[[str], Path], load: Load, name: str, layer: int, kept: int
+) -> None:
+    """An expert of a later layer cannot be read when the layers before have gone on. The last layer's are not read
+    before the last chunk, which is the one that fails then."""
     whole = packs(name).read_bytes()
     path = tmp_path / "model.emoe"
     path.write_bytes(whole)
     pack = Pack.open(path)
-    last = pack.experts[len(pack.spec.layers) - 1].sections
+    damaged = pack.experts[sorted(pack.experts)[layer]].sections
     with load(path, chunk=16, slots=3) as model:
         expected = model.logits(TOKENS)[-1].tobytes()
         model._next_logits(TOKENS[:50].tolist())
         assert model._open().marked(0) == 49
         with path.open("r+b") as file:
-            for sections in last:
+            for sections in damaged:
                 file.seek(pack.sections[sections[0]].extents[0].offset)
                 file.write(bytes(64))
         with pytest.raises(edgemoe.ReadError, match="damaged"):
             model._next_logits(TOKENS.tolist())
-        assert model._open().length(0) == 49
-        assert model._tokens == TOKENS[:49].tolist()
+        assert model._open().length(0) == kept
+        assert model._tokens == TOKENS[:kept].tolist()
         path.write_bytes(whole)
         assert model._next_logits(TOKENS.tolist()).tobytes() == expected
 
