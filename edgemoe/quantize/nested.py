@@ -117,11 +117,11 @@ def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
 
 
 def level_weights(bits: Sequence[int]) -> tuple[float, ...]:
-    """How much the squared error of each level counts when a group's range is chosen: .1, .3, 1 for three levels.
+    """How much the squared error of each level counts when a group's range is chosen: .01, .1, 1 for three levels.
 
-    The largest width counts most: its error is the smallest, and it is what the exact mode computes with.
+    A bit more makes the squared error about four times smaller, and the exact mode computes with the largest width.
     """
-    return tuple(10.0 ** (-0.5 * step) for step in range(len(bits) - 1, -1, -1))
+    return tuple(10.0**-step for step in range(len(bits) - 1, -1, -1))
 
 
 class Hessian:

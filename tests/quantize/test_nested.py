@@ -127,7 +127,7 @@ def test_order_of_the_schemes() -> None:
         ours = output_error(weights, one.weights(level, 512), inputs)
         separate = output_error(weights, quantize(weights, shared, (width,)).weights(0, 512), inputs)
         assert separate * 0.9 < ours < separate * (1.35, 1.2, 1.08)[level]
-        assert ours < 0.97 * output_error(weights, unfitted.weights(level, 512), inputs)
+        assert ours < (0.97, 0.97, 0.98)[level] * output_error(weights, unfitted.weights(level, 512), inputs)
         if level < 2:
             dropped = 2 - level
             sliced = (one.codes >> dropped << dropped).reshape(*scale.shape, GROUP)
