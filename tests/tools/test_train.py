@@ -92,10 +92,29 @@ def test_cross_entropy_in_slices_equals_the_whole() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_half_precision_gives_nearly_the_same_gradients() -> None:
+    config = model_module.Config(vocab_size=96, hidden_size=64, num_hidden_layers=2, head_dim=16, num_experts=8)
+    model = model_module.Model(config, seed=3)
+    rows = np.random.default_rng(2).integers(0, 96, (2, 41))
+    whole, half = (loop.part_of_step(model, rows, 2, "cpu", use) for use in (False, True))
+    assert half.cross == pytest.approx(whole.cross, rel=1e-3)
+    for (name, _), one, other in zip(model.named_parameters(), whole.gradients, half.gradients, strict=True):
+        assert other.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99, name
+
+
+@pytest.mark.parametrize("time", [1, 100, 128, 300])
+def test_causal_blocks_equal_attention(time: int) -> None:
+    q, k, v = torch.randn(3, 2, 4, time, 16, generator=torch.Generator().manual_seed(1))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(model_module._causal_blocks(q, k, v), expected)
+
+
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 24), (2, 24, 8)])
-def test_orthogonalize_takes_singular_values_near_one(shape: tuple[int, ...]) -> None:
+def test_orthogonalize_takes_singular_values_near_one(shape: tuple[int, ...], half: bool) -> None:
     matrices = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(orthogonalize(matrices))
+    values = torch.linalg.svdvals(orthogonalize(matrices, half))
     assert values.max() < 1.3
     assert values.median() > 0.7
 
