@@ -179,7 +179,8 @@ open(group + "/memory.limit_in_bytes", "w").write(str(limit))
 open(group + "/cgroup.procs", "w").write(str(os.getpid()))
 with edgemoe.load(memory=limit, **options) as model:
     text = "".join(model.generate("It was", max_tokens=300, ignore_eos=True, seed=1))
-    print(limit, model.budget.expert_slots, int(model.stats()["evictions"]))
+    experts = sum(layer.experts for layer in model.spec.layers)
+    print(limit, model.budget.expert_slots < experts, int(model.stats()["evictions"]))
 """
 
 
@@ -200,8 +201,8 @@ def test_the_budget_holds_under_a_hard_limit_of_that_size() -> None:
     finally:
         group.rmdir()
     assert run.returncode == 0, run.stderr
-    limit, slots, evictions = map(int, run.stdout.split())
-    assert evictions > 0
-    assert slots < 192
+    limit, streams, evictions = run.stdout.split()
+    assert streams == "True"
+    assert int(evictions) > 0
     assert failures == 0
-    assert 0 < peak <= limit
+    assert 0 < peak <= int(limit)
