@@ -87,6 +87,21 @@ def test_counters_add_up(pack: Path, load_with_slots: Callable[..., edgemoe.Mode
     assert c["sections_read"] - c["evictions"] <= 20
 
 
+def test_the_last_layer_is_not_read_for_tokens_without_logits(
+    tiny_qwen3_moe: Callable[..., Path], tmp_path: Path, load_with_slots: Callable[..., edgemoe.Model]
+) -> None:
+    folder = tiny_qwen3_moe(num_hidden_layers=2, num_experts=16, num_experts_per_tok=3)
+    convert(folder, tmp_path / "tiny.emoe", 8)
+    with load_with_slots(tmp_path / "tiny.emoe", 28) as model:
+        engine = model._open()
+        for position in range(0, 400, 2):  # now and then one is read ahead whether it pays or not
+            engine.forward(TOKENS[:2], [position, position + 1], [0, 0], [])
+        counters = engine.counters()
+        assert counters["sections_read"] <= 16 and counters["prefetch_issued"] == 0
+        model.logits(TOKENS[:1])
+        assert engine.counters()["sections_read"] > counters["sections_read"]
+
+
 def test_without_prediction_lru_reads_what_a_simulation_says(
     pack: Path, load_with_slots: Callable[..., edgemoe.Model], tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 // A small mixture of experts with random weights: the same logits, to the bit, however it is run.
 #include "edgemoe/engine.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -260,6 +262,49 @@ void test_sequences() {
     check_throws<ContextError>([&] { logits(engine, 5, 5); }, "tokens at positions that are taken");
 }
 
+// What is read ahead for the last layer is what the tokens with logits need, and nothing where there are none. The
+// parts between the two routers add nothing to the stream here, so every prediction for such a token holds.
+void test_predictions_for_the_last_layer() {
+    constexpr int kCount = 20, kLast = kLayerCount - 1;
+    Model model("f32", "f32", false);
+    std::vector<uint32_t> silent{model.index.dense.at("layers." + std::to_string(kLast) + ".o").section};
+    for (const auto& sections : model.index.experts.at(kLast - 1).sections) silent.push_back(sections[0]);
+    for (const uint32_t number : silent) {
+        Section& section = model.index.sections[number];
+        const auto bytes = std::span(model.content).subspan(section.extents[0].offset, section.extents[0].length);
+        std::ranges::fill(bytes, std::byte{0});
+        section.checksum = crc32c(bytes);
+    }
+    model.file->write(model.content);
+    const EngineOptions options{
+        .threads = 2, .context = kContext, .chunk = kCount, .store = {.slots = kExperts + kTopK + 1}, .isa = ""};
+    std::vector<int32_t> tokens(kCount), positions(kCount), ids(kCount, 0);
+    std::iota(positions.begin(), positions.end(), 0);
+    Random random(7);
+    Aligned<float> last(kVocabulary);
+    const auto prompt = [&](Engine& engine, std::span<const int32_t> wanted) {
+        for (int32_t& token : tokens) token = pick(random, 0, kVocabulary - 1);
+        engine.sequence(0).truncate(0);
+        engine.forward(tokens, positions, ids, wanted, last.data(), [] {});
+        return engine.counters().store;
+    };
+    const int32_t wanted = kCount - 1;
+    StoreCounters counters;
+    {
+        Engine engine(model.spec, model.index, options);
+        for (int turn = 0; turn < 100; ++turn) counters = prompt(engine, {});
+        check(counters.prefetch_issued == 0 && counters.sections_read <= kExperts,
+              "experts of the last layer were read for tokens without logits");
+    }
+    Engine engine(model.spec, model.index, options);
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    do {
+        counters = prompt(engine, {&wanted, 1});
+    } while (counters.prefetch_issued < 8 && std::chrono::steady_clock::now() < deadline);
+    check(counters.prefetch_issued > 0, "nothing was read ahead");
+    check(counters.prefetch_wasted == 0, "an expert of the last layer was read for a token without logits");
+}
+
 }  // namespace
 
 void test_engine() {
@@ -268,6 +313,7 @@ void test_engine() {
     test_model(Model("ggml.q4_0", "ggml.q4_0", true), KvType::q8_0);
     test_damage();
     test_sequences();
+    test_predictions_for_the_last_layer();
 }
 
 }  // namespace edgemoe::tests

@@ -159,18 +159,19 @@ class Engine {
     void head_products(const Matrix& matrix, int rows, int first, int heads, int count, const float* values,
                        size_t input_step, size_t input_stride, float* out, size_t output_step, size_t output_stride);
     void dense_ffn(int layer, int count);
-    void expert_ffn(int layer, int count);
+    bool computes_wanted_only(int layer) const;
+    void expert_ffn(int layer, int count, std::span<const int32_t> wanted);
     void shared_expert(int layer, int count);
     // Of scratch.normed, into out [count, hidden].
     void gated_ffn(const FeedForward& part, const LayerSpec& spec, int count, float* out);
     void activate(const LayerSpec& spec, std::span<float> gate, const float* up) const;
     void route(int layer, int count);
-    void router_logits(int layer, int count, const float* normed);
+    void router_logits(int layer, int count, const float* x, const float* normed);
     void choose(int layer, int count, float* weights);
     void check_experts(int layer, const ExpertLayer& experts) const;
     void choose_levels(const Layer& layer, int top_k, const int32_t* experts, const float* weights,
                        int32_t* levels) const;
-    void predict(int layer, int count);
+    void predict(int layer, int count, std::span<const int32_t> wanted);
     int routing_column(int layer) const;
 
     void normalize(const Norm& norm, const float* x, int count, float* out);

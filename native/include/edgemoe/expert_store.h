@@ -121,7 +121,7 @@ class ExpertStore {
     };
     // These experts of `layer` are expected next, the most likely first. What is in memory of them is kept; what is not
     // is read, level 0 of all of them first, as long as nothing that is known to be needed waits for the disk. Replaces
-    // the previous hint.
+    // the previous hint; none: nothing is expected.
     void hint(int layer, std::span<const Hint> experts);
 
     StoreCounters counters() const;

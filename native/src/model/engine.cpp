@@ -388,6 +388,7 @@ void Engine::forward(std::span<const int32_t> tokens, std::span<const int32_t> p
                           local, logits + first_wanted * spec_.vocab_size, check);
         } catch (...) {
             for (const auto& state : sequences_) state->give_up_writing();
+            if (store_) store_->hint(0, {});  // what was expected will not come
             throw;
         }
         for (size_t i = 0; i < size; ++i) {
@@ -477,6 +478,12 @@ void Engine::product(std::span<const Matrix> matrices, const Activations& input,
     });
 }
 
+// The last layer's feed-forward part changes nothing but logits: the tokens that nobody wants logits of need not go
+// through it, unless their routing is recorded or a single layer's pass asks for what it makes of them.
+bool Engine::computes_wanted_only(int layer) const {
+    return layer + 1 == static_cast<int>(layers_.size()) && !pass_ && !recording_;
+}
+
 void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int32_t> positions,
                            std::span<const int32_t> sequence_ids, std::span<const int32_t> wanted, float* logits,
                            const std::function<void()>& check) {
@@ -515,11 +522,8 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
         }
     });
 
-    // The last layer's feed-forward part changes nothing but logits: the tokens that nobody wants logits of need not go
-    // through it, unless their routing is recorded. Rows move to the front, in their order.
-    const bool all_tokens = pass_ || recording_;
     const int rows = static_cast<int>(wanted.size());
-    const auto keep_wanted = [&] {
+    const auto keep_wanted = [&] {  // rows move to the front, in their order
         for (int i = 0; i < rows; ++i)
             std::memmove(s.x + size_t(i) * hidden, s.x + size_t(wanted[i]) * hidden, hidden * sizeof(float));
     };
@@ -527,14 +531,14 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
         check();
         mix(layer, count, positions, sequence_ids);
         int active = count;
-        if (layer + 1 == end_layer && !all_tokens) {
+        if (computes_wanted_only(layer)) {
             keep_wanted();
             active = rows;
             if (active == 0) break;
         }
         normalize(layers_[layer].ffn_norm, s.x, active, s.normed);
         if (spec_.layers[layer].experts)
-            expert_ffn(layer, active);
+            expert_ffn(layer, active, wanted);
         else
             dense_ffn(layer, active);
         if (const float* scale = layers_[layer].output_scale)
@@ -557,7 +561,7 @@ void Engine::forward_chunk(std::span<const int32_t> tokens, std::span<const int3
         pass_->energies += pairs;
     }
     if (rows == 0) return;
-    if (all_tokens) keep_wanted();
+    if (!computes_wanted_only(end_layer - 1)) keep_wanted();
     normalize(*final_norm_, s.x, rows, s.normed);
     const Activations input = prepare(s.normed, rows, hidden, {&head_, 1});
     product({&head_, 1}, input, rows, {&logits, 1});

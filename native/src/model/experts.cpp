@@ -46,7 +46,7 @@ void Engine::choose_levels(const Layer& layer, int top_k, const int32_t* experts
     }
 }
 
-void Engine::expert_ffn(int number, int count) {
+void Engine::expert_ffn(int number, int count, std::span<const int32_t> wanted) {
     Scratch& s = *scratch_;
     const Layer& layer = layers_[number];
     const LayerSpec& spec = spec_.layers[number];
@@ -106,7 +106,7 @@ void Engine::expert_ffn(int number, int count) {
             chunk_routing_.weights[place] = s.weights[pair];
         }
     }
-    if (!pass_ && (store_->wants_hints() || recording_)) predict(number, count);
+    if (!pass_ && (store_->wants_hints() || recording_)) predict(number, count, wanted);
     if (spec.shared_dim) shared_expert(number, count);  // while missing experts are read
     if (layer.expert_norm) normalize(layer.expert_norm, s.x, count, s.normed);
     if (pass_) {

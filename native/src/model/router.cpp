@@ -49,15 +49,15 @@ void keep_best_groups(const RouterSpec& spec, std::span<float> choice, int32_t* 
 
 }  // namespace
 
-// Fills scores [count, experts] with the router's logits for `normed`, the stream after ffn_norm. A router with a norm
-// of its own reads the stream itself; `projected` is overwritten then.
-void Engine::router_logits(int number, int count, const float* normed) {
+// Fills scores [count, experts] with the router's logits for `normed`, the stream `x` after ffn_norm. A router with a
+// norm of its own reads the stream itself; `projected`, which may be `x`, is overwritten then.
+void Engine::router_logits(int number, int count, const float* x, const float* normed) {
     Scratch& s = *scratch_;
     const Layer& layer = layers_[number];
     const size_t experts = spec_.layers[number].experts;
     const float* values = normed;
     if (layer.router_norm) {
-        normalize({layer.router_norm, nullptr}, s.x, count, s.projected);
+        normalize({layer.router_norm, nullptr}, x, count, s.projected);
         values = s.projected;
     }
     const Activations input{values, spec_.hidden_size, nullptr, nullptr, nullptr};
@@ -123,22 +123,31 @@ void Engine::choose(int number, int count, float* weights) {
 void Engine::route(int number, int count) {
     Scratch& s = *scratch_;
     const size_t experts = spec_.layers[number].experts, top_k = spec_.layers[number].top_k;
-    router_logits(number, count, s.normed);
+    router_logits(number, count, s.x, s.normed);
     choose(number, count, s.weights);
     for (int t = 0; t < count; ++t) std::copy_n(s.order + t * experts, top_k, s.picks + t * top_k);
 }
 
 // Tells the store what the next layer with experts will probably want: its router's choice on today's residual stream,
-// which the experts of this layer have not been added to yet. The choice of most tokens first.
+// which the experts of this layer have not been added to yet. The choice of most tokens first; of those tokens that go
+// through that layer's experts, which in the last layer are the `wanted` ones.
 // Overwrites `projected`.
-void Engine::predict(int number, int count) {
+void Engine::predict(int number, int count, std::span<const int32_t> wanted) {
     Scratch& s = *scratch_;
     int next = (number + 1) % static_cast<int>(layers_.size());
     while (!spec_.layers[next].experts) next = (next + 1) % static_cast<int>(layers_.size());
     if (next <= number) return;  // the next pass begins with another token
     const LayerSpec& spec = spec_.layers[next];
-    if (!layers_[next].router_norm) normalize(layers_[next].ffn_norm, s.x, count, s.projected);
-    router_logits(next, count, s.projected);
+    const float* x = s.x;
+    if (computes_wanted_only(next)) {
+        if (wanted.empty()) return store_->hint(next, {});
+        const size_t hidden = spec_.hidden_size;
+        count = static_cast<int>(wanted.size());
+        for (int i = 0; i < count; ++i) std::copy_n(s.x + wanted[i] * hidden, hidden, s.projected + i * hidden);
+        x = s.projected;
+    }
+    if (!layers_[next].router_norm) normalize(layers_[next].ffn_norm, x, count, s.projected);
+    router_logits(next, count, x, s.projected);
     // Without thresholds levels do not depend on the weights.
     std::vector<float> weights(options_.thresholds.empty() ? 0 : size_t(count) * spec.top_k);
     choose(next, count, weights.empty() ? nullptr : weights.data());

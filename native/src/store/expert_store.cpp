@@ -174,6 +174,7 @@ void ExpertStore::hint(int layer, std::span<const Hint> experts) {
     hint_.clear();
     hints_.clear();
     ahead_.clear();
+    if (experts.empty()) return;
     ahead_bytes_ = 0;
     ahead_limit_ = look_ahead_.worth(options_.readers);
     // A prediction may take a quarter of the memory at most: what it pushes out must be made up by what it brings in.
