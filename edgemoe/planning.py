@@ -159,10 +159,13 @@ def plan_model(
     active = _active_bytes(spec, index, expert_bytes)
     working_bytes = sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
 
-    def speeds(share: float) -> tuple[Speed, ...]:
-        """Of all budgets, with so much of each expert read, kept and computed."""
+    # Levels that come and go apart take a little more memory than experts that are always whole.
+    levels_apart = _core.plan(facts, index, {**options, "chunk": CHUNKS[0], "expert_slots": 1, "thresholds": [1.0]})
+
+    def speeds(share: float, slot: int) -> tuple[Speed, ...]:
+        """Of all budgets, with so much of each expert read, kept and computed; slot: bytes of a whole one in memory."""
         # Where experts have fewer levels than the largest, or work at fewer, more of them fit than there are slots.
-        held = [int(min(b.expert_slots / share, b.all_slots)) * total_experts // b.all_slots for b in budgets]
+        held = [int(min(b.cache_bytes / slot / share, b.all_slots)) * total_experts // b.all_slots for b in budgets]
         low, high = _hit_rates(held, spec, trace)
         missing, arithmetic = share * working_bytes, active - (1 - share) * working_bytes
         return tuple(
@@ -187,8 +190,8 @@ def plan_model(
         everything=everything,
         memory=chosen.limit,
         source=f"trace of {trace.model}" if trace else "published range for caches of recently used experts",
-        speeds=speeds(1.0),
-        qualities={name: speeds(share) for name, share in shares.items()},
+        speeds=speeds(1.0, needs["slot"]),
+        qualities={name: speeds(share, levels_apart["slot"]) for name, share in shares.items()},
     )
 
 

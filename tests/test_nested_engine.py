@@ -22,7 +22,7 @@ from edgemoe.errors import OptionError, ReadError
 from edgemoe.formats.layouts import packed_size
 from edgemoe.formats.pack import Pack
 from edgemoe.memory import Budget, plan_budget
-from edgemoe.model import EVICTION_POLICIES, Model
+from edgemoe.model import EVICTION_POLICIES, Model, bundled_model
 
 TOKENS = np.random.default_rng(8).integers(0, 320, 24).tolist()
 LAYERS, EXPERTS, TOP_K = 3, 12, 3
@@ -280,6 +280,20 @@ def test_everything_fits_into_the_slots_that_a_plan_names(mixed: Path, pack: Pat
             assert counters["evictions"] == 0
             sections = {s for layer in Pack.open(path).experts.values() for row in layer.sections for s in row}
             assert counters["sections_read"] <= len(sections)
+
+
+def test_experts_that_are_always_whole_waste_no_memory(load: Load) -> None:
+    opened = Pack.open(bundled_model())
+    rows = [row for layer in opened.experts.values() for row in layer.sections]
+    whole = {sum(opened.sections[section].length for section in row) for row in rows}
+    with (
+        load(opened.path) as exact,
+        load(opened.path, quality="high") as high,
+        load(opened.path, level_cap=1) as capped,
+    ):
+        assert {exact.budget.slot_bytes} == whole
+        assert exact.budget.all_slots == len(rows)
+        assert exact.budget.slot_bytes < high.budget.slot_bytes == capped.budget.slot_bytes
 
 
 def test_the_least_memory_is_one_tokens_experts(pack: Path, load: Load) -> None:

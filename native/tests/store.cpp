@@ -383,7 +383,9 @@ void test_ranking() {
 class Reference {
   public:
     Reference(const PackIndex& index, int slots, Eviction policy)
-        : layout_(index), owner_(static_cast<size_t>(slots) * layout_.units_per_slot, -1), ranking_(policy, {}, 0) {
+        : layout_(index, false),
+          owner_(static_cast<size_t>(slots) * layout_.units_per_slot, -1),
+          ranking_(policy, {}, 0) {
         std::vector<int32_t> layer_of;
         for (const auto& [layer, experts] : index.experts)
             for (const std::vector<uint32_t>& sections : experts.sections)
@@ -520,6 +522,77 @@ void test_victims() {
     }
 }
 
+// The memory that sections of so many blocks take, in all, for each block of them; and units for an expert.
+std::pair<double, double> memory_of(std::span<const int> blocks, bool may_join, bool all_levels = true) {
+    constexpr int kExperts = 6;
+    PackIndex index;
+    ExpertLayer& layer = index.experts[0];
+    for (size_t level = 0; level < blocks.size(); ++level) layer.levels.push_back({2 + static_cast<int>(level), {}});
+    uint64_t offset = 0;
+    for (int expert = 0; expert < kExperts; ++expert) {
+        layer.sections.emplace_back();
+        for (size_t level = 0; level < (all_levels ? blocks.size() : expert % blocks.size() + 1); ++level) {
+            layer.sections.back().push_back(static_cast<uint32_t>(index.sections.size()));
+            index.sections.push_back({{{0, offset, blocks[level] * kDiskBlock}}, {}});
+            offset += blocks[level] * kDiskBlock;
+        }
+    }
+    const StoreLayout layout(index, may_join);
+    check(layout.unit % kDiskBlock == 0, "a unit is not of whole disk blocks");
+    return {static_cast<double>(layout.units * layout.unit) / static_cast<double>(offset),
+            static_cast<double>(layout.units) / kExperts};
+}
+
+// Levels of 2, 3 and 4 bits: of Qwen3-30B-A3B, of the bundled model, and of that one with 8 times the stream and 16
+// times the units.
+void test_waste() {
+    for (const std::vector<int>& blocks :
+         {std::vector{342, 162, 162}, std::vector{15, 7, 7}, std::vector{1824, 864, 864}}) {
+        const auto [joined, joined_units] = memory_of(blocks, true);
+        check(joined == 1 && joined_units == 1, "experts that are always whole waste memory");
+        const auto [apart, apart_units] = memory_of(blocks, false);
+        check(apart <= (blocks[0] < 100 ? 1.104 : 1.028) && apart_units <= 4,
+              "levels waste memory, or take many units");
+        // Of unequal experts the levels fit better than the sums.
+        const auto [mixed, mixed_units] = memory_of(blocks, true, false);
+        check(mixed <= memory_of(blocks, false, false).first && mixed_units <= 4, "unequal experts waste memory");
+    }
+}
+
+// Levels that never work without each other come and leave as the one level of an expert that is as large.
+void test_joined_levels() {
+    constexpr int kExperts = 10, kSlots = 8, kBlocks[] = {2, 1, 1}, kWhole[] = {4};
+    const LevelsFixture fixture(kLayerCount, kExperts, kBlocks), plain(kLayerCount, kExperts, kWhole);
+    Random random(8);
+    for (const Eviction policy : {Eviction::lru, Eviction::next_use}) {
+        const StoreOptions options{.slots = kSlots, .eviction = policy, .prefetch = false};
+        StoreOptions joining = options;
+        joining.all_levels = true;
+        ExpertStore store(fixture.index, fixture.files, joining), other(plain.index, plain.files, options);
+        for (int turn = 0; turn < 200; ++turn) {
+            std::vector<ExpertStream::Need> needs = some_needs(random, kSlots / 2, kExperts);
+            plain.stream_all(other, turn % kLayerCount, needs);
+            for (ExpertStream::Need& need : needs) need.level = std::size(kBlocks) - 1;
+            fixture.stream_all(store, turn % kLayerCount, needs);
+        }
+        const StoreCounters a = store.counters(), b = other.counters();
+        check(a.experts_hit == b.experts_hit && a.experts_requested == b.experts_requested && a.experts_hit > 50,
+              "joined levels are not in memory as one level would be");
+        check(a.sections_read == std::size(kBlocks) * b.sections_read && a.bytes_read == b.bytes_read &&
+                  a.evictions == std::size(kBlocks) * b.evictions,
+              "joined levels are not read and dropped together");
+    }
+    ExpertStore store(fixture.index, fixture.files, {.slots = kSlots, .all_levels = true});
+    const int finest = std::size(kBlocks) - 1;
+    const StoreCounters counters =
+        hint_until(store, 1, {3, finest}, [](const StoreCounters& c) { return c.sections_read > 0; });
+    check(counters.prefetch_issued == std::size(kBlocks) && counters.sections_read == std::size(kBlocks),
+          "joined levels are not read ahead together");
+    const std::vector<ExpertStream::Need> needs{{3, finest, 0, 1, 1}};
+    fixture.stream_all(store, 1, needs);
+    check(store.counters().prefetch_used == std::size(kBlocks), "joined levels that were read ahead are not used");
+}
+
 // What is missing is being read while the pass does something else before it asks for it.
 void test_reads_begin_with_the_stream(const Fixture& fixture) {
     ExpertStore store(fixture.index, fixture.files, {.slots = 6, .readers = 2});
@@ -541,6 +614,8 @@ void test_store() {
     test_cheapest_runs();
     test_ranking();
     test_victims();
+    test_waste();
+    test_joined_levels();
     test_reads_begin_with_the_stream(fixture);
 }
 

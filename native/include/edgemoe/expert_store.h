@@ -2,7 +2,7 @@
 //
 // An expert is one section, or several where its weights are nested: level 0 by itself is a coarse expert, and every
 // later level refines it. Sections are read, kept and dropped one by one, but a level is in memory only together with
-// the coarser ones of its expert.
+// the coarser ones of its expert; where experts never work with less than all levels, all of them together.
 //
 // The forward pass opens an ExpertStream over the experts a layer needs. The store hands back those that are in memory
 // at once and reads what others lack meanwhile; the pass computes what it was given, releases it, and asks for more.
@@ -78,15 +78,21 @@ class LookAhead {
     int turns_ = 0;
 };
 
-// How memory for experts is divided: into equal units. A section takes a run of 1, 2, 4, ... of them that begins at a
-// multiple of its length, so that no order of coming and leaving can scatter what is free: dropping what lies in such a
-// run always makes room for a section of its length. The unit is chosen to waste little on this rounding; it is a whole
-// expert where experts have one level.
+// How memory for experts is divided: into equal units. A piece of an expert, which is a level or all of them, takes a
+// run of 1, 2, 4, ... of them that begins at a multiple of its length, so that no order of coming and leaving can
+// scatter what is free: dropping what lies in such a run always makes room for a piece of its length.
+//
+// The unit is chosen to waste little on this rounding. Levels need runs of two lengths, and that of a refinement is not
+// a half or a quarter of the base's: levels of 2, 3 and 4 bits (2.375, 1.125 and 1.125 with their parameters) take 2.7
+// % more than their bytes. Experts that never work with less than all their levels are better one piece, of one unit if
+// they are all alike, which wastes nothing: so they lie, come and leave as if they had one level.
 struct StoreLayout {
-    explicit StoreLayout(const PackIndex& index);
+    // may_join: experts never work with less than all levels.
+    StoreLayout(const PackIndex& index, bool may_join);
 
-    int run(uint64_t bytes) const;  // units of a section that takes so many bytes
+    int run(uint64_t bytes) const;  // units of a piece that takes so many bytes
 
+    bool joined = false;     // all levels of an expert are one piece
     uint64_t unit = 0;       // bytes
     int units_per_slot = 0;  // of the largest expert
     uint64_t units = 0;      // of all experts
@@ -101,6 +107,7 @@ struct StoreOptions {
     int readers = 2;  // reading threads
     Eviction eviction = Eviction::next_use;
     bool prefetch = true;
+    bool all_levels = false;  // experts never work with less than all their levels
     // For tests: what was read arrives up to so much later, each section by another pseudo-random time.
     std::chrono::microseconds arrival_jitter{0};
 };
@@ -131,27 +138,29 @@ class ExpertStore {
 
     enum class State : uint8_t { absent, queued, reading, present, failed };
 
-    // A section, and what there is of it in memory.
-    struct Held {
-        int32_t expert;  // global expert number
-        int32_t level;
-        int32_t run;     // units it takes
-        uint64_t bytes;  // that are read for it
+    // What lies in memory, comes and leaves as one: a level of an expert, or all of them (StoreLayout::joined).
+    struct Piece {
+        int32_t expert;      // global expert number
+        int32_t level, end;  // its sections are those of levels level ... end - 1
+        int32_t run;         // units it takes
+        uint64_t bytes;      // that are read for it
         int32_t unit = -1;
         int32_t pins = 0;
         State state = State::absent;
         bool speculative = false;  // read because of a hint, and not needed so far
+
+        uint64_t sections() const { return static_cast<uint64_t>(end - level); }
     };
 
-    // What of an expert has to be read, and how many tokens wait for it, with what weight, by level.
+    // What of an expert has to be read, and how many tokens wait for it, with what weight, by piece.
     struct Demand {
         int32_t expert;
-        int32_t next, end;  // levels
+        int32_t next, end;  // pieces
         std::array<int32_t, kMaxLevels> tokens;
         std::array<float, kMaxLevels> weights;
     };
 
-    // Levels first ... end - 1 of an expert, for one reader.
+    // Pieces first ... end - 1 of an expert, for one reader.
     struct Request {
         int32_t expert;
         int32_t first, end;
@@ -159,30 +168,31 @@ class ExpertStore {
     };
 
     int global_number(int layer, int expert) const { return first_expert_[layer] + expert; }
-    std::span<Held> levels(int expert) {
-        return {sections_.data() + first_section_[expert],
-                static_cast<size_t>(first_section_[expert + 1] - first_section_[expert])};
+    std::span<Piece> pieces(int expert) {
+        return {pieces_.data() + first_piece_[expert],
+                static_cast<size_t>(first_piece_[expert + 1] - first_piece_[expert])};
     }
+    int piece_of(int level) const { return layout_.joined ? 0 : level; }  // of an expert
     const Section& stored(int expert, int level) const;
 
     // The following are called with the mutex held.
-    // Keeps the demanded levels 0 ... end - 1 in memory, queueing reads of those that are not there; all or nothing.
+    // Keeps the demanded pieces 0 ... end - 1 in memory, queueing reads of those that are not there; all or nothing.
     // False: there is no room, for others are kept.
     bool pin(const Demand& demand);
     int make_room(int run, bool for_prediction);  // the first unit of an empty run, or -1
-    bool can_leave(int section) const;
+    bool can_leave(int piece) const;
     Cost cost_of(int unit) const;
     void begin_turn(int layer, int tokens);
-    // To be called whenever cost_of() changes for another reason than a turn: for the units of an expert's levels, or
-    // of one section.
+    // To be called whenever cost_of() changes for another reason than a turn: for the units of an expert's pieces, or
+    // of one of them.
     void reconsider(int expert);
-    void reconsider(const Held& section);
+    void reconsider(const Piece& piece);
     // Values anew, now that room is needed, what has changed since it was needed last. All else keeps its place in the
     // order of leaving: a turn costs what changes in it, not what the memory holds.
     void update_runs();
-    void evict(int section);  // and the finer levels of its expert
-    void place(Held& section, int unit);
-    void drop(Held& section);
+    void evict(int piece);  // and the finer ones of its expert
+    void place(Piece& piece, int unit);
+    void drop(Piece& piece);
     Request next_request();  // expert -1: none
     bool before(const Demand& left, const Demand& right) const;
     bool continues(int expert, int level) const;  // level begins in the file where the one before it ends
@@ -200,10 +210,10 @@ class ExpertStore {
     StoreLayout layout_;
     std::vector<int32_t> first_expert_;         // [layers]
     std::vector<std::pair<int, int>> experts_;  // global number -> (layer, expert)
-    std::vector<int32_t> first_section_;        // [experts + 1] into sections_
-    std::vector<Held> sections_;
+    std::vector<int32_t> first_piece_;          // [experts + 1] into pieces_
+    std::vector<Piece> pieces_;
     std::vector<uint8_t> hinted_;  // global number -> expected by the current hint
-    std::vector<int32_t> owner_;   // unit -> section, -1 for none
+    std::vector<int32_t> owner_;   // unit -> piece, -1 for none
     CheapestRuns runs_;
     std::vector<int32_t> stale_;     // units that may cost something else by now than in runs_
     std::vector<uint8_t> is_stale_;  // [units]
@@ -215,9 +225,9 @@ class ExpertStore {
     std::condition_variable work_;   // readers wait for requests
     std::condition_variable ready_;  // the pass waits for experts
     std::vector<Demand> demands_;    // in the order asked for
-    std::deque<int32_t> hints_;      // sections to read when the disk has nothing better to do
+    std::deque<int32_t> hints_;      // pieces to read when the disk has nothing better to do
     std::vector<int32_t> hint_;      // experts (global) of the current hint
-    std::vector<int32_t> ahead_;     // sections that were read because of it
+    std::vector<int32_t> ahead_;     // pieces that were read because of it
     double ahead_bytes_ = 0;
     double ahead_limit_ = 0;
     LookAhead look_ahead_;
@@ -267,7 +277,7 @@ class ExpertStream {
         ExpertStore::Demand demand;
         int first, end;       // needs
         int given = 0;        // needs that next() has returned
-        bool pinned = false;  // its levels, until all needs have been given and released
+        bool pinned = false;  // its pieces, until all needs have been given and released
     };
 
     void unpin(Expert& expert);

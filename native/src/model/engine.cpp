@@ -54,6 +54,13 @@ void require_in_place(const std::string& name, int rows, uint64_t place) {
                                     " is row-major and neither alone in its extent nor in whole, aligned blocks");
 }
 
+// Whether every expert works with all levels that it has, whatever the router says.
+bool use_all_levels(const PackIndex& index, const EngineOptions& options) {
+    return options.thresholds.empty() && std::ranges::all_of(index.experts, [&](const auto& layer) {
+               return static_cast<int>(layer.second.levels.size()) <= options.level_cap + 1;
+           });
+}
+
 std::vector<KvShape> kv_shapes(const ModelSpec& spec, const EngineOptions& options) {
     std::vector<KvShape> shapes;
     for (const LayerSpec& layer : spec.layers) {
@@ -98,7 +105,7 @@ MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const Eng
     for (const auto& [section, bytes] : dense_sections(index)) plan.dense += bytes;
     plan.state = SequenceState::bytes(kv_shapes(spec, options), options.context, options.chunk);
     plan.scratch = Scratch::bytes(spec, options.chunk);
-    const StoreLayout experts(index);
+    const StoreLayout experts(index, use_all_levels(index, options));
     plan.slot = experts.slot_bytes();
     plan.experts = experts.slots();
     for (const LayerSpec& layer : spec.layers) plan.minimum_slots = std::max(plan.minimum_slots, layer.top_k);
@@ -194,6 +201,7 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
         layers_.push_back(std::move(layer));
     }
     scratch_ = std::make_unique<Scratch>(spec_, options_.chunk);
+    options_.store.all_levels = use_all_levels(index_, options_);
     if (!index_.experts.empty()) store_ = std::make_unique<ExpertStore>(index_, files_, options_.store);
     add_sequence();
 }

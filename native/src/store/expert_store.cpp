@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -44,55 +45,67 @@ std::array<uint64_t, 4> extent_places(const ExpertLevel& level, const Section& s
     return places;
 }
 
+// Units of a length that divide memory for pieces of various lengths, and what all pieces take in them.
+struct Division {
+    uint64_t unit, bytes;
+};
+
+uint64_t run_of(uint64_t bytes, uint64_t unit) {
+    return std::bit_ceil(std::max<uint64_t>((bytes + unit - 1) / unit, 1));
+}
+
+// The lengths of pieces and their halves, quarters, ...: that which wastes least, and of similar ones the largest, with
+// which there is least to keep account of. counts: of pieces that take so many bytes.
+Division least_waste(const std::map<uint64_t, uint64_t>& counts) {
+    constexpr int kHalvings = 4;
+    constexpr size_t kCandidates = 16;
+    std::vector<uint64_t> candidates;
+    for (auto at = counts.rbegin(); at != counts.rend() && candidates.size() < kCandidates * kHalvings; ++at)
+        for (int halvings = 0; halvings < kHalvings; ++halvings)
+            candidates.push_back(round_up((at->first + (1 << halvings) - 1) >> halvings));
+    std::ranges::sort(candidates, std::greater());
+    Division best{0, 0};
+    for (const uint64_t unit : candidates) {
+        uint64_t total = 0;
+        for (const auto& [bytes, count] : counts) total += run_of(bytes, unit) * unit * count;
+        if (best.unit == 0 || static_cast<double>(total) < 0.99 * static_cast<double>(best.bytes)) best = {unit, total};
+    }
+    return best;
+}
+
 }  // namespace
 
-StoreLayout::StoreLayout(const PackIndex& index) {
-    const auto each_section = [&](auto&& body) {
-        for (const auto& [layer, experts] : index.experts)
-            for (const std::vector<uint32_t>& sections : experts.sections)
-                for (size_t level = 0; level < sections.size(); ++level)
-                    body(extent_places(experts.levels[level], index.sections[sections[level]]).back());
-    };
-    std::map<uint64_t, uint64_t> counts;  // of sections that take so many bytes
-    each_section([&](uint64_t bytes) { ++counts[bytes]; });
-    if (counts.empty()) return;
-    unit = counts.rbegin()->first;
-    const bool several =
-        std::ranges::any_of(index.experts, [](const auto& layer) { return layer.second.levels.size() > 1; });
-    if (several) {
-        // The lengths of sections and their halves, quarters, ...: that which wastes least, and of similar ones the
-        // largest, with which there is least to keep account of.
-        constexpr int kHalvings = 4;
-        constexpr size_t kCandidates = 16;
-        std::vector<uint64_t> candidates;
-        for (auto at = counts.rbegin(); at != counts.rend() && candidates.size() < kCandidates * kHalvings; ++at)
-            for (int halvings = 0; halvings < kHalvings; ++halvings)
-                candidates.push_back(round_up((at->first + (1 << halvings) - 1) >> halvings));
-        std::ranges::sort(candidates, std::greater());
-        double least = 0;
-        for (const uint64_t candidate : candidates) {
-            double total = 0;
-            for (const auto& [bytes, count] : counts)
-                total += static_cast<double>(std::bit_ceil((bytes + candidate - 1) / candidate) * candidate * count);
-            if (least == 0 || total < 0.99 * least) {
-                least = total;
-                unit = candidate;
-            }
-        }
-    }
-    for (const auto& [layer, experts] : index.experts)
-        for (const std::vector<uint32_t>& sections : experts.sections) {
-            int taken = 0;
+StoreLayout::StoreLayout(const PackIndex& index, bool may_join) {
+    std::vector<std::vector<uint64_t>> experts;  // bytes of their levels
+    std::map<uint64_t, uint64_t> levels, sums;   // how many levels, or whole experts, take so many bytes
+    bool several = false;
+    for (const auto& [number, layer] : index.experts)
+        for (const std::vector<uint32_t>& sections : layer.sections) {
+            std::vector<uint64_t>& sizes = experts.emplace_back();
             for (size_t level = 0; level < sections.size(); ++level)
-                taken += run(extent_places(experts.levels[level], index.sections[sections[level]]).back());
-            units_per_slot = std::max(units_per_slot, taken);
-            units += static_cast<uint64_t>(taken);
+                sizes.push_back(extent_places(layer.levels[level], index.sections[sections[level]]).back());
+            for (const uint64_t bytes : sizes) ++levels[bytes];
+            ++sums[std::accumulate(sizes.begin(), sizes.end(), uint64_t{0})];
+            several |= layer.levels.size() > 1;
         }
+    if (experts.empty()) return;
+    if (several) {
+        const Division apart = least_waste(levels), together = least_waste(sums);
+        joined = may_join && together.bytes <= apart.bytes;
+        unit = joined ? together.unit : apart.unit;
+    } else {
+        unit = levels.rbegin()->first;
+    }
+    for (const std::vector<uint64_t>& sizes : experts) {
+        int taken = 0;
+        for (const uint64_t bytes : sizes) taken += run(bytes);
+        if (joined) taken = run(std::accumulate(sizes.begin(), sizes.end(), uint64_t{0}));
+        units_per_slot = std::max(units_per_slot, taken);
+        units += static_cast<uint64_t>(taken);
+    }
 }
 
-int StoreLayout::run(uint64_t bytes) const {
-    return static_cast<int>(std::bit_ceil(std::max<uint64_t>((bytes + unit - 1) / unit, 1)));
-}
+int StoreLayout::run(uint64_t bytes) const { return static_cast<int>(run_of(bytes, unit)); }
 
 int StoreLayout::slots() const {
     const auto per_slot = static_cast<uint64_t>(units_per_slot);
@@ -104,7 +117,7 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
     : index_(index),
       files_(files),
       options_(options),
-      layout_(index),
+      layout_(index, options.all_levels),
       owner_(static_cast<size_t>(layout_.units_per_slot) * options.slots, -1),
       is_stale_(owner_.size(), 0),
       arena_(layout_.unit * owner_.size()),
@@ -117,19 +130,25 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
         for (size_t expert = 0; expert < experts.sections.size(); ++expert) {
             const auto global = static_cast<int32_t>(experts_.size());
             experts_.emplace_back(layer, static_cast<int>(expert));
-            first_section_.push_back(static_cast<int32_t>(sections_.size()));
-            for (size_t level = 0; level < experts.sections[expert].size(); ++level) {
-                const Section& section = index.sections[experts.sections[expert][level]];
-                uint64_t bytes = 0;
-                for (const Extent& extent : section.extents) bytes += span_bytes(extent);
-                const int run = layout_.run(extent_places(experts.levels[level], section).back());
-                longest_run = std::max(longest_run, run);
-                sections_.push_back({global, static_cast<int32_t>(level), run, bytes});
+            first_piece_.push_back(static_cast<int32_t>(pieces_.size()));
+            const auto levels = static_cast<int>(experts.sections[expert].size());
+            for (int level = 0; level < levels;) {
+                const int end = layout_.joined ? levels : level + 1;
+                Piece piece{global, level, end, 0, 0};
+                uint64_t place = 0;
+                for (; level < end; ++level) {
+                    const Section& section = index.sections[experts.sections[expert][level]];
+                    for (const Extent& extent : section.extents) piece.bytes += span_bytes(extent);
+                    place += extent_places(experts.levels[level], section).back();
+                }
+                piece.run = layout_.run(place);
+                longest_run = std::max(longest_run, piece.run);
+                pieces_.push_back(piece);
                 layer_of.push_back(layer);
             }
         }
     }
-    first_section_.push_back(static_cast<int32_t>(sections_.size()));
+    first_piece_.push_back(static_cast<int32_t>(pieces_.size()));
     ranking_ = EvictionRanking(options.eviction, std::move(layer_of), static_cast<int>(first_expert_.size()));
     hinted_.assign(experts_.size(), 0);
     demands_.reserve(experts_.size());
@@ -185,12 +204,12 @@ void ExpertStore::hint(int layer, std::span<const Hint> experts) {
         hint_.push_back(global);
         hinted_[global] = 1;
         reconsider(global);
-        finest = std::max(finest, expected.level);
+        finest = std::max(finest, piece_of(expected.level));
     }
-    for (int level = 0; level <= finest; ++level)
+    for (int number = 0; number <= finest; ++number)
         for (size_t i = 0; i < experts.size(); ++i)
-            if (level <= experts[i].level && levels(hint_[i])[level].unit < 0)
-                hints_.push_back(first_section_[hint_[i]] + level);
+            if (number <= piece_of(experts[i].level) && pieces(hint_[i])[number].unit < 0)
+                hints_.push_back(first_piece_[hint_[i]] + number);
     if (!hints_.empty()) work_.notify_all();
 }
 
@@ -200,46 +219,46 @@ const Section& ExpertStore::stored(int expert, int level) const {
 }
 
 bool ExpertStore::can_leave(int number) const {
-    const Held& section = sections_[number];
-    if (section.pins > 0) return false;
+    const Piece& piece = pieces_[number];
+    if (piece.pins > 0) return false;
     // The finer levels go with it. They are needed only where it is, but may be on their way.
-    for (int32_t finer = number; finer < first_section_[section.expert + 1]; ++finer)
-        if (sections_[finer].state == State::queued || sections_[finer].state == State::reading) return false;
+    for (int32_t finer = number; finer < first_piece_[piece.expert + 1]; ++finer)
+        if (pieces_[finer].state == State::queued || pieces_[finer].state == State::reading) return false;
     return true;
 }
 
-void ExpertStore::place(Held& section, int unit) {
-    section.unit = unit;
-    reconsider(section);
-    std::fill_n(owner_.begin() + unit, section.run, static_cast<int32_t>(&section - sections_.data()));
+void ExpertStore::place(Piece& piece, int unit) {
+    piece.unit = unit;
+    reconsider(piece);
+    std::fill_n(owner_.begin() + unit, piece.run, static_cast<int32_t>(&piece - pieces_.data()));
 }
 
-void ExpertStore::drop(Held& section) {
-    reconsider(section);
-    std::fill_n(owner_.begin() + section.unit, section.run, -1);
-    section.unit = -1;
-    section.state = State::absent;
-    section.speculative = false;
+void ExpertStore::drop(Piece& piece) {
+    reconsider(piece);
+    std::fill_n(owner_.begin() + piece.unit, piece.run, -1);
+    piece.unit = -1;
+    piece.state = State::absent;
+    piece.speculative = false;
 }
 
 void ExpertStore::evict(int number) {
-    for (int32_t finer = first_section_[sections_[number].expert + 1] - 1; finer >= number; --finer) {
-        Held& section = sections_[finer];
-        if (section.unit < 0) continue;
-        if (section.speculative) ++counters_.prefetch_wasted;
-        ++counters_.evictions;
-        drop(section);
+    for (int32_t finer = first_piece_[pieces_[number].expert + 1] - 1; finer >= number; --finer) {
+        Piece& piece = pieces_[finer];
+        if (piece.unit < 0) continue;
+        if (piece.speculative) counters_.prefetch_wasted += piece.sections();
+        counters_.evictions += piece.sections();
+        drop(piece);
     }
 }
 
-void ExpertStore::reconsider(const Held& section) {
-    if (section.unit < 0) return;
-    for (int unit = section.unit; unit < section.unit + section.run; ++unit)
+void ExpertStore::reconsider(const Piece& piece) {
+    if (piece.unit < 0) return;
+    for (int unit = piece.unit; unit < piece.unit + piece.run; ++unit)
         if (!std::exchange(is_stale_[unit], 1)) stale_.push_back(unit);
 }
 
 void ExpertStore::reconsider(int expert) {
-    for (const Held& section : levels(expert)) reconsider(section);
+    for (const Piece& piece : pieces(expert)) reconsider(piece);
 }
 
 void ExpertStore::begin_turn(int layer, int tokens) {
@@ -267,8 +286,8 @@ Cost ExpertStore::cost_of(int unit) const {
     const int32_t number = owner_[unit];
     if (number < 0) return {};
     if (!can_leave(number)) return {Cost::Kind::stays, {}, 0};
-    const Held& section = sections_[number];
-    return {hinted_[section.expert] ? Cost::Kind::expected : Cost::Kind::leaves, ranking_.rank(number), -section.level};
+    const Piece& piece = pieces_[number];
+    return {hinted_[piece.expert] ? Cost::Kind::expected : Cost::Kind::leaves, ranking_.rank(number), -piece.level};
 }
 
 int ExpertStore::make_room(int run, bool for_prediction) {
@@ -281,40 +300,40 @@ int ExpertStore::make_room(int run, bool for_prediction) {
 }
 
 bool ExpertStore::pin(const Demand& demand) {
-    const std::span<Held> needed = levels(demand.expert).first(static_cast<size_t>(demand.end));
-    std::array<Held*, kMaxLevels> added;
+    const std::span<Piece> needed = pieces(demand.expert).first(static_cast<size_t>(demand.end));
+    std::array<Piece*, kMaxLevels> added;
     int missing = 0;
-    for (Held& section : needed) {
-        ++section.pins;
-        if (section.unit < 0) added[missing++] = &section;
+    for (Piece& piece : needed) {
+        ++piece.pins;
+        if (piece.unit < 0) added[missing++] = &piece;
     }
     reconsider(demand.expert);
     // Long runs first: they would not find a place between short ones.
     std::stable_sort(added.begin(), added.begin() + missing,
-                     [](const Held* left, const Held* right) { return left->run > right->run; });
+                     [](const Piece* left, const Piece* right) { return left->run > right->run; });
     for (int i = 0; i < missing; ++i) {
         const int unit = make_room(added[i]->run, false);
         if (unit < 0) {
             while (i-- > 0) drop(*added[i]);
-            for (Held& section : needed) --section.pins;
+            for (Piece& piece : needed) --piece.pins;
             reconsider(demand.expert);
             return false;
         }
         place(*added[i], unit);
     }
     ++counters_.experts_requested;
-    if (std::ranges::all_of(needed, [](const Held& section) { return section.state == State::present; }))
+    if (std::ranges::all_of(needed, [](const Piece& piece) { return piece.state == State::present; }))
         ++counters_.experts_hit;
     Demand reads = demand;
     reads.next = reads.end;
-    for (Held& section : needed) {
-        if (section.speculative) {
-            ++(section.state == State::present ? counters_.prefetch_used : counters_.prefetch_late);
-            section.speculative = false;
+    for (Piece& piece : needed) {
+        if (piece.speculative) {
+            (piece.state == State::present ? counters_.prefetch_used : counters_.prefetch_late) += piece.sections();
+            piece.speculative = false;
         }
-        if (section.state != State::absent && section.state != State::failed) continue;
-        section.state = State::queued;
-        reads.next = std::min(reads.next, section.level);
+        if (piece.state != State::absent && piece.state != State::failed) continue;
+        piece.state = State::queued;
+        reads.next = std::min(reads.next, static_cast<int32_t>(&piece - needed.data()));
     }
     if (reads.next < reads.end) {
         if (std::exchange(idle_, false)) look_ahead_.observe_window(seconds_since(idle_since_));
@@ -324,12 +343,12 @@ bool ExpertStore::pin(const Demand& demand) {
     return true;
 }
 
-// Whether the next section of `left` is read before that of `right`.
+// Whether the next piece of `left` is read before that of `right`.
 bool ExpertStore::before(const Demand& left, const Demand& right) const {
     const int l = left.next, r = right.next;
     if (left.tokens[l] != right.tokens[r]) return left.tokens[l] > right.tokens[r];
     if (left.weights[l] != right.weights[r]) return left.weights[l] > right.weights[r];
-    return sections_[first_section_[left.expert] + l].bytes < sections_[first_section_[right.expert] + r].bytes;
+    return pieces_[first_piece_[left.expert] + l].bytes < pieces_[first_piece_[right.expert] + r].bytes;
 }
 
 bool ExpertStore::continues(int expert, int level) const {
@@ -351,14 +370,14 @@ ExpertStore::Request ExpertStore::next_request() {
             return best;
         };
         const auto chosen = first_of_all();
-        const std::span<Held> held = levels(chosen->expert);
+        const std::span<Piece> held = pieces(chosen->expert);
         Request request{chosen->expert, chosen->next, chosen->next, false};
         do {
             held[request.end++].state = State::reading;
             chosen->next = request.end;
             while (chosen->next < chosen->end && held[chosen->next].state != State::queued) ++chosen->next;
-        } while (chosen->next == request.end && chosen->next < chosen->end && continues(chosen->expert, chosen->next) &&
-                 first_of_all() == chosen);
+        } while (chosen->next == request.end && chosen->next < chosen->end &&
+                 continues(chosen->expert, held[chosen->next].level) && first_of_all() == chosen);
         if (chosen->next == chosen->end) demands_.erase(chosen);
         return request;
     }
@@ -366,35 +385,42 @@ ExpertStore::Request ExpertStore::next_request() {
     while (demands_reading_ == 0 && !hints_.empty() && ahead_bytes_ < ahead_limit_) {
         const int32_t number = hints_.front();
         hints_.pop_front();
-        Held& section = sections_[number];
-        if (section.unit >= 0 || (section.level > 0 && sections_[number - 1].unit < 0)) continue;
-        const int unit = make_room(section.run, true);
+        Piece& piece = pieces_[number];
+        if (piece.unit >= 0 || (piece.level > 0 && pieces_[number - 1].unit < 0)) continue;
+        const int unit = make_room(piece.run, true);
         if (unit < 0) {
             hints_.clear();
             break;
         }
-        place(section, unit);
-        section.speculative = true;
-        section.state = State::reading;
-        reconsider(section.expert);  // its coarser levels stay meanwhile
-        ++counters_.prefetch_issued;
+        place(piece, unit);
+        piece.speculative = true;
+        piece.state = State::reading;
+        reconsider(piece.expert);  // its coarser levels stay meanwhile
+        counters_.prefetch_issued += piece.sections();
         ahead_.push_back(number);
-        ahead_bytes_ += static_cast<double>(section.bytes);
-        return {section.expert, section.level, section.level + 1, true};
+        ahead_bytes_ += static_cast<double>(piece.bytes);
+        const int32_t place = number - first_piece_[piece.expert];
+        return {piece.expert, place, place + 1, true};
     }
     return {-1, 0, 0, false};
 }
 
 std::byte* ExpertStore::memory(int expert, int level) const {
-    return arena_.data() + static_cast<uint64_t>(sections_[first_section_[expert] + level].unit) * layout_.unit;
+    const Piece& piece = pieces_[first_piece_[expert] + piece_of(level)];
+    uint64_t place = static_cast<uint64_t>(piece.unit) * layout_.unit;
+    for (int coarser = piece.level; coarser < level; ++coarser)
+        place +=
+            extent_places(index_.experts.at(experts_[expert].first).levels[coarser], stored(expert, coarser)).back();
+    return arena_.data() + place;
 }
 
 void ExpertStore::read(const Request& request, std::vector<std::byte>& scratch) const {
     const auto [layer, number] = experts_[request.expert];
-    for (int level = request.first; level < request.end;) {
+    const int end_level = pieces_[first_piece_[request.expert] + request.end - 1].end;
+    for (int level = pieces_[first_piece_[request.expert] + request.first].level; level < end_level;) {
         const Section& section = stored(request.expert, level);
         int end = level + 1;
-        while (end < request.end && continues(request.expert, end)) ++end;
+        while (end < end_level && continues(request.expert, end)) ++end;
         if (end - level > 1) {
             std::array<std::span<std::byte>, kMaxLevels> targets;
             uint64_t bytes = 0;
@@ -477,16 +503,17 @@ void ExpertStore::read_loop() {
         }
 
         lock.lock();
-        uint64_t bytes = 0;
-        for (int level = request.first; level < request.end; ++level) {
-            Held& section = levels(request.expert)[level];
-            section.state = error ? State::failed : State::present;
-            bytes += section.bytes;
-            if (error && std::exchange(section.speculative, false)) ++counters_.prefetch_wasted;
+        uint64_t bytes = 0, sections = 0;
+        for (int number = request.first; number < request.end; ++number) {
+            Piece& piece = pieces(request.expert)[number];
+            piece.state = error ? State::failed : State::present;
+            bytes += piece.bytes;
+            sections += piece.sections();
+            if (error && std::exchange(piece.speculative, false)) counters_.prefetch_wasted += piece.sections();
         }
         reconsider(request.expert);
         if (!error) {
-            counters_.sections_read += static_cast<uint64_t>(request.end - request.first);
+            counters_.sections_read += sections;
             counters_.bytes_read += bytes;
             if (demanded) look_ahead_.observe_read(seconds_since(begin), bytes);
         }
@@ -523,8 +550,8 @@ ExpertWeights ExpertStore::weights(int global, int end) const {
 // After a failed pass: nothing that it asked for may still be under way, or its failure would meet the next pass.
 void ExpertStore::abandon(std::unique_lock<std::mutex>& lock) {
     for (const Demand& demand : demands_)
-        for (Held& section : levels(demand.expert).first(static_cast<size_t>(demand.end)))
-            if (section.state == State::queued) drop(section);
+        for (Piece& piece : pieces(demand.expert).first(static_cast<size_t>(demand.end)))
+            if (piece.state == State::queued) drop(piece);
     demands_.clear();
     hints_.clear();
     ready_.wait(lock, [this] { return reading_ == 0; });
@@ -535,7 +562,10 @@ ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<
     for (int i = 0; i < static_cast<int>(needs.size());) {
         const int begin = i;
         while (i < static_cast<int>(needs.size()) && needs[i].expert == needs[begin].expert) ++i;
-        Expert expert{{store.global_number(layer, needs[begin].expert), 0, needs[i - 1].level + 1, {}, {}}, begin, i};
+        Expert expert{
+            {store.global_number(layer, needs[begin].expert), 0, store.piece_of(needs[i - 1].level) + 1, {}, {}},
+            begin,
+            i};
         experts_.push_back(expert);
     }
     items_.reserve(needs.size());
@@ -548,28 +578,28 @@ ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<
         ExpertStore::Demand& demand = expert.demand;
         int32_t uses = 0, last_token = -1, at = expert.end;
         float weight = 0;
-        for (int level = demand.end - 1; level >= 0; --level) {
-            for (; at > expert.first && needs[at - 1].level >= level; --at) {
+        for (int piece = demand.end - 1; piece >= 0; --piece) {
+            for (; at > expert.first && store.piece_of(needs[at - 1].level) >= piece; --at) {
                 uses += needs[at - 1].uses;
                 last_token = std::max(last_token, needs[at - 1].last_token);
                 weight += needs[at - 1].weight;
             }
-            demand.tokens[level] = uses;
-            demand.weights[level] = weight;
-            store.ranking_.use(store.first_section_[demand.expert] + level, last_token, uses);
+            demand.tokens[piece] = uses;
+            demand.weights[piece] = weight;
+            store.ranking_.use(store.first_piece_[demand.expert] + piece, last_token, uses);
         }
     }
     // Those in memory first: they are computed while the others are read, and stay safe from eviction by them. Then
     // those of which something is.
     for (const bool whole : {true, false})
         for (Expert& expert : experts_) {
-            const auto needed = store.levels(expert.demand.expert).first(static_cast<size_t>(expert.demand.end));
+            const auto needed = store.pieces(expert.demand.expert).first(static_cast<size_t>(expert.demand.end));
             if (!expert.pinned && (whole ? needed.back() : needed.front()).unit >= 0)
                 expert.pinned = store.pin(expert.demand);
         }
     for (const int32_t number : store.ahead_) {
-        const auto& section = store.sections_[number];
-        store.look_ahead_.observe_prediction(section.unit >= 0 && !section.speculative);
+        const auto& piece = store.pieces_[number];
+        store.look_ahead_.observe_prediction(piece.unit >= 0 && !piece.speculative);
     }
     store.ahead_.clear();
     store.hints_.clear();
@@ -580,8 +610,7 @@ ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<
 }
 
 void ExpertStream::unpin(Expert& expert) {
-    for (auto& section : store_.levels(expert.demand.expert).first(static_cast<size_t>(expert.demand.end)))
-        --section.pins;
+    for (auto& piece : store_.pieces(expert.demand.expert).first(static_cast<size_t>(expert.demand.end))) --piece.pins;
     store_.reconsider(expert.demand.expert);
     expert.pinned = false;
     --unfinished_;
@@ -611,11 +640,11 @@ std::span<const ExpertStream::Item> ExpertStream::next() {
             }
             if (!expert.pinned) continue;
             keeping = true;
-            const auto held = store_.levels(expert.demand.expert);
+            const auto held = store_.pieces(expert.demand.expert);
             int present = 0;
             while (present < expert.demand.end && held[present].state == ExpertStore::State::present) ++present;
             for (int i = expert.first; i < expert.end; ++i) {
-                if (is_given_[i] || needs_[i].level >= present) continue;
+                if (is_given_[i] || store_.piece_of(needs_[i].level) >= present) continue;
                 items_.push_back({i, store_.weights(expert.demand.expert, needs_[i].level + 1)});
                 is_given_[i] = 1;
                 ++expert.given;
@@ -627,7 +656,7 @@ std::span<const ExpertStream::Item> ExpertStream::next() {
         if (refused && !keeping && store_.reading_ == 0) {
             // Nothing is kept, and yet what this expert has in memory leaves no long run free: it starts anew.
             if (std::exchange(anew, true)) throw std::runtime_error("the memory for experts does not hold one of them");
-            store_.evict(store_.first_section_[refused->demand.expert]);
+            store_.evict(store_.first_piece_[refused->demand.expert]);
             continue;
         }
         const auto begin = Clock::now();
