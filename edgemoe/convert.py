@@ -91,7 +91,7 @@ def convert(
     whose weights are kept excepted.
     nested: the experts at several widths at once, in place of `bits` (docs/quantization.md); a text runs through the
     source's model for it. NumPy's own threads only get in the way then: OPENBLAS_NUM_THREADS=1 is best.
-    progress: called with (bytes written, bytes in all).
+    progress: called with (work done, work in all), which is bytes written and, with `nested`, what else takes time.
 
     The target appears when it is complete. An interrupted conversion (KeyboardInterrupt, a killed process) leaves
     `target.partial` and `target.journal`, and the same call continues it; any other failure leaves nothing.
@@ -107,19 +107,12 @@ def convert(
         raise PackError(f"{target.parent}: no such folder")
     plan = _plan(source, bits, dense_bits, nested)
     _require_space(target, plan.size + plan.temporary)
-    # Measuring takes some time after the last byte.
-    measuring = plan.size // 10 if nested is not None and nested.quality_text is not None else 0
-    measured = 0.0
     with PackWriter.create(target, plan.fingerprint) as writer:
 
-        def report() -> None:
+        def report(beside: int = 0) -> None:
             if progress is not None:
-                progress(writer.bytes_done + int(measured * measuring), plan.size - BLOCK + measuring)
-
-        def report_measured(share: float) -> None:
-            nonlocal measured
-            measured = share
-            report()
+                total = plan.size - BLOCK + plan.unwritten
+                progress(min(writer.bytes_done + beside, total), total)
 
         report()
         with contextlib.closing(plan.build(writer.done)) as sections:
@@ -131,7 +124,10 @@ def convert(
 
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
                 experts = NestedExperts(source, plan.model, nested, Path(work))
-                experts.write(writer, plan.contents, len(plan.sections), report, report_measured)
+                experts.write(writer, plan.contents, len(plan.sections), report)
+            report(
+                plan.size + plan.unwritten
+            )  # texts may be shorter, and levels measured in fewer passes, than planned
         writer.finish(plan.contents)
 
 
@@ -289,13 +285,15 @@ class _Tensor:
 
 @dataclass(slots=True)
 class _Plan:
-    """sections: the tensors, or the bytes, of each one. size: of the pack; temporary: of files that are removed."""
+    """sections: the tensors, or the bytes, of each one. size: of the pack; temporary: of files that are removed.
+    unwritten: other work, in bytes that take as long to write."""
 
     model: SourceModel
     contents: PackContents
     sections: list[list[_Tensor] | bytes] = field(default_factory=list)
     size: int = BLOCK
     temporary: int = 0
+    unwritten: int = 0
     fingerprint: str = ""
 
     @property
@@ -399,6 +397,7 @@ def _plan(source: Path, bits: int | None, dense_bits: int | None, nested: Nested
         experts = _nested_experts(model, nested)
         plan.size += experts.size()
         plan.temporary = experts.temporary_size()
+        plan.unwritten = experts.unwritten()
     plan.fingerprint = _fingerprint(plan)
     return plan
 

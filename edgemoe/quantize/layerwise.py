@@ -34,7 +34,8 @@ Observer = Callable[[slice, Mapping[str, npt.NDArray[Any]]], None]
 
 class LayerwiseModel:
     """index: of the whole model, in the form the engine takes. threads: of the engine. memory: for one layer's weights
-    and activations, in bytes. options: further ones of the engine. work: a folder for a small temporary file."""
+    and activations, in bytes. options: further ones of the engine. work: a folder for a small temporary file. report:
+    called with the number of tokens after each window that went through a layer."""
 
     def __init__(
         self,
@@ -46,11 +47,13 @@ class LayerwiseModel:
         memory: int,
         work: Path,
         options: Mapping[str, Any] | None = None,
+        report: Callable[[int], None] | None = None,
     ) -> None:
         self.spec = spec.for_context(window)
         self.window = window
         self._index = index
         self._memory = memory
+        self._report = report
         self._options = {
             "threads": threads,
             "context": window,
@@ -91,6 +94,8 @@ class LayerwiseModel:
             seen = engine.forward_layer(0, ids, values, layer == 0, positions)
             if observe is not None:
                 observe(slice(number * self.window, (number + 1) * self.window), seen)
+            if self._report is not None:
+                self._report(len(window))
             if len(positions):
                 yield seen["logits"]
 

@@ -37,11 +37,13 @@ from edgemoe.quantize.allocation import allocate, super_experts
 from edgemoe.quantize.calibration import SHIPPED, WINDOW, Statistics, windows
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index, temporary_array
 from edgemoe.quantize.nested import Floats, Hessian, Nested, check_bits, quantize
-from edgemoe.quantize.quality import Reference, measure
+from edgemoe.quantize.quality import Reference, measure, most_runs
 from edgemoe.text.tokenizer import check_vocabulary, load_tokenizer
 
 # Tokens that are looked at to find super experts, before anything is quantized.
 _SCOUTED = 4096
+# A layer's experts take as long to quantize as so many tokens take to go through it; what is done is told in these.
+_TOKENS_PER_LAYER = 5 * 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,19 @@ class NestedExperts:
             size += max(spec.layers[layer].experts * sum(self.section_sizes(layer)) for layer in self._routed())
         return size
 
+    def unwritten(self) -> int:
+        """What the passes of texts through the model count as, beside the sections' bytes, at most."""
+        options = self._options
+        calibration = options.tokens + WINDOW if options.calibrate else 0
+        measured = options.quality_tokens + WINDOW if options.quality_text is not None else 0
+        scouted = min(calibration, _SCOUTED) if options.target_bits is not None else 0
+        tokens = scouted + calibration + (1 + most_runs(len(options.levels))) * measured
+        return int(self._pass_bytes() * tokens * len(self._model.spec.layers))
+
+    def _pass_bytes(self) -> float:
+        """Bytes of sections that take as long to make as a token takes to go through a layer."""
+        return self.size() / len(self._model.spec.layers) / _TOKENS_PER_LAYER
+
     def _routed(self) -> list[int]:
         return [number for number, layer in enumerate(self._model.spec.layers) if layer.experts]
 
@@ -149,20 +164,24 @@ class NestedExperts:
         writer: PackWriter,
         contents: PackContents,
         first: int,
-        report: Callable[[], None],
-        report_measured: Callable[[float], None],
+        report: Callable[[int], None],
     ) -> None:
         """Adds the sections of all experts, from number `first` on, except those that the writer has; fills
         `contents.experts`, and `contents.quality` where it is to be measured.
 
-        report: called after each section; report_measured: then, with the share of measuring that is done.
+        report: called after each section, each window of a text that went through a layer and each expert that cannot
+        be written yet, with what has been done so far beside writing: `unwritten()` in the end, or less, and the bytes
+        of levels that were quantized but are not kept, or not yet written.
         """
         spec, options = self._model.spec, self._options
         self._next = first
+        self._report = report
+        self._beside = 0.0
         if not options.calibrate and options.quality_text is None:
             for number in self._routed():
-                self._write_layer(number, None, writer, contents, report)
+                self._write_layer(number, None, writer, contents)
             return
+        pass_bytes = self._pass_bytes()
         window = min(WINDOW, spec.context)
         tokenizer = load_tokenizer(self._path)
         check_vocabulary(tokenizer, spec)
@@ -178,6 +197,7 @@ class NestedExperts:
             threads=self._threads,
             memory=self._free(),
             work=self._work,
+            report=lambda tokens: self._advance(tokens * pass_bytes),
         )
         if options.target_bits is not None and self._routed()[-1] not in writer.notes:
             self._super_experts = self._find_super_experts(original, calibration)
@@ -190,7 +210,7 @@ class NestedExperts:
             for logits in original.run(number, tokens, residual, observe, reference.positions, len(calibration)):
                 reference.add(logits)
             if layer.experts:
-                self._write_layer(number, statistics if options.calibrate else None, writer, contents, report)
+                self._write_layer(number, statistics if options.calibrate else None, writer, contents)
         if options.quality_text is not None:
             index = _engine_index(writer.unfinished(contents))
             contents.quality = measure(
@@ -202,12 +222,17 @@ class NestedExperts:
                     memory=self._free(),
                     work=self._work,
                     options=engine_options,
+                    report=lambda tokens: self._advance(tokens * pass_bytes),
                 ),
                 contents.experts,
                 reference,
                 options.quality_text.name,
-                report_measured,
             )
+
+    def _advance(self, work: float = 0.0) -> None:
+        """So many bytes' worth more has been done beside writing."""
+        self._beside += work
+        self._report(int(self._beside))
 
     def _free(self) -> int:
         """Bytes that may still be used."""
@@ -234,8 +259,8 @@ class NestedExperts:
         statistics: Statistics | None,
         writer: PackWriter,
         contents: PackContents,
-        report: Callable[[], None],
     ) -> None:
+        sizes = self.section_sizes(layer)
         experts = self._model.spec.layers[layer].experts
         with contextlib.ExitStack() as stack:
             spool: _Spool | None = None
@@ -243,12 +268,17 @@ class NestedExperts:
             if kept is None and self._options.target_bits is not None:
                 assert statistics is not None
                 spool = stack.enter_context(_Spool(self._work))
-                errors = [spool.add(packed, lost) for packed, lost in self.quantized(layer, statistics, range(experts))]
+                errors = []
+                for packed, lost in self.quantized(layer, statistics, range(experts)):
+                    errors.append(spool.add(packed, lost))
+                    self._advance(sum(sizes))
                 kept = self._allocate(layer, np.array(errors))
             elif kept is None:
                 kept = [len(self._options.levels)] * experts
             if layer not in writer.notes:
                 writer.note(layer, kept)
+            if spool is None:
+                self._advance(sum(sum(sizes[levels:]) for levels in kept))
             sections = []
             for levels in kept:
                 sections.append(tuple(range(self._next, self._next + levels)))
@@ -263,10 +293,10 @@ class NestedExperts:
                 else (packed for packed, _ in self.quantized(layer, statistics, missing))
             )
             for expert, packed in zip(missing, made, strict=True):
-                for number, data in zip(sections[expert], packed, strict=False):
+                for number, data, size in zip(sections[expert], packed, sizes, strict=False):
                     if number == writer.done:
                         writer.add([data])
-                        report()
+                        self._advance(-size if spool is not None else 0)
 
     def _allocate(self, layer: int, errors: npt.NDArray[np.float64]) -> list[int]:
         """How many levels each expert keeps."""

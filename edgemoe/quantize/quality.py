@@ -178,17 +178,19 @@ def evaluate(
     return reference.compare(logits)
 
 
+def most_runs(levels: int) -> int:
+    """How often the text goes through a model of so many levels while it is measured, at most."""
+    return levels + len(MODES) * (_STEPS + 1)
+
+
 def measure(
     model: Callable[[dict[str, Any]], LayerwiseModel],
     experts: Mapping[int, ExpertLayer],
     reference: Reference,
     text: str,
-    report: Callable[[float], None],
 ) -> dict[str, Any]:
-    """The value of a pack's index key `quality`. model: the pack's model with these options of the engine. report:
-    called with the share that is done, at least."""
+    """The value of a pack's index key `quality`. model: the pack's model with these options of the engine."""
     levels = next(iter(experts.values())).levels
-    runs, most = 0, len(levels) + len(MODES) * (_STEPS + 1)
 
     def run(options: dict[str, Any]) -> Measured:
         thresholds = tuple(options.get("thresholds", ()))
@@ -198,11 +200,7 @@ def measure(
             if number in experts:
                 widths.append(_mean_bits(experts[number], seen["picks"], seen["weights"], thresholds))
 
-        result = Measured(thresholds, *evaluate(model(options), reference, observe), float(np.mean(widths)))
-        nonlocal runs
-        runs += 1
-        report(min(runs / most, 1.0))
-        return result
+        return Measured(thresholds, *evaluate(model(options), reference, observe), float(np.mean(widths)))
 
     exact = run({})
     single = [run({"level_cap": level}) for level in range(len(levels) - 1)] + [exact]

@@ -18,6 +18,7 @@ from edgemoe.formats.pack import PARTS, Pack, PackWriter
 from edgemoe.formats.safetensors import SafetensorsFolder
 from edgemoe.model import Model
 from edgemoe.quantize import nested_experts
+from edgemoe.quantize.layerwise import LayerwiseModel
 from edgemoe.quantize.nested import Floats, Nested
 from edgemoe.quantize.nested_experts import NestedExperts, NestedOptions
 
@@ -108,6 +109,30 @@ def test_calibrated_and_measured(tiny_qwen3_moe: Make, tmp_path: Path, text: Pat
     with Model(target, level_cap=0) as coarse, Model(target) as fine:
         tokens = coarse.tokenizer.encode(text.read_text())[:64]
         assert np.abs(coarse.logits(tokens) - fine.logits(tokens)).max() > 1e-3
+
+
+@pytest.mark.parametrize("target_bits", [None, TARGET])
+def test_progress_goes_on_while_a_text_runs_through_the_model(
+    tiny_qwen3_moe: Make, tmp_path: Path, text: Path, target_bits: float | None
+) -> None:
+    source, target = tiny_qwen3_moe(max_position_embeddings=64), tmp_path / "a.emoe"
+    options = NestedOptions((2, 4, 8), text, True, 1024, target_bits, text, 128, memory=10**9, threads=2)
+    passes: list[int] = []  # windows that went through a layer, as of each call
+    calls: list[tuple[int, int]] = []
+    real = LayerwiseModel.run
+
+    def run(model: LayerwiseModel, layer: int, tokens: Any, *rest: Any) -> Any:
+        before = len(calls)
+        yield from real(model, layer, tokens, *rest)
+        passes.append(len({done for done, _ in calls[before - 1 :]}) - 1 - len(tokens))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerwiseModel, "run", run)
+        convert(source, target, nested=options, progress=lambda done, total: calls.append((done, total)))
+    assert len(passes) >= 2 * 5 and set(passes) == {0}  # every window was one step
+    done = [done for done, _ in calls]
+    assert len({total for _, total in calls}) == 1
+    assert done == sorted(done) and done[-1] == calls[-1][1]
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
