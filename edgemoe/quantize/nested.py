@@ -1,8 +1,8 @@
 """Slice-refit: one code per weight that serves several widths, and a scale and an offset of its own for every width.
 
-A matrix is quantized once, at the largest width, by GPTQ; a level's codes are the high bits of those codes. What makes
-the high bits good weights is that every level has its own scale and offset per group of 64 columns, fitted by least
-squares under the Hessian, jointly over the groups of a row, and stored relative to the level before (docs/format.md):
+A level's codes are the high bits of one code. What makes the high bits good weights is that every level has its own scale
+and offset per group of 64 columns, fitted by least squares under the Hessian, jointly over the groups of a row, and
+stored relative to the level before (docs/format.md):
 
     level 0:    A = scale,                                B = A * (offset / 32 - (2^bits - 1) / 2)
     level l:    A' = A * 2^-d * (1 + ratio / 2^(b + 3)),  B' = B + A' * (2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2)
@@ -16,6 +16,10 @@ GPTQ is Frantar et al. (2022, "GPTQ: Accurate Post-Training Quantization for Gen
 the form of Chee et al. (2023, "QuIP: 2-Bit Quantization of Large Language Models With Guarantees": LDLQ, proved there
 to be the same): with H = R R^T, R upper triangular, column k is rounded after adding the errors of the columns before
 it times R[:k, k] / R[k, k]. So one Cholesky factorization is all that is needed of H, for all matrices of one input.
+Here every level carries its own errors along, and a column gets the code whose slices together come nearest to what the
+levels then want (cf. MatGPTQ, 2026, arXiv 2602.03537, which feeds back the mean of the levels'
+errors). What the high bits of a code made for the largest width alone lose is mostly that feedback. Sweeps of coordinate
+descent over lines and codes follow, by turns.
 
 Everything is float32, and arrays are worked on as [columns, rows]: a column of the weights is contiguous then.
 """
@@ -23,7 +27,7 @@ Everything is float32, and arrays are worked on as [columns, rows]: a column of 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -48,6 +52,10 @@ _REACH = 3.4
 _NIBBLES = np.arange(-8, 8, dtype=np.float32)[:, None]
 # Columns whose errors reach the rest of their group together.
 _PANEL = 16
+# Codes that are weighed against each other where several levels matter.
+_CANDIDATES = 4
+# The least variance of codes that are not all the same.
+_VARIES = 1e-6
 # Rows worked on together: what is computed of a group of them stays in the processor's second-level cache.
 _ROWS = 512
 
@@ -117,11 +125,12 @@ def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
 
 
 def level_weights(bits: Sequence[int]) -> tuple[float, ...]:
-    """How much the squared error of each level counts when a group's range is chosen: .01, .1, 1 for three levels.
+    """How much the squared error of each level counts: 1/36, 1/6, 1 for levels of 2, 3 and 4 bits.
 
-    A bit more makes the squared error about four times smaller, and the exact mode computes with the largest width.
+    A bit less makes the squared error about four times larger, so this is nearly the relative error, and a little more
+    for the largest width, with which the exact mode computes.
     """
-    return tuple(10.0**-step for step in range(len(bits) - 1, -1, -1))
+    return tuple((1 / 6) ** (bits[-1] - width) for width in bits)
 
 
 class Hessian:
@@ -172,29 +181,23 @@ def quantize(weights: Floats, hessian: Hessian, bits: Sequence[int], sweeps: int
 
 
 def _quantize_rows(weights: Floats, hessian: Hessian, levels: tuple[int, ...], sweeps: int) -> Nested:
-    rows, columns = weights.shape
-    target = np.zeros((len(hessian.matrix), rows), np.float32)
-    target[:columns] = weights.T
-    codes, scale, low = _gptq(target, hessian, levels)
-    sliced = [np.floor(codes * np.float32(0.5 ** (levels[-1] - width))) for width in levels]
-    fits: list[_Fit] = []
-    for level in reversed(range(len(levels))):
-        # Before the fit a slice stands for the middle of the codes that share it.
-        spread = 2 ** (levels[-1] - levels[level])
-        start = scale * np.float32(spread), low + scale * np.float32((spread - 1) / 2)
-        fits.insert(0, _Fit(target, sliced[level], start, hessian))
-        choose: _Choice = _Coarser(fits[1], levels, level) if len(fits) > 1 else _Free(start, levels)
-        if level == 0:
-            choose = base = _Base(choose, levels[0], scale.shape)
-        fits[0].sweep(choose, sweeps)
+    columns = weights.shape[1]
+    rounding = _Rounding(weights, hessian, levels)
+    top = len(levels) - 1
+    choices: list[_Choice] = [_Free(rounding, levels)]
+    for level in reversed(range(top)):
+        choices.insert(0, _Coarser(rounding, levels, level))
+    choices[0] = base = _Base(choices[0], levels[0], rounding.scale.shape[1:])
+    for _ in range(sweeps):
+        rounding.sweep(choices)
     first: list[npt.NDArray[Any]] = [base.first]
     second = [base.second]
-    for level in range(1, len(levels)):
-        finer = _Finer(fits[level - 1], fits[level].scale.copy(), levels[level - 1], levels[level])
-        fits[level].sweep(finer, 1)
+    for level in range(1, top + 1):
+        finer = _Finer(rounding, levels, level)
+        rounding.fit(level, finer)
         first.append(finer.first)
         second.append(finer.second)
-    stored = np.ascontiguousarray(codes.T.astype(np.uint8))
+    stored = np.ascontiguousarray(rounding.codes.T.astype(np.uint8))
     stored[:, columns:] = 0
     return Nested(
         levels,
@@ -207,90 +210,233 @@ def _quantize_rows(weights: Floats, hessian: Hessian, levels: tuple[int, ...], s
 # -- codes ----------------------------------------------------------------------------------------------------------
 
 
-def _gptq(target: Floats, hessian: Hessian, bits: tuple[int, ...]) -> tuple[Floats, Floats, Floats]:
-    """(codes float32 [columns, rows], scale, low [groups, rows]): a weight is about scale * code + low."""
-    columns, rows = target.shape
-    groups = columns // GROUP
-    top = np.float32(2 ** bits[-1] - 1)
-    codes = np.empty_like(target)
-    errors = np.empty_like(target)
-    scales, lows = (np.empty((groups, rows), np.float32) for _ in range(2))
-    for group in range(groups):
-        begin, end = group * GROUP, (group + 1) * GROUP
-        known = min(GROUP, hessian.columns - begin)  # without padding
-        adjusted = target[begin:end].copy()
-        if hessian.feedback is not None and begin:
-            adjusted += hessian.feedback[:begin, begin:end].T @ errors[:begin]
-        scales[group], lows[group] = scale, low = _range(adjusted[:known], bits)
-        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 1e-30)
-        for panel in range(0, GROUP, _PANEL):
-            for column in range(panel, panel + _PANEL):
-                code = codes[begin + column]
-                np.subtract(adjusted[column], low, out=code)
-                code *= inverse
-                np.rint(code, out=code)
-                np.maximum(code, 0, out=code)
-                np.minimum(code, top, out=code)
-                error = errors[begin + column]
-                np.multiply(code, scale, out=error)
-                error += low
-                np.subtract(target[begin + column], error, out=error)
-                if hessian.feedback is not None:
-                    factors = hessian.feedback[begin + column, begin + column + 1 : begin + panel + _PANEL]
-                    adjusted[column + 1 : panel + _PANEL] += factors[:, None] * error
-            rest = panel + _PANEL
-            if hessian.feedback is not None and rest < GROUP:
-                adjusted[rest:] += (
-                    hessian.feedback[begin + panel : begin + rest, begin + rest : end].T
-                    @ errors[begin + panel : begin + rest]
-                )
-    return codes, scales, lows
+class _Rounding:
+    """Rows of a matrix on their way: codes float32 [columns, rows] of the largest width, and for every level the lines
+    that its slices of the codes lie on, (A, B) float32 [levels, groups, rows]."""
+
+    def __init__(self, weights: Floats, hessian: Hessian, bits: tuple[int, ...]) -> None:
+        rows = len(weights)
+        size = len(hessian.matrix)
+        self._hessian = hessian
+        self._bits = bits
+        self._weights = np.array(level_weights(bits), np.float32)
+        # What the largest width's codes are multiplied by before they are cut to a level's.
+        self._slices = np.array([0.5 ** (bits[-1] - width) for width in bits], np.float32)
+        self._target = np.zeros((size, rows), np.float32)
+        self._target[: hessian.columns] = weights.T
+        self.codes = np.zeros_like(self._target)
+        self.scale, self.offset = (np.empty((len(bits), size // GROUP, rows), np.float32) for _ in range(2))
+        # target - (A u + B) of each level.
+        self._errors = np.zeros((len(bits), *self._target.shape), np.float32)
+        for group in range(size // GROUP):
+            self._gptq(group)
+
+    def _columns(self, group: int) -> slice:
+        """Without padding."""
+        return slice(group * GROUP, min((group + 1) * GROUP, self._hessian.columns))
+
+    def _gptq(self, group: int) -> None:
+        """Codes and lines of a group, from what all levels' errors in the groups before it leave to make up for."""
+        columns, feedback = self._columns(group), self._hessian.feedback
+        adjusted = np.repeat(self._target[None, columns], len(self._bits), axis=0)
+        if feedback is None:
+            factors = None
+        else:
+            factors = feedback[columns, columns]
+            if group:
+                adjusted += feedback[: columns.start, columns].T @ self._errors[:, : columns.start]
+        self.scale[:, group], self.offset[:, group] = _lines(adjusted[-1], self._bits)
+        self._round(group, adjusted, factors)
+
+    def sweep(self, choices: Sequence[_Choice]) -> None:
+        """Makes lines and codes better, one group after the other with the others as they are (block coordinate
+        descent): `choices` find the lines of each level, the codes are chosen one column after the other.
+
+        For codes this is Behdin et al. (2023, "QuantEase: Optimization-based Quantization for Language Models").
+        """
+        for group in range(self.scale.shape[1]):
+            gradient = self._gradient(group)
+            self._fit_group(group, gradient, choices)
+            self._descend(group, gradient)
+            self._fit_group(group, gradient, choices)
+
+    def fit(self, level: int, choose: _Choice) -> None:
+        """Lets `choose` find the line of one level for all groups, the codes as they are."""
+        for group in range(self.scale.shape[1]):
+            self._fit_level(level, group, self._gradient(group, level), choose)
+
+    def _gradient(self, group: int, level: int | None = None) -> Floats:
+        """H times the errors of all levels, or of one, for a group's columns: [levels, columns, rows] or without the
+        first."""
+        errors = self._errors if level is None else self._errors[level]
+        columns, real = self._columns(group), self._hessian.columns
+        if self._hessian.feedback is None:
+            return errors[..., columns, :].copy()
+        found: Floats = self._hessian.matrix[columns, :real] @ errors[..., :real, :]
+        return found
+
+    def _descend(self, group: int, gradient: Floats) -> None:
+        """Chooses the codes of a group anew, each for what the errors of all other columns leave to make up for."""
+        columns = self._columns(group)
+        block = self._hessian.matrix[columns, columns]
+        errors = self._errors[:, columns]
+        before = errors.copy()
+        if self._hessian.feedback is None:
+            self._round(group, np.repeat(self._target[None, columns], len(self._bits), axis=0), None)
+            gradient += errors - before
+        else:
+            diagonal = np.einsum("ii->i", block)
+            adjusted = gradient / diagonal[:, None]
+            adjusted += self._target[columns] - errors
+            self._round(group, adjusted, block / diagonal)
+            gradient += block @ (errors - before)
+
+    def _round(self, group: int, adjusted: Floats, factors: Floats | None) -> None:
+        """Chooses a group's codes, one column after the other: those whose slices come nearest to `adjusted` [levels,
+        columns, rows], which changes by `factors` [columns, later columns] times what an error changes by."""
+        columns = self._columns(group)
+        target, codes, errors = self._target[columns], self.codes[columns], self._errors[:, columns]
+        nearest = _Nearest(self.scale[:, group], self.offset[:, group], self._slices, self._weights, self._bits[-1])
+        size = len(target)
+        for panel in range(0, size, _PANEL):
+            end = min(panel + _PANEL, size)
+            before = errors[:, panel:end].copy()
+            for column in range(panel, end):
+                codes[column], values = nearest(adjusted[:, column])
+                np.subtract(target[column], values, out=errors[:, column])
+                if factors is not None and column + 1 < end:
+                    change = errors[:, column] - before[:, column - panel]
+                    adjusted[:, column + 1 : end] += factors[column, column + 1 : end, None] * change[:, None]
+            if factors is not None and end < size:
+                adjusted[:, end:] += factors[panel:end, end:].T @ (errors[:, panel:end] - before)
+
+    def _fit_group(self, group: int, gradient: Floats, choices: Sequence[_Choice]) -> None:
+        for level in reversed(range(len(self._bits))):
+            self._fit_level(level, group, gradient[level], choices[level])
+
+    def _fit_level(self, level: int, group: int, gradient: Floats, choose: _Choice) -> None:
+        """gradient: [columns, rows], brought up to date."""
+        columns = self._columns(group)
+        identity = self._hessian.feedback is None
+        u = np.floor(self.codes[columns] * self._slices[level])
+        scale, offset = self.scale[level, group], self.offset[level, group]
+        block = self._hessian.matrix[columns, columns]
+        ones = block.sum(axis=1)
+        total = ones.sum()
+        mean = (ones @ u) / total
+        uu = np.einsum("ij,ij->j", u, u if identity else block @ u)
+        curvature = uu - total * mean * mean
+        rise = gradient.sum(axis=0) / total
+        change = np.divide(
+            np.einsum("ij,ij->j", u, gradient) - total * mean * rise,
+            curvature,
+            out=np.zeros_like(curvature),
+            where=curvature > 1e-5 * uu,
+        )
+        # Where the codes are all the same, any scale would do: it stays where it is.
+        curvature = np.maximum(curvature, np.float32(1e-5) * (uu + total))
+        optimum = _Optimum(scale + change, offset + scale * mean + rise, mean, curvature, total)
+        new_scale, new_offset = choose(group, optimum)
+        moved = u * (new_scale - scale) + (new_offset - offset)
+        self._errors[level, columns] -= moved
+        gradient -= moved if identity else block @ moved
+        scale[:], offset[:] = new_scale, new_offset
 
 
-def _range(values: Floats, bits: tuple[int, ...]) -> tuple[Floats, Floats]:
-    """(scale, low) float32 [rows] of values [columns of a group, rows]: the narrowing of the covered range for which
-    all levels together fit best.
+class _Nearest:
+    """The codes whose slices are nearest to what every level wants, for given lines (scale, offset [levels, rows]).
 
-    For given codes u the squared error of the best scale and offset is n (var(w) - cov(w, u)^2 / var(u)), so the
-    candidate of the largest weighted sum of cov^2 / var wins.
+    With one level that is rounding. With several the squared distances are weighed against each other, among the
+    `_CANDIDATES` codes around the finest level's nearest: further away it would lose more than the others can gain.
+    """
+
+    def __init__(self, scale: Floats, offset: Floats, slices: Floats, weights: Floats, bits: int) -> None:
+        self._scale, self._offset, self._slices = scale, offset, slices[:, None]
+        self._inverse = np.divide(np.float32(1), scale[-1], out=np.zeros_like(scale[-1]), where=scale[-1] > 1e-30)
+        # A level's distances times the root of its weight.
+        self._roots = np.sqrt(weights)[:, None]
+        self._steps = scale * self._roots
+        self._largest = 2**bits - 1
+        count = min(_CANDIDATES, 2**bits)
+        self._candidates = np.arange(count, dtype=np.float32)[:, None]
+
+    def __call__(self, wanted: Floats) -> tuple[Floats, Floats]:
+        """(codes [rows], what they stand for on each level [levels, rows]); wanted: [levels, rows]."""
+        code = np.rint((wanted[-1] - self._offset[-1]) * self._inverse)
+        if len(wanted) > 1:
+            count = len(self._candidates)
+            code -= count // 2
+            np.minimum(np.maximum(code, 0, out=code), self._largest + 1 - count, out=code)
+            candidates = code + self._candidates
+            distances = (self._offset - wanted) * self._roots
+            cost = np.zeros_like(candidates)
+            for level, cut in enumerate(self._slices):
+                off = candidates if level == len(wanted) - 1 else np.floor(candidates * cut)
+                off = off * self._steps[level]
+                off += distances[level]
+                off *= off
+                cost += off
+            code += cost.argmin(axis=0).astype(np.float32)
+        else:
+            np.minimum(np.maximum(code, 0, out=code), self._largest, out=code)
+        return code, np.floor(code * self._slices) * self._scale + self._offset
+
+
+def _lines(values: Floats, bits: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """(A, B) of each level, float32 [levels, rows], of values [columns of a group, rows]: the finest level's covers the
+    part of their range for which all levels together fit best, the others' fit the codes that this gives.
+
+    For given codes u the squared error of the best line is n (var(w) - cov(w, u)^2 / var(u)), so the candidate of the
+    largest weighted sum of cov^2 / var wins.
     """
     top = np.float32(2 ** bits[-1] - 1)
-    count = np.float32(len(values))
     low, high = values.min(axis=0), values.max(axis=0)
     middle, spread = (low + high) * np.float32(0.5), high - low
     # A range far from zero needs steps that are large enough for the stored offset to reach it.
     least = np.abs(middle) / np.float32(_REACH * 2 ** (bits[-1] - bits[0]))
     centred = values - middle
-    mean = centred.mean(axis=0)
+    weights = level_weights(bits)
     best = np.full(spread.shape, -1, np.float32)
     best_scale = np.maximum(spread / top, least)
-    codes, sliced = np.empty_like(values), np.empty_like(values)
     for ratio in _CLIP_RATIOS:
         scale = np.maximum(spread * (ratio / top), least)
-        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 1e-30)
-        np.multiply(centred, inverse, out=codes)
-        codes += top / 2
-        np.rint(codes, out=codes)
-        np.maximum(codes, 0, out=codes)
-        np.minimum(codes, top, out=codes)
         score = np.zeros_like(best)
-        for width, weight in zip(bits, level_weights(bits), strict=True):
-            if width == bits[-1]:
-                used = codes
-            else:
-                np.multiply(codes, np.float32(0.5 ** (bits[-1] - width)), out=sliced)
-                used = np.floor(sliced, out=sliced)
-            code_mean = used.mean(axis=0)
-            covariance = np.einsum("ij,ij->j", used, centred) / count - code_mean * mean
-            variance = np.einsum("ij,ij->j", used, used) / count - code_mean * code_mean
-            fits = variance > 1e-6
-            score += np.float32(weight) * np.divide(
-                covariance * covariance, variance, out=np.zeros_like(variance), where=fits
-            )
+        for weight, (_, covariance, variance) in zip(weights, _moments(centred, scale, bits), strict=True):
+            score += np.float32(weight) * _where(covariance * covariance, variance)
         better = score > best
         best = np.where(better, score, best)
         best_scale = np.where(better, scale, best_scale)
-    return best_scale, middle - best_scale * (top / 2)
+    mean = centred.mean(axis=0)
+    slopes, offsets = [], []
+    for width, (code_mean, covariance, variance) in zip(bits, _moments(centred, best_scale, bits), strict=True):
+        spread = np.float32(2 ** (bits[-1] - width))
+        slope = np.where(variance > _VARIES, _where(covariance, variance), best_scale * spread)
+        slopes.append(np.maximum(slope, least * spread))
+        offsets.append(middle + mean - slopes[-1] * code_mean)
+    return np.array(slopes), np.array(offsets)
+
+
+def _where(numerator: Floats, variance: Floats) -> Floats:
+    """The quotient; 0 where the codes are all the same."""
+    return np.divide(numerator, variance, out=np.zeros_like(numerator), where=variance > _VARIES)
+
+
+def _moments(centred: Floats, scale: Floats, bits: tuple[int, ...]) -> Iterator[tuple[Floats, Floats, Floats]]:
+    """For each level, of its slices of the nearest codes: mean, covariance with the values, variance, [rows]."""
+    top, count = np.float32(2 ** bits[-1] - 1), np.float32(len(centred))
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 1e-30)
+    codes = centred * inverse
+    codes += top / 2
+    np.rint(codes, out=codes)
+    np.maximum(codes, 0, out=codes)
+    np.minimum(codes, top, out=codes)
+    mean = centred.mean(axis=0)
+    for width in bits:
+        used = codes if width == bits[-1] else np.floor(codes * np.float32(0.5 ** (bits[-1] - width)))
+        code_mean = used.mean(axis=0)
+        covariance = np.einsum("ij,ij->j", used, centred) / count - code_mean * mean
+        variance = np.einsum("ij,ij->j", used, used) / count - code_mean * code_mean
+        yield code_mean, covariance, variance
 
 
 # -- scales and offsets ---------------------------------------------------------------------------------------------
@@ -325,56 +471,15 @@ class _Choice(Protocol):
         """(A, B) float32 [rows] of a group."""
 
 
-class _Fit:
-    """(A, B) of a level, float32 [groups, rows], and what they leave of the weights."""
-
-    def __init__(self, target: Floats, codes: Floats, start: tuple[Floats, Floats], hessian: Hessian) -> None:
-        self.scale, self.offset = start[0].copy(), start[1].copy()
-        self._hessian = hessian
-        self._codes = codes.reshape(len(self.scale), GROUP, -1)
-        self._residual = (self._codes * -self.scale[:, None] - self.offset[:, None]).reshape(target.shape)
-        self._residual += target
-        self._residual[hessian.columns :] = 0
-
-    def sweep(self, choose: _Choice, sweeps: int) -> None:
-        """Lets `choose` find A and B of one group after the other with the others as they are (block coordinate
-        descent), `sweeps` times."""
-        hessian, residual = self._hessian, self._residual
-        identity = hessian.feedback is None
-        for _ in range(1 if identity else sweeps):  # without cross terms the first sweep is the last word
-            for group, (scale, offset) in enumerate(zip(self.scale, self.offset, strict=True)):
-                begin, end = group * GROUP, min((group + 1) * GROUP, hessian.columns)
-                u = self._codes[group, : end - begin]
-                block = hessian.matrix[begin:end, begin:end]
-                gradient = residual[begin:end] if identity else hessian.matrix[begin:end] @ residual
-                ones = block.sum(axis=1)
-                total = ones.sum()
-                mean = (ones @ u) / total
-                uu = np.einsum("ij,ij->j", u, u if identity else block @ u)
-                curvature = uu - total * mean * mean
-                rise = gradient.sum(axis=0) / total
-                change = np.divide(
-                    np.einsum("ij,ij->j", u, gradient) - total * mean * rise,
-                    curvature,
-                    out=np.zeros_like(curvature),
-                    where=curvature > 1e-5 * uu,
-                )
-                # Where the codes are all the same, any scale would do: it stays where it is.
-                curvature = np.maximum(curvature, np.float32(1e-5) * (uu + total))
-                optimum = _Optimum(scale + change, offset + scale * mean + rise, mean, curvature, total)
-                new_scale, new_offset = choose(group, optimum)
-                residual[begin:end] -= u * (new_scale - scale) + (new_offset - offset)
-                scale[:], offset[:] = new_scale, new_offset
-
-
 class _Free:
     """The best A and B of the finest level, within a factor of two of where they start and of what the stored offset of
     level 0 can reach."""
 
-    def __init__(self, start: tuple[Floats, Floats], bits: tuple[int, ...]) -> None:
-        middle = np.abs(start[1] + start[0] * np.float32((2 ** bits[-1] - 1) / 2))
-        self._least = np.maximum(start[0] / 2, middle / np.float32(_REACH * 2 ** (bits[-1] - bits[0])))
-        self._most = np.maximum(start[0] * 2, self._least)
+    def __init__(self, rounding: _Rounding, bits: tuple[int, ...]) -> None:
+        scale = rounding.scale[-1]
+        middle = np.abs(rounding.offset[-1] + scale * np.float32((2 ** bits[-1] - 1) / 2))
+        self._least = np.maximum(scale / 2, middle / np.float32(_REACH * 2 ** (bits[-1] - bits[0])))
+        self._most = np.maximum(scale * 2, self._least)
 
     def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
         scale = np.minimum(np.maximum(optimum.scale, self._least[group]), self._most[group])
@@ -385,8 +490,8 @@ class _Coarser:
     """The best A and B from which those of the next level can be stored: for each of the 16 ratios the best shift, and
     of these pairs the best."""
 
-    def __init__(self, next_level: _Fit, bits: tuple[int, ...], level: int) -> None:
-        self._scale, self._offset = next_level.scale, next_level.offset
+    def __init__(self, rounding: _Rounding, bits: tuple[int, ...], level: int) -> None:
+        self._scale, self._offset = rounding.scale[level + 1], rounding.offset[level + 1]
         self._below, self._width = bits[level], bits[level + 1]
         self._base_bits = bits[0]
 
@@ -427,12 +532,13 @@ class _Base:
 
 class _Finer:
     """What is stored of a later level, int8 [groups, rows]: the ratio that comes nearest to the scale that was chosen,
-    `wanted`, and the best shift. before: of the level before, `below` bits wide."""
+    and the best shift."""
 
-    def __init__(self, before: _Fit, wanted: Floats, below: int, width: int) -> None:
-        self._scale, self._offset, self._wanted = before.scale, before.offset, wanted
-        self._below, self._width = below, width
-        self.first, self.second = (np.zeros(wanted.shape, np.int8) for _ in range(2))
+    def __init__(self, rounding: _Rounding, bits: tuple[int, ...], level: int) -> None:
+        self._scale, self._offset = rounding.scale[level - 1], rounding.offset[level - 1]
+        self._wanted = rounding.scale[level].copy()
+        self._below, self._width = bits[level - 1], bits[level]
+        self.first, self.second = (np.zeros(self._wanted.shape, np.int8) for _ in range(2))
 
     def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
         coarser, offset = self._scale[group], self._offset[group]
