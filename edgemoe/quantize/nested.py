@@ -1,8 +1,8 @@
 """Slice-refit: one code per weight that serves several widths, and a scale and an offset of its own for every width.
 
-A level's codes are the high bits of one code. What makes the high bits good weights is that every level has its own scale
-and offset per group of 64 columns, fitted by least squares under the Hessian, jointly over the groups of a row, and
-stored relative to the level before (docs/format.md):
+A level's codes are the high bits of one code. What makes them good weights is that every level has its own scale and
+offset per group of 64 columns, fitted by least squares under the Hessian, jointly over the groups of a row, and stored
+relative to the level before (docs/format.md):
 
     level 0:    A = scale,                                B = A * (offset / 32 - (2^bits - 1) / 2)
     level l:    A' = A * 2^-d * (1 + ratio / 2^(b + 3)),  B' = B + A' * (2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2)
@@ -17,9 +17,9 @@ the form of Chee et al. (2023, "QuIP: 2-Bit Quantization of Large Language Model
 to be the same): with H = R R^T, R upper triangular, column k is rounded after adding the errors of the columns before
 it times R[:k, k] / R[k, k]. So one Cholesky factorization is all that is needed of H, for all matrices of one input.
 Here every level carries its own errors along, and a column gets the code whose slices together come nearest to what the
-levels then want (cf. MatGPTQ, 2026, arXiv 2602.03537, which feeds back the mean of the levels'
-errors). What the high bits of a code made for the largest width alone lose is mostly that feedback. Sweeps of coordinate
-descent over lines and codes follow, by turns.
+levels then want (cf. MatGPTQ, 2026, arXiv 2602.03537, which feeds back the mean of the levels' errors): what the high
+bits of a code that was made for the largest width alone lose is mostly that feedback. Sweeps of coordinate descent over
+lines and codes follow, by turns.
 
 Everything is float32, and arrays are worked on as [columns, rows]: a column of the weights is contiguous then.
 """

@@ -43,7 +43,7 @@ from edgemoe.text.tokenizer import check_vocabulary, load_tokenizer
 # Tokens that are looked at to find super experts, before anything is quantized.
 _SCOUTED = 4096
 # A layer's experts take as long to quantize as so many tokens take to go through it; what is done is told in these.
-_TOKENS_PER_LAYER = 5 * 65536
+_TOKENS_PER_LAYER = 9 * 65536
 
 
 @dataclass(frozen=True, slots=True)
