@@ -29,7 +29,32 @@ struct GgmlFormat {
     int parameters_at;
 
     constexpr int bytes() const { return words * 4 + parameters * parameter_bytes; }
+
+    // Of a block's words and of its parameters in the memory of 16 rows.
+    constexpr size_t word_bytes() const { return size_t{4} * kRowBlock * static_cast<size_t>(words); }
+    constexpr size_t parameters_bytes() const {
+        return size_t{kRowBlock} * static_cast<size_t>(parameters) * static_cast<size_t>(parameter_bytes);
+    }
+
+    // Blocks whose words lie together, followed by their parameters: as many as fill a cache line with parameters.
+    // Memory is then read from its beginning to its end, which is what processors fetch ahead best.
+    constexpr int chunk() const { return parameters_bytes() < 64 ? static_cast<int>(64 / parameters_bytes()) : 1; }
 };
+
+// Where a block lies within 16 rows of `blocks` blocks.
+struct GgmlPlace {
+    size_t words;       // [word][16 rows]
+    size_t parameters;  // [parameter][16 rows]
+};
+
+[[maybe_unused]] constexpr GgmlPlace ggml_place(const GgmlFormat& format, int blocks, int block) {
+    const int inside = block % format.chunk(), first = block - inside;
+    const int count = blocks - first < format.chunk() ? blocks - first : format.chunk();
+    const size_t begin = static_cast<size_t>(first) * (format.word_bytes() + format.parameters_bytes());
+    return {begin + static_cast<size_t>(inside) * format.word_bytes(),
+            begin + static_cast<size_t>(count) * format.word_bytes() +
+                static_cast<size_t>(inside) * format.parameters_bytes()};
+}
 
 [[maybe_unused]] constexpr GgmlFormat ggml_format(Layout layout) {
     switch (layout) {

@@ -106,11 +106,11 @@ void interleave_block(Layout layout, int cols, size_t row_bytes, const std::byte
     if (!is_ggml(layout)) return transpose<uint16_t>(source, row_bytes, static_cast<size_t>(cols), target);
     const GgmlFormat format = ggml_format(layout);
     const int blocks = cols / format.cols;
-    const size_t word_bytes = static_cast<size_t>(format.words) * 4 * kRowBlock;
-    std::byte* parameters = target + blocks * word_bytes;
     for (int block = 0; block < blocks; ++block) {
         const std::byte* place = source + static_cast<ptrdiff_t>(block) * format.bytes();
-        transpose<uint32_t>(place + format.words_at, row_bytes, format.words, target + block * word_bytes);
+        const GgmlPlace to = ggml_place(format, blocks, block);
+        transpose<uint32_t>(place + format.words_at, row_bytes, format.words, target + to.words);
+        std::byte* parameters = target + to.parameters;
         for (int i = 0; i < format.parameters; ++i) {
             const std::byte* parameter = place + format.parameters_at + i * format.parameter_bytes;
             if (format.parameter_bytes == 1)

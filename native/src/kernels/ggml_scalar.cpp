@@ -102,12 +102,9 @@ struct Block {
 };
 
 Block block_at(const Matrix& matrix, const GgmlFormat& format, int row, int block) {
-    const int blocks = matrix.cols / format.cols;
-    const size_t word_bytes = static_cast<size_t>(format.words) * 4 * kRowBlock;
-    const size_t parameter_bytes = static_cast<size_t>(format.parameters) * format.parameter_bytes * kRowBlock;
-    const std::byte* rows = matrix.data + row / kRowBlock * (blocks * (word_bytes + parameter_bytes));
-    return {matrix.layout, rows + block * word_bytes, rows + blocks * word_bytes + block * parameter_bytes,
-            row % kRowBlock};
+    const std::byte* rows = matrix.data + row / kRowBlock * ggml_block_bytes(matrix.layout, matrix.cols);
+    const GgmlPlace place = ggml_place(format, matrix.cols / format.cols, block);
+    return {matrix.layout, rows + place.words, rows + place.parameters, row % kRowBlock};
 }
 
 // Adds the product of a block with the codes at its first column.

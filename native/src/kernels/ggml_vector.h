@@ -87,6 +87,7 @@ struct GgmlKernels {
     static constexpr int kChunk = 48;  // tokens that are packed at a time
     static constexpr size_t kPackedGroup = kGroup + sizeof(float) + 4 * sizeof(int16_t);  // bytes of a token's group
     static constexpr int kMxfp4Offset = 12;
+    static constexpr ptrdiff_t kAhead = 6400;
 
     struct Product {
         const Matrix& matrix;
@@ -95,6 +96,7 @@ struct GgmlKernels {
         ptrdiff_t out_stride;
         size_t bytes;  // of a row block
         size_t groups;
+        const std::byte* end;  // of the row blocks that are multiplied
     };
 
     // The activations of a tile of T tokens.
@@ -128,19 +130,13 @@ struct GgmlKernels {
         return V::add_16(broadcast_pair(parts), broadcast_pair(parts + 2));
     }
 
-    // A single token waits for memory. Where a block's words are used in their order, the processor's own prefetching
-    // is best left alone; blocks with sub-blocks of 16 jump between their parts, more places than it follows: each of
-    // their sub-blocks asks for some lines of the next block. All of them at once would wait for each other.
-    template <Layout L, int P, int K, int R>
-    static EDGEMOE_INLINE void prefetch(const Product& p, const std::byte* words, int half) {
-        constexpr int lines = ggml_format(L).words, upper = (lines + 1) / 2;
-        constexpr int pieces = 128 / ggml_sub_block(L), piece = P * (pieces / 2) + K;
-        const std::byte* next = words + (lines + half * (lines / 2)) * 64;
+    // A single token waits for memory: asks for lines first ... last - 1 of what lies kAhead behind `words`. Many lines at
+    // once would wait for each other or be ignored.
+    static EDGEMOE_INLINE void prefetch(const Product& p, const std::byte* words, int first, int last) {
+        const std::byte* next = words + kAhead;
+        if (next >= p.end) return;
         EDGEMOE_UNROLL
-        for (int i = piece * upper / pieces; i < (piece + 1) * upper / pieces; ++i) {
-            EDGEMOE_UNROLL
-            for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * p.bytes + i * 64);
-        }
+        for (int i = first; i < last; ++i) __builtin_prefetch(next + i * 64, 0, 2);
     }
 
     // --- blocks of 32 columns ---------------------------------------------------------------------------------------
@@ -181,6 +177,7 @@ struct GgmlKernels {
                                            int block, const Tile<T>& tile, F (&sums)[R][T]) {
         constexpr int bits = offset_bits(L, V::kSignedOffset);
         constexpr int offset = L == Layout::ggml_mxfp4 ? kMxfp4Offset : bits < 0 ? 0 : 1 << (bits < 0 ? 0 : bits);
+        if constexpr (T == 1) prefetch(p, words, 0, ggml_format(L).words);
         const Tile<T> x = tile.group(block / 2);
         const int odd = block % 2;
         I dots[R][T];
@@ -344,8 +341,8 @@ struct GgmlKernels {
     }
 
     template <Layout L, int P, int K, int R, int T>
-    static EDGEMOE_INLINE void sub_block(const Product& p, const std::byte* words, int half, bool more,
-                                         const int8_t* codes, const Factors (&group)[R], I (&dots)[R][T]) {
+    static EDGEMOE_INLINE void sub_block(const Product& p, const std::byte* words, int half, const int8_t* codes,
+                                         const Factors (&group)[R], I (&dots)[R][T]) {
         I scale[R];
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) scale[r] = V::as_scale(factor<L, K>(group[r].scales));
@@ -353,14 +350,17 @@ struct GgmlKernels {
             return large_codes<L, P, K>(words + r * p.bytes, half, n);
         };
         constexpr int width = ggml_sub_block(L);
-        if constexpr (T == 1 && width == 16)
-            if (more) prefetch<L, P, K, R>(p, words, half);
+        if constexpr (T == 1) {
+            constexpr int lines = ggml_format(L).words, upper = (lines + 1) / 2, pieces = 128 / width;
+            constexpr int piece = P * (pieces / 2) + K;
+            prefetch(p, words + half * (lines / 2) * 64, piece * upper / pieces, (piece + 1) * upper / pieces);
+        }
         V::template dot_quads<largest_code(L), width / 4, true, R, T>(weights, codes + K * width, scale, dots);
     }
 
     template <Layout L, int P, int R, int T>
     static EDGEMOE_INLINE void large_group(const Product& p, const std::byte* words, const std::byte* parameters,
-                                           int half, bool more, const Tile<T>& x, F (&sums)[R][T]) {
+                                           int half, const Tile<T>& x, F (&sums)[R][T]) {
         constexpr int bits = offset_bits(L, V::kSignedOffset);
         Factors integers[R];
         I dots[R][T];
@@ -379,11 +379,11 @@ struct GgmlKernels {
                 for (int t = 0; t < T; ++t) dots[r][t] = V::set1_i(0);
             }
         }
-        sub_block<L, P, 0, R, T>(p, words, half, more, x.codes, integers, dots);
-        sub_block<L, P, 1, R, T>(p, words, half, more, x.codes, integers, dots);
+        sub_block<L, P, 0, R, T>(p, words, half, x.codes, integers, dots);
+        sub_block<L, P, 1, R, T>(p, words, half, x.codes, integers, dots);
         if constexpr (ggml_sub_block(L) == 16) {
-            sub_block<L, P, 2, R, T>(p, words, half, more, x.codes, integers, dots);
-            sub_block<L, P, 3, R, T>(p, words, half, more, x.codes, integers, dots);
+            sub_block<L, P, 2, R, T>(p, words, half, x.codes, integers, dots);
+            sub_block<L, P, 3, R, T>(p, words, half, x.codes, integers, dots);
         }
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -409,10 +409,10 @@ struct GgmlKernels {
 
     template <Layout L, int R, int T>
     static EDGEMOE_INLINE void large_block(const Product& p, const std::byte* words, const std::byte* parameters,
-                                           int block, bool more, const Tile<T>& tile, F (&sums)[R][T]) {
+                                           int block, const Tile<T>& tile, F (&sums)[R][T]) {
         for (int half = 0; half < 2; ++half) {
-            large_group<L, 0, R, T>(p, words, parameters, half, more, tile.group(block * 4 + half * 2), sums);
-            large_group<L, 1, R, T>(p, words, parameters, half, more, tile.group(block * 4 + half * 2 + 1), sums);
+            large_group<L, 0, R, T>(p, words, parameters, half, tile.group(block * 4 + half * 2), sums);
+            large_group<L, 1, R, T>(p, words, parameters, half, tile.group(block * 4 + half * 2 + 1), sums);
         }
     }
 
@@ -431,14 +431,19 @@ struct GgmlKernels {
         }
         const int blocks = p.matrix.cols / format.cols;
         const std::byte* words = p.matrix.data + block * p.bytes;
-        const std::byte* parameters = words + static_cast<size_t>(blocks) * format.words * 64;
-        for (int i = 0; i < blocks; ++i) {
-            if constexpr (format.cols == 32)
-                small_block<L, R, T>(p, words, parameters, i, x, sums);
-            else
-                large_block<L, R, T>(p, words, parameters, i, i + 1 < blocks, x, sums);
-            words += format.words * 64;
-            parameters += format.parameters * format.parameter_bytes * kRowBlock;
+        for (int begin = 0; begin < blocks; begin += format.chunk()) {
+            const int end = blocks - begin < format.chunk() ? blocks : begin + format.chunk();
+            const std::byte* parameters = words + (end - begin) * format.word_bytes();
+            if constexpr (T == 1) prefetch(p, parameters, 0, 1);
+            for (int i = begin; i < end; ++i) {
+                if constexpr (format.cols == 32)
+                    small_block<L, R, T>(p, words, parameters, i, x, sums);
+                else
+                    large_block<L, R, T>(p, words, parameters, i, x, sums);
+                words += format.word_bytes();
+                parameters += format.parameters_bytes();
+            }
+            words = parameters;
         }
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -480,11 +485,8 @@ struct GgmlKernels {
     template <Layout L>
     static void matmul_layout(const Product& p, int count, int first_block, int last_block) {
         int block = first_block;
-        if (count == 1) {
-            for (; block + V::kVectorBlocks <= last_block; block += V::kVectorBlocks)
-                tile<L, V::kVectorBlocks, 1>(p, block, 0);
-        } else if constexpr (V::kGgmlBlocks > 1) {
-            for (; block + V::kGgmlBlocks <= last_block; block += V::kGgmlBlocks)
+        if constexpr (V::kGgmlBlocks > 1) {
+            for (; count > 1 && block + V::kGgmlBlocks <= last_block; block += V::kGgmlBlocks)
                 row_blocks<L, V::kGgmlBlocks>(p, block, count);
         }
         for (; block < last_block; ++block) row_blocks<L, 1>(p, block, count);
@@ -550,11 +552,12 @@ struct GgmlKernels {
                        int first_block, int last_block, float* out, ptrdiff_t out_stride) {
         const auto groups = (static_cast<size_t>(matrix.cols) + kGroup - 1) / kGroup;
         const size_t bytes = block_bytes(matrix.layout, matrix.cols);
+        const std::byte* end = matrix.data + last_block * bytes;
         std::byte* packed = packed_scratch((count < kChunk ? count : kChunk) * groups * kPackedGroup);
         for (int first = 0; first < count; first += kChunk) {
             const int chunk = count - first < kChunk ? count - first : kChunk;
             pack(x, tokens.size() ? tokens.data() : nullptr, first, chunk, groups, packed);
-            const Product p{matrix, packed, out + first * out_stride, out_stride, bytes, groups};
+            const Product p{matrix, packed, out + first * out_stride, out_stride, bytes, groups, end};
             matmul_tokens(p, chunk, first_block, last_block);
         }
     }
