@@ -4,7 +4,7 @@
                             [--json FILE] [--markdown FILE]
 
 One token: matrices of more than the caches hold, one after the other, GB/s of their bytes (codes, scales and offsets:
-the information) and their share of the bandwidth of reading memory, measured with as many threads before each line.
+the information; of nested ones that of all levels) and their share of the bandwidth of reading memory, measured with as many threads before each line.
 More tokens: one matrix, GOP/s (two operations a weight and token) and their share of what the processor's byte products
 reach in registers, of the instruction that the kernels of that set use; float layouts use others and have no share.
 The shape is that of an expert of Qwen3-30B-A3B, 768 x 2048.
@@ -39,7 +39,10 @@ from edgemoe.errors import EdgemoeError  # noqa: E402
 from tools.model_files import write_gguf  # noqa: E402
 from tools.synthesize import SyntheticModel  # noqa: E402
 
-LAYOUTS = ("q4g64", "q8g64", "ggml.q4_0", "ggml.q8_0", "ggml.q4_k", "ggml.q6_k", "ggml.mxfp4", "bf16", "f32")
+# The levels of a nested matrix are joined by +: 2, 3 and 4 bits.
+NESTED = ("base2g64", "base2g64+refine1n64", "base2g64+refine1n64+refine1n64")
+GGML = tuple(f"ggml.{name}" for name in ("q4_0", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4"))
+LAYOUTS = ("q4g64", "q8g64", *GGML, *NESTED, "bf16", "f32")
 FLOATS = ("f32", "bf16", "f16")
 ROWS, COLS, EXPERTS, TOP_K = 768, 2048, 128, 8
 TILES = (4, 32, 512)

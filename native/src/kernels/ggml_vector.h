@@ -87,7 +87,6 @@ struct GgmlKernels {
     static constexpr int kChunk = 48;  // tokens that are packed at a time
     static constexpr size_t kPackedGroup = kGroup + sizeof(float) + 4 * sizeof(int16_t);  // bytes of a token's group
     static constexpr int kMxfp4Offset = 12;
-    static constexpr ptrdiff_t kAhead = 6400;
 
     struct Product {
         const Matrix& matrix;
@@ -130,15 +129,6 @@ struct GgmlKernels {
         return V::add_16(broadcast_pair(parts), broadcast_pair(parts + 2));
     }
 
-    // A single token waits for memory: asks for lines first ... last - 1 of what lies kAhead behind `words`. Many lines at
-    // once would wait for each other or be ignored.
-    static EDGEMOE_INLINE void prefetch(const Product& p, const std::byte* words, int first, int last) {
-        const std::byte* next = words + kAhead;
-        if (next >= p.end) return;
-        EDGEMOE_UNROLL
-        for (int i = first; i < last; ++i) __builtin_prefetch(next + i * 64, 0, 2);
-    }
-
     // --- blocks of 32 columns ---------------------------------------------------------------------------------------
 
     // Codes of columns 4 n .. 4 n + 3.
@@ -177,7 +167,7 @@ struct GgmlKernels {
                                            int block, const Tile<T>& tile, F (&sums)[R][T]) {
         constexpr int bits = offset_bits(L, V::kSignedOffset);
         constexpr int offset = L == Layout::ggml_mxfp4 ? kMxfp4Offset : bits < 0 ? 0 : 1 << (bits < 0 ? 0 : bits);
-        if constexpr (T == 1) prefetch(p, words, 0, ggml_format(L).words);
+        if constexpr (T == 1) fetch_ahead(words, ggml_format(L).words, p.end);
         const Tile<T> x = tile.group(block / 2);
         const int odd = block % 2;
         I dots[R][T];
@@ -351,9 +341,10 @@ struct GgmlKernels {
         };
         constexpr int width = ggml_sub_block(L);
         if constexpr (T == 1) {
-            constexpr int lines = ggml_format(L).words, upper = (lines + 1) / 2, pieces = 128 / width;
-            constexpr int piece = P * (pieces / 2) + K;
-            prefetch(p, words + half * (lines / 2) * 64, piece * upper / pieces, (piece + 1) * upper / pieces);
+            // A part of the half's lines; the two halves of an odd number share one.
+            constexpr int lines = ggml_format(L).words, upper = (lines + 1) / 2, parts = 128 / width;
+            constexpr int part = P * (parts / 2) + K, begin = part * upper / parts, end = (part + 1) * upper / parts;
+            fetch_ahead(words + (half * (lines / 2) + begin) * 64, end - begin, p.end);
         }
         V::template dot_quads<largest_code(L), width / 4, true, R, T>(weights, codes + K * width, scale, dots);
     }
@@ -434,7 +425,7 @@ struct GgmlKernels {
         for (int begin = 0; begin < blocks; begin += format.chunk()) {
             const int end = blocks - begin < format.chunk() ? blocks : begin + format.chunk();
             const std::byte* parameters = words + (end - begin) * format.word_bytes();
-            if constexpr (T == 1) prefetch(p, parameters, 0, 1);
+            if constexpr (T == 1) fetch_ahead(parameters, 1, p.end);
             for (int i = begin; i < end; ++i) {
                 if constexpr (format.cols == 32)
                     small_block<L, R, T>(p, words, parameters, i, x, sums);

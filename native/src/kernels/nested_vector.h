@@ -25,13 +25,13 @@ struct NestedKernels {
 
     static constexpr int kChunk = 48;                                   // tokens that are packed at a time
     static constexpr size_t kPackedGroup = kGroup + 2 * sizeof(float);  // bytes of a token's group
-    static constexpr ptrdiff_t kPrefetch = 2048;                        // bytes ahead
     static constexpr int kNibble = 28;                                  // where 4 bits are the highest of a lane
 
     struct Level {
         const std::byte* data;
-        size_t bytes;  // of a row block
-        int bits;      // that it adds
+        size_t bytes;          // of a row block
+        int bits;              // that it adds
+        const std::byte* end;  // of the row blocks that are multiplied
     };
 
     struct Product {
@@ -146,6 +146,12 @@ struct NestedKernels {
             chunks[level] = p.levels[level].data + block * p.levels[level].bytes;
         for (int begin = 0; begin < p.groups; begin += kNestedChunk) {
             const int together = p.groups - begin < kNestedChunk ? p.groups - begin : kNestedChunk;
+            if constexpr (T == 1) {
+                EDGEMOE_UNROLL
+                for (int level = 0; level < level_count; ++level)
+                    fetch_ahead(chunks[level] + together * nested_codes(bits_of(level)), level == 0 ? 3 : 1,
+                                p.levels[level].end);
+            }
             for (int i = 0; i < together; ++i) {
                 const int g = begin + i;
                 const std::byte* codes[R][S::count];
@@ -155,8 +161,7 @@ struct NestedKernels {
                     for (int level = 0; level < level_count; ++level) {
                         codes[r][level] = chunks[level] + r * p.levels[level].bytes + i * nested_codes(bits_of(level));
                         if constexpr (T == 1)
-                            for (int line = 0; line < 2 * bits_of(level); ++line)
-                                __builtin_prefetch(codes[r][level] + kPrefetch + line * 64);
+                            fetch_ahead(codes[r][level], 2 * bits_of(level), p.levels[level].end);
                     }
                 }
                 I dots[R][T];
@@ -311,9 +316,10 @@ struct NestedKernels {
                        int first_block, int last_block, float* out, ptrdiff_t out_stride) {
         const NestedLevels& levels = matrix.levels;
         Product p{matrix.rows, (matrix.cols + kGroup - 1) / kGroup, levels.count, {}, out, out_stride};
-        for (int level = 0; level < levels.count; ++level)
-            p.levels[level] = {levels.data[level], nested_block_bytes(levels.bits[level], level == 0, matrix.cols),
-                               levels.bits[level]};
+        for (int level = 0; level < levels.count; ++level) {
+            const size_t bytes = nested_block_bytes(levels.bits[level], level == 0, matrix.cols);
+            p.levels[level] = {levels.data[level], bytes, levels.bits[level], levels.data[level] + last_block * bytes};
+        }
         const int32_t* indices = tokens.size() ? tokens.data() : nullptr;
         const bool ones = levels.bits[0] == 2 && (levels.count < 2 || levels.bits[1] == 1) &&
                           (levels.count < 3 || levels.bits[2] == 1);

@@ -1,6 +1,7 @@
 #include "edgemoe/kernel_speed.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -109,9 +110,20 @@ Loop byte_products(std::string_view isa) {
 
 }  // namespace
 
-KernelSpeed product_speed(const Kernels& kernels, Layout layout, int rows, int cols, int tokens, int threads,
-                          uint64_t memory, double seconds) {
-    const size_t bytes = aligned(matrix_bytes(layout, rows, cols));
+KernelSpeed product_speed(const Kernels& kernels, const Matrix& shape, int tokens, int threads, uint64_t memory,
+                          double seconds) {
+    const int rows = shape.rows, cols = shape.cols;
+    const size_t information = block_bytes(shape) * blocks(rows);
+    // A matrix's levels lie one after the other, each in memory of its own.
+    std::array<size_t, kMaxLevels> begins{};
+    size_t bytes = aligned(information);
+    if (shape.layout == Layout::nested) {
+        bytes = 0;
+        for (int level = 0; level < shape.levels.count; ++level) {
+            begins[level] = bytes;
+            bytes += aligned(stored_bytes({Layout::nested, false, shape.levels.bits[level], level > 0}, rows, cols));
+        }
+    }
     const int matrices = static_cast<int>(std::max<uint64_t>(memory / bytes, 1));
     const Arena weights(bytes * matrices);
     // Bytes of 32 to 47: as float16, bfloat16 and float32 ordinary numbers, none of them so small that it is slow.
@@ -133,12 +145,13 @@ KernelSpeed product_speed(const Kernels& kernels, Layout layout, int rows, int c
     const Activations input{values.data(), cols, code, scales.data(), sums.data()};
 
     ThreadPool pool(threads);
-    const Matrix shape{layout, rows, cols, nullptr};
     const int step = blocks_per_item(shape, tokens), items = (blocks(rows) + step - 1) / step;
     const auto pass = [&] {
         pool.run(items * matrices, [&](int item) {
             Matrix matrix = shape;
             matrix.data = weights.data() + item / items * bytes;
+            for (int level = 0; level < shape.levels.count; ++level)
+                matrix.levels.data[level] = matrix.data + begins[level];
             const int first = item % items * step;
             kernels.matmul(matrix, input, {}, tokens, first, std::min(first + step, blocks(rows)), outputs.data(),
                            rows);
@@ -149,7 +162,7 @@ KernelSpeed product_speed(const Kernels& kernels, Layout layout, int rows, int c
     const auto begin = Clock::now();
     do {
         pass();
-        speed.bytes += matrix_bytes(layout, rows, cols) * matrices;
+        speed.bytes += information * matrices;
         speed.operations += uint64_t{2} * rows * cols * tokens * matrices;
         speed.seconds = seconds_since(begin);
     } while (speed.seconds < seconds);

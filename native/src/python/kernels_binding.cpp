@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -456,16 +457,29 @@ py::dict as_dict(const edgemoe::KernelSpeed& speed) {
     return py::dict("bytes"_a = speed.bytes, "operations"_a = speed.operations, "seconds"_a = speed.seconds);
 }
 
+// layout: of a nested matrix the names of its levels, joined by "+".
 py::dict product_speed(const std::string& isa, const std::string& layout, int rows, int cols, int tokens, int threads,
                        uint64_t memory, double seconds) {
     const Kernels& kernels = edgemoe::select_kernels(isa);
-    const Layout found = edgemoe::layout_from_name(layout);
     require(rows > 0 && cols > 0 && tokens > 0 && threads > 0, "rows, cols, tokens and threads must be positive");
-    edgemoe::matrix_bytes(found, rows, cols);
+    Matrix shape{Layout::nested, rows, cols, nullptr};
+    int total = 0;
+    std::istringstream names(layout);
+    for (std::string name; std::getline(names, name, '+');) {
+        const edgemoe::StoredLayout stored = edgemoe::stored_layout(name);
+        if (stored.layout != Layout::nested && name == layout) {
+            shape.layout = stored.layout;
+            break;
+        }
+        require(stored.layout == Layout::nested && stored.refines == (total > 0) && (total += stored.level_bits) <= 8,
+                layout + " is neither a layout nor the levels of one, of at most 8 bits in all");
+        shape.levels.bits[shape.levels.count++] = static_cast<uint8_t>(stored.level_bits);
+    }
+    edgemoe::block_bytes(shape);
     edgemoe::KernelSpeed speed;
     {
         const py::gil_scoped_release release;
-        speed = edgemoe::product_speed(kernels, found, rows, cols, tokens, threads, memory, seconds);
+        speed = edgemoe::product_speed(kernels, shape, tokens, threads, memory, seconds);
     }
     return as_dict(speed);
 }
