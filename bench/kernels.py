@@ -4,7 +4,8 @@
                             [--json FILE] [--markdown FILE]
 
 One token: matrices of more than the caches hold, one after the other, GB/s of their bytes (codes, scales and offsets:
-the information; of nested ones that of all levels) and their share of the bandwidth of reading memory, measured with as many threads before each line.
+the information; of nested ones in all levels) and their share of the bandwidth of reading memory, measured with as many
+threads before each line.
 More tokens: one matrix, GOP/s (two operations a weight and token) and their share of what the processor's byte products
 reach in registers, of the instruction that the kernels of that set use; float layouts use others and have no share.
 The shape is that of an expert of Qwen3-30B-A3B, 768 x 2048.

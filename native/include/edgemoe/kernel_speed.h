@@ -16,9 +16,10 @@ struct KernelSpeed {
     double seconds = 0;
 };
 
-// Multiplies matrices of the shape's layout, rows, columns and levels (its data is not used) by `tokens` inputs with so many threads, for about `seconds`. There are as many
-// matrices as take `memory` bytes (at least one), used in turn, so that each comes from main memory if that is more
-// than the caches; with one they are in them. The weights are arbitrary numbers, the inputs quantized before.
+// Multiplies matrices of the shape's layout, rows, columns and levels (its data is not used) by `tokens` inputs with so
+// many threads, for about `seconds`. There are as many matrices as take `memory` bytes (at least one), used in turn, so
+// that each comes from main memory if that is more than the caches; with one they are in them. The weights are
+// arbitrary numbers, the inputs quantized before.
 KernelSpeed product_speed(const Kernels& kernels, const Matrix& shape, int tokens, int threads, uint64_t memory,
                           double seconds);
 

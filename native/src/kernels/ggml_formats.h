@@ -41,6 +41,15 @@ struct GgmlFormat {
     constexpr int chunk() const { return parameters_bytes() < 64 ? static_cast<int>(64 / parameters_bytes()) : 1; }
 };
 
+// Where q6_k's words lie in memory, four at a time: scales first, then for each half of the block the nibbles and high
+// crumbs of its columns in the order in which they are multiplied.
+constexpr int kQ6KPlaces[13] = {1, 3, 5, 6, 7, 9, 11, 12, 2, 4, 8, 10, 0};
+
+// The place in memory of a block's word.
+[[maybe_unused]] constexpr int ggml_word(Layout layout, int word) {
+    return layout == Layout::ggml_q6_k ? kQ6KPlaces[word / 4] * 4 + word % 4 : word;
+}
+
 // Where a block lies within 16 rows of `blocks` blocks.
 struct GgmlPlace {
     size_t words;       // [word][16 rows]

@@ -109,7 +109,11 @@ void interleave_block(Layout layout, int cols, size_t row_bytes, const std::byte
     for (int block = 0; block < blocks; ++block) {
         const std::byte* place = source + static_cast<ptrdiff_t>(block) * format.bytes();
         const GgmlPlace to = ggml_place(format, blocks, block);
-        transpose<uint32_t>(place + format.words_at, row_bytes, format.words, target + to.words);
+        // Words that stay side by side; all of them in most layouts.
+        const int run = layout == Layout::ggml_q6_k ? 4 : format.words;
+        for (int word = 0; word < format.words; word += run)
+            transpose<uint32_t>(place + format.words_at + word * 4, row_bytes, run,
+                                target + to.words + ggml_word(layout, word) * 4 * kRowBlock);
         std::byte* parameters = target + to.parameters;
         for (int i = 0; i < format.parameters; ++i) {
             const std::byte* parameter = place + format.parameters_at + i * format.parameter_bytes;

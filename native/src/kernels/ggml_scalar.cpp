@@ -13,11 +13,14 @@ namespace {
 // One row of one block within the interleaved layout.
 struct Block {
     Layout layout;
-    const std::byte* words;       // [word][16 rows]
+    const std::byte* words;       // [word][16 rows], see ggml_word
     const std::byte* parameters;  // [parameter][16 rows]
     int row;
 
-    int byte(int index) const { return std::to_integer<int>(words[index / 4 * (4 * kRowBlock) + row * 4 + index % 4]); }
+    int byte(int index) const {
+        const int word = ggml_word(layout, index / 4);
+        return std::to_integer<int>(words[word * (4 * kRowBlock) + row * 4 + index % 4]);
+    }
     int nibble(int index, bool high) const { return high ? byte(index) >> 4 : byte(index) & 15; }
     int bit(int first_byte, int index) const { return byte(first_byte + index / 8) >> (index % 8) & 1; }
     uint16_t parameter(int index) const {

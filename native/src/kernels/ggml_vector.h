@@ -229,9 +229,9 @@ struct GgmlKernels {
         const int place = K % 2 * 4 + n;
         constexpr int shift = P * 4 + upper * 2;
         if constexpr (L == Layout::ggml_q6_k) {
-            const I packed = word(words, half * 16 + upper * 8 + place);
+            const I packed = word(words, half * 24 + ggml_word(L, upper * 8 + place));
             const I low = P == 0 ? low_nibble(packed) : high_nibble(packed);
-            const I bits = word(words, 32 + half * 8 + place);
+            const I bits = word(words, half * 24 + ggml_word(L, 32 + place));
             I high = bits;
             if constexpr (shift < 4) high = V::template shift_left_16<4 - shift>(bits);
             if constexpr (shift > 4) high = V::template shift_right_16<shift - 4>(bits);
@@ -296,7 +296,7 @@ struct GgmlKernels {
             const I scales = V::sub_8(V::or_i(low, V::template shift_left_16<4>(high)), V::set1_8(32));
             return {scales, scales};
         } else {
-            const I scales = word(words, 48 + g);
+            const I scales = word(words, ggml_word(L, 48) + g);
             return {scales, scales};
         }
     }

@@ -160,8 +160,7 @@ struct NestedKernels {
                     EDGEMOE_UNROLL
                     for (int level = 0; level < level_count; ++level) {
                         codes[r][level] = chunks[level] + r * p.levels[level].bytes + i * nested_codes(bits_of(level));
-                        if constexpr (T == 1)
-                            fetch_ahead(codes[r][level], 2 * bits_of(level), p.levels[level].end);
+                        if constexpr (T == 1) fetch_ahead(codes[r][level], 2 * bits_of(level), p.levels[level].end);
                     }
                 }
                 I dots[R][T];

@@ -38,14 +38,14 @@
 namespace edgemoe {
 namespace {
 
-// How far ahead a product with one token asks for weights. Less comes too late, much more is no longer in the caches when
-// its turn comes; multiples of 4096 compete with the lines that are in use for the same places in the caches.
+// How far ahead a product with one token asks for weights. Less comes too late, much more is no longer in the caches
+// when its turn comes; multiples of 4096 compete with the lines that are in use for the same places in the caches.
 constexpr ptrdiff_t kAhead = 6400;
 
 // Asks for the `lines` cache lines that lie kAhead behind `place`, into the second-level cache: processors let only a
-// dozen or two into the first at a time, and ignore what is too much. So this is called with a few lines again and again,
-// and leaves none out: a single line that is missing stops a product as long as many. Nothing is asked for from `end` on,
-// which is where the rows of a call end, but for the lines of one call.
+// dozen or two into the first at a time, and ignore what is too much. So this is called with a few lines again and
+// again, and leaves none out: a single line that is missing stops a product as long as many. Nothing is asked for from
+// `end` on, which is where the rows of a call end, but for the lines of one call.
 EDGEMOE_INLINE void fetch_ahead(const std::byte* place, int lines, const std::byte* end) {
     const std::byte* next = place + kAhead;
     if (next >= end) return;
