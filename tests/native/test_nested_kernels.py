@@ -136,3 +136,15 @@ def test_refusals() -> None:
         kernels.nested_matmul("scalar", [(2, np.zeros(319, np.uint8))], 16, 64, x)
     with pytest.raises(ValueError, match="levels have 1 to 8 bits in all"):
         kernels.nested_matmul("scalar", [(9, np.zeros(320, np.uint8))], 16, 64, x)
+
+
+def test_speed_counts_every_level() -> None:
+    names = nested.level_names((2, 3, 4))
+    for count in (1, 2, 3):
+        speed = kernels.product_speed("scalar", "+".join(names[:count]), 20, 100, 1, 1, 1, 0.0)
+        assert speed["bytes"] == sum(kernels.stored_bytes(name, 20, 100) for name in names[:count])
+    for layout in (names[1], f"{names[0]}+{names[0]}", f"{names[0]}+f32", f"{names[0]}+refine7n64", "f32+f32"):
+        with pytest.raises(ValueError, match="is neither a layout nor the levels of one"):
+            kernels.product_speed("scalar", layout, 20, 100, 1, 1, 1, 0.0)
+    with pytest.raises(ValueError, match="layout must not be empty"):
+        kernels.product_speed("scalar", "", 20, 100, 1, 1, 1, 0.0)

@@ -465,6 +465,7 @@ py::dict product_speed(const std::string& isa, const std::string& layout, int ro
     Matrix shape{Layout::nested, rows, cols, nullptr};
     int total = 0;
     std::istringstream names(layout);
+    require(!layout.empty(), "layout must not be empty");
     for (std::string name; std::getline(names, name, '+');) {
         const edgemoe::StoredLayout stored = edgemoe::stored_layout(name);
         if (stored.layout != Layout::nested && name == layout) {
