@@ -218,10 +218,10 @@ size_t stored_bytes(StoredLayout stored, int rows, int cols);
 // any way or be the same; source needs no alignment. Rows that fill up the last block become zeros. scratch:
 // block_bytes(layout, cols), of its own, for every thread that interleaves.
 //
-// A row block of a ggml layout: as many blocks at a time as fill 64 bytes with parameters (one, two or four; the last
-// time as many as there are), first their 32-bit words [block][word][16 rows], those of q6_k in another order, then
-// their remaining parameters [block][parameter][16 rows], which are float16 numbers (iq4_xs: the second is scales_h;
-// mxfp4: one byte, the exponent).
+// A row block of a ggml layout: as many blocks at a time as fill 64 bytes with parameters (one, two or four; of q8_0
+// all; the last time as many as there are), first their 32-bit words [block][word][16 rows], those of q6_k in another
+// order, then their remaining parameters [block][parameter][16 rows], which are float16 numbers (iq4_xs: the second is
+// scales_h; mxfp4: one byte, the exponent).
 void interleave(Layout layout, int rows, int cols, const std::byte* source, std::byte* target, std::byte* scratch);
 
 // Row `row` of the matrix as float32 [cols] (embedding lookup); ggml layouts with ggml's own products and their order.

@@ -36,9 +36,16 @@ struct GgmlFormat {
         return size_t{kRowBlock} * static_cast<size_t>(parameters) * static_cast<size_t>(parameter_bytes);
     }
 
+    // Whether a weight is a byte (q8_0). So little is computed with a line then that the processor's own prefetching,
+    // of several row blocks at once, does better than asking for lines.
+    constexpr bool plain() const { return words * 4 == cols; }
+
     // Blocks whose words lie together, followed by their parameters: as many as fill a cache line with parameters.
-    // Memory is then read from its beginning to its end, which is what processors fetch ahead best.
-    constexpr int chunk() const { return parameters_bytes() < 64 ? static_cast<int>(64 / parameters_bytes()) : 1; }
+    // Memory is then read from its beginning to its end, which is what processors fetch ahead best. All blocks of q8_0.
+    constexpr int chunk() const {
+        if (plain()) return 1 << 30;
+        return parameters_bytes() < 64 ? static_cast<int>(64 / parameters_bytes()) : 1;
+    }
 };
 
 // Where q6_k's words lie in memory, four at a time: scales first, then for each half of the block the nibbles and high

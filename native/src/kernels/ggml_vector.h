@@ -167,7 +167,7 @@ struct GgmlKernels {
                                            int block, const Tile<T>& tile, F (&sums)[R][T]) {
         constexpr int bits = offset_bits(L, V::kSignedOffset);
         constexpr int offset = L == Layout::ggml_mxfp4 ? kMxfp4Offset : bits < 0 ? 0 : 1 << (bits < 0 ? 0 : bits);
-        if constexpr (T == 1) fetch_ahead(words, ggml_format(L).words, p.end);
+        if constexpr (T == 1 && !ggml_format(L).plain()) fetch_ahead(words, ggml_format(L).words, p.end);
         const Tile<T> x = tile.group(block / 2);
         const int odd = block % 2;
         I dots[R][T];
@@ -425,7 +425,7 @@ struct GgmlKernels {
         for (int begin = 0; begin < blocks; begin += format.chunk()) {
             const int end = blocks - begin < format.chunk() ? blocks : begin + format.chunk();
             const std::byte* parameters = words + (end - begin) * format.word_bytes();
-            if constexpr (T == 1) fetch_ahead(parameters, 1, p.end);
+            if constexpr (T == 1 && !format.plain()) fetch_ahead(parameters, 1, p.end);
             for (int i = begin; i < end; ++i) {
                 if constexpr (format.cols == 32)
                     small_block<L, R, T>(p, words, parameters, i, x, sums);
@@ -476,6 +476,10 @@ struct GgmlKernels {
     template <Layout L>
     static void matmul_layout(const Product& p, int count, int first_block, int last_block) {
         int block = first_block;
+        if constexpr (ggml_format(L).plain()) {
+            for (; count == 1 && block + V::kVectorBlocks <= last_block; block += V::kVectorBlocks)
+                tile<L, V::kVectorBlocks, 1>(p, block, 0);
+        }
         if constexpr (V::kGgmlBlocks > 1) {
             for (; count > 1 && block + V::kGgmlBlocks <= last_block; block += V::kGgmlBlocks)
                 row_blocks<L, V::kGgmlBlocks>(p, block, count);
