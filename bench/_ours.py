@@ -42,6 +42,9 @@ def plan(path: str, threads: int, context: int) -> dict[str, Any]:
             "layer_experts": [layer.experts for layer in model.spec.layers],
         }
 
+WARM_TOKENS = 16
+"""Whose logits are in memory at a time before a run with everything held."""
+
 
 def decode(
     path: str,
@@ -71,8 +74,11 @@ def decode(
     ) as model:
         load_seconds = time.perf_counter() - begin
         if warm:
-            empty, count = model.snapshot(), len(prompt) + len(tokens)
-            model.forward([*prompt, *tokens], np.arange(count), np.zeros(count), [count - 1])
+            empty, everything = model.snapshot(), [*prompt, *tokens]
+            for first in range(0, len(everything), WARM_TOKENS):
+                part = everything[first : first + WARM_TOKENS]
+                # The last layer only works on tokens whose logits are asked for.
+                model.forward(part, np.arange(first, first + len(part)), np.zeros(len(part)), range(len(part)))
             model.restore(empty)
         start, digest = _counters(model), hashlib.sha256()
         zeros, last = np.zeros(len(prompt), np.int32), np.asarray([len(prompt) - 1], np.int32)

@@ -43,7 +43,7 @@ from edgemoe.text.tokenizer import check_vocabulary, load_tokenizer
 # Tokens that are looked at to find super experts, before anything is quantized.
 _SCOUTED = 4096
 # A layer's experts take as long to quantize as so many tokens take to go through it; what is done is told in these.
-_TOKENS_PER_LAYER = 9 * 65536
+_TOKENS_PER_LAYER = 6 * 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,9 +340,9 @@ class NestedExperts:
         """Experts quantized at a time: as many as there are threads and memory for."""
         columns = max(self._model.spec.hidden_size, self._model.spec.layers[layer].ffn_dim)
         weights = sum(rows * size for rows, size in self._model.spec.expert_tensors(layer).values())
-        # A Hessian summed up, mixed, damped, factorized, and its feedback; weights, codes and what a level stands for;
-        # a batch of tokens.
-        each = 4 * (6 * columns * columns + 4 * weights + 3 * 2048 * columns)
+        # A Hessian summed up, mixed, damped, factorized, and its feedback; weights, codes, the errors of every level; a
+        # batch of tokens.
+        each = 4 * (6 * columns * columns + (4 + len(self._options.levels)) * weights + 3 * 2048 * columns)
         free = self._free() - 2 * 4 * columns * columns
         if free < each:
             raise MemoryBudgetError(

@@ -220,7 +220,8 @@ def test_a_coarser_level_is_the_best_from_which_the_next_can_be_stored(below: in
     np.testing.assert_allclose(again, rounding.scale[0], rtol=1e-5)
 
 
-def test_rows_are_independent_and_stackable() -> None:
+def test_rows_are_independent_and_stackable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nested, "_ROWS", 512)
     weights, hessian, _ = layer(2, 700, 130)
     shared = Hessian(hessian.astype(np.float32), 130)
     whole = quantize(weights, shared, BITS)
