@@ -42,6 +42,7 @@ def plan(path: str, threads: int, context: int) -> dict[str, Any]:
             "layer_experts": [layer.experts for layer in model.spec.layers],
         }
 
+
 WARM_TOKENS = 16
 """Whose logits are in memory at a time before a run with everything held."""
 
