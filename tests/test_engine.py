@@ -330,7 +330,8 @@ def test_a_closed_model_says_so(make_pack: Callable[..., Path]) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_interrupt_stops_within_a_token(make_pack: Callable[..., Path]) -> None:
     code = (
-        "import sys, edgemoe\n"
+        "import signal, sys, edgemoe\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have inherited that it is ignored\n"
         "model = edgemoe.load(sys.argv[1])\n"
         "try:\n"
         "    print('ready', flush=True)\n"

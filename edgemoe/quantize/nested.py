@@ -407,9 +407,9 @@ def _lines(values: Floats, bits: tuple[int, ...]) -> tuple[Floats, Floats]:
     mean = centred.mean(axis=0)
     slopes, offsets = [], []
     for width, (code_mean, covariance, variance) in zip(bits, _moments(centred, best_scale, bits), strict=True):
-        spread = np.float32(2 ** (bits[-1] - width))
-        slope = np.where(variance > _VARIES, _where(covariance, variance), best_scale * spread)
-        slopes.append(np.maximum(slope, least * spread))
+        merged = np.float32(2 ** (bits[-1] - width))  # codes of the finest level that are one of this
+        slope = np.where(variance > _VARIES, _where(covariance, variance), best_scale * merged)
+        slopes.append(np.maximum(slope, least * merged))
         offsets.append(middle + mean - slopes[-1] * code_mean)
     return np.array(slopes), np.array(offsets)
 
