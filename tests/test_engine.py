@@ -331,7 +331,8 @@ def test_a_closed_model_says_so(make_pack: Callable[..., Path]) -> None:
 def test_interrupt_stops_within_a_token(make_pack: Callable[..., Path]) -> None:
     code = (
         "import signal, sys, edgemoe\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have inherited that it is ignored\n"
+        # Where tests run in the background, processes begin with interrupts ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "model = edgemoe.load(sys.argv[1])\n"
         "try:\n"
         "    print('ready', flush=True)\n"
