@@ -43,7 +43,7 @@ LARGEST = 65504.0
 DAMPING = 0.01
 """Of the mean diagonal element, added to a Hessian's diagonal."""
 SWEEPS = 2
-"""Over the groups of a row, of the joint fit."""
+"""Over the groups of a row, in which lines and codes are chosen by turns."""
 
 _CLIP_RATIOS = np.linspace(1.0, 0.4, 25, dtype=np.float32)
 # The stored offset of level 0 reaches 4 of its steps from the middle of its codes; half a step is left for the fit.
@@ -54,6 +54,8 @@ _NIBBLES = np.arange(-8, 8, dtype=np.float32)[:, None]
 _PANEL = 16
 # Codes that are weighed against each other where several levels matter.
 _CANDIDATES = 4
+# The least scale that is not none.
+_POSITIVE = 1e-30
 # The least variance of codes that are not all the same.
 _VARIES = 1e-6
 # Rows worked on together: enough that NumPy computes for most of the time, not calls.
@@ -165,7 +167,7 @@ class Hessian:
         self.feedback = np.ascontiguousarray(factor / np.einsum("ii->i", factor))
 
 
-def quantize(weights: Floats, hessian: Hessian, bits: Sequence[int], sweeps: int = SWEEPS) -> Nested:
+def quantize(weights: Floats, hessian: Hessian, bits: Sequence[int]) -> Nested:
     """float32 [rows, columns] at ascending widths `bits`, which are at most 8.
 
     Matrices with the same inputs share a Hessian: their rows may be stacked, and taken apart with `Nested.rows`.
@@ -176,11 +178,11 @@ def quantize(weights: Floats, hessian: Hessian, bits: Sequence[int], sweeps: int
     peak = float(np.abs(weights).max(initial=0))
     if not peak <= LARGEST:  # also for NaN
         raise ValueError(f"the weight {peak:g} does not fit float16 scales (largest {LARGEST:g})")
-    parts = [_quantize_rows(weights[begin : begin + _ROWS], hessian, levels, sweeps) for begin in range(0, rows, _ROWS)]
+    parts = [_quantize_rows(weights[begin : begin + _ROWS], hessian, levels) for begin in range(0, rows, _ROWS)]
     return parts[0] if len(parts) == 1 else Nested.stacked(parts)
 
 
-def _quantize_rows(weights: Floats, hessian: Hessian, levels: tuple[int, ...], sweeps: int) -> Nested:
+def _quantize_rows(weights: Floats, hessian: Hessian, levels: tuple[int, ...]) -> Nested:
     columns = weights.shape[1]
     rounding = _Rounding(weights, hessian, levels)
     top = len(levels) - 1
@@ -188,7 +190,7 @@ def _quantize_rows(weights: Floats, hessian: Hessian, levels: tuple[int, ...], s
     for level in reversed(range(top)):
         choices.insert(0, _Coarser(rounding, levels, level))
     choices[0] = base = _Base(choices[0], levels[0], rounding.scale.shape[1:])
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         rounding.sweep(choices)
     first: list[npt.NDArray[Any]] = [base.first]
     second = [base.second]
@@ -352,7 +354,7 @@ class _Nearest:
 
     def __init__(self, scale: Floats, offset: Floats, slices: Floats, weights: Floats, bits: int) -> None:
         self._scale, self._offset, self._slices = scale, offset, slices[:, None]
-        self._inverse = np.divide(np.float32(1), scale[-1], out=np.zeros_like(scale[-1]), where=scale[-1] > 1e-30)
+        self._inverse = _quotient(np.ones_like(scale[-1]), scale[-1], _POSITIVE)
         # A level's distances times the root of its weight.
         self._roots = np.sqrt(weights)[:, None]
         self._steps = scale * self._roots
@@ -400,7 +402,7 @@ def _lines(values: Floats, bits: tuple[int, ...]) -> tuple[Floats, Floats]:
         scale = np.maximum(spread * (ratio / top), least)
         score = np.zeros_like(best)
         for weight, (_, covariance, variance) in zip(weights, _moments(centred, scale, bits), strict=True):
-            score += np.float32(weight) * _where(covariance * covariance, variance)
+            score += np.float32(weight) * _quotient(covariance * covariance, variance, _VARIES)
         better = score > best
         best = np.where(better, score, best)
         best_scale = np.where(better, scale, best_scale)
@@ -408,21 +410,16 @@ def _lines(values: Floats, bits: tuple[int, ...]) -> tuple[Floats, Floats]:
     slopes, offsets = [], []
     for width, (code_mean, covariance, variance) in zip(bits, _moments(centred, best_scale, bits), strict=True):
         merged = np.float32(2 ** (bits[-1] - width))  # codes of the finest level that are one of this
-        slope = np.where(variance > _VARIES, _where(covariance, variance), best_scale * merged)
+        slope = np.where(variance > _VARIES, _quotient(covariance, variance), best_scale * merged)
         slopes.append(np.maximum(slope, least * merged))
         offsets.append(middle + mean - slopes[-1] * code_mean)
     return np.array(slopes), np.array(offsets)
 
 
-def _where(numerator: Floats, variance: Floats) -> Floats:
-    """The quotient; 0 where the codes are all the same."""
-    return np.divide(numerator, variance, out=np.zeros_like(numerator), where=variance > _VARIES)
-
-
 def _moments(centred: Floats, scale: Floats, bits: tuple[int, ...]) -> Iterator[tuple[Floats, Floats, Floats]]:
     """For each level, of its slices of the nearest codes: mean, covariance with the values, variance, [rows]."""
     top, count = np.float32(2 ** bits[-1] - 1), np.float32(len(centred))
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 1e-30)
+    inverse = _quotient(np.ones_like(scale), scale, _POSITIVE)
     codes = centred * inverse
     codes += top / 2
     np.rint(codes, out=codes)
@@ -550,9 +547,9 @@ class _Finer:
         return _refined(coarser, offset, self.first[group], self.second[group], self._below, self._width)
 
 
-def _quotient(numerator: Floats, denominator: Floats) -> Floats:
-    """0 where the denominator is not positive."""
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
+def _quotient(numerator: Floats, denominator: Floats, least: float = 0) -> Floats:
+    """0 where the denominator is not larger than `least`."""
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > least)
 
 
 def _base_offset(scale: Floats, offset: npt.NDArray[np.int8], bits: int) -> Floats:

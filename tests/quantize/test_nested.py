@@ -25,6 +25,15 @@ def layer(seed: int, rows: int, columns: int, tokens: int = 2048) -> tuple[npt.N
     return weights, inputs[:tokens].T @ inputs[:tokens] / tokens, inputs[tokens:]
 
 
+def correlated_layer(seed: int, rows: int, columns: int) -> tuple[npt.NDArray[np.float32], Floats, Floats]:
+    """The same for inputs of which few directions matter, so that a column can make up for much of another's error."""
+    rng = np.random.default_rng(seed)
+    weights = (0.02 * rng.standard_normal((rows, columns))).astype(np.float32)
+    strengths = np.exp(-8 * np.arange(columns) / columns)
+    inputs = rng.standard_normal((2560, columns)) * strengths @ rng.standard_normal((columns, columns))
+    return weights, inputs[:2048].T @ inputs[:2048] / 2048, inputs[2048:]
+
+
 def output_error(weights: npt.NDArray[np.float32], found: npt.NDArray[np.float32], inputs: Floats) -> float:
     lost, exact = inputs @ (found - weights).T, inputs @ weights.T
     return float((lost * lost).sum() / (exact * exact).sum())
@@ -126,6 +135,36 @@ def test_codes_and_fit_are_the_reference_s(rows: int, columns: int, bits: tuple[
         assert error < (1.06 if bits != (1, 8) else 40) * least + 1e-9 * squared_error(
             weights, np.zeros_like(weights), hessian
         )
+
+
+@pytest.mark.parametrize(("columns", "bits"), [(192, BITS), (150, (3, 5)), (100, (4,))])
+def test_every_level_makes_up_for_its_own_errors(columns: int, bits: tuple[int, ...]) -> None:
+    weights, hessian, _ = correlated_layer(columns, 5, columns)
+    rounding = nested._Rounding(weights, Hessian(hessian.astype(np.float32), columns), bits)
+    damped = hessian / np.mean(np.diag(hessian)) + nested.DAMPING * np.eye(columns)
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T
+    tried = np.arange(2 ** bits[-1])
+    for row in range(len(weights)):
+        values = np.repeat(weights[row].astype(np.float64)[None], len(bits), axis=0)
+        for column in range(columns):
+            lines = (line[:, column // GROUP, row, None] for line in (rounding.scale, rounding.offset))
+            scale, offset = (line.astype(np.float64) for line in lines)
+            stands_for = (tried >> (bits[-1] - np.array(bits)[:, None])) * scale + offset
+            lost = np.array(nested.level_weights(bits)) @ (values[:, column, None] - stands_for) ** 2
+            # The codes before it are those that were chosen, so that float32 does not lead elsewhere.
+            code = int(rounding.codes[column, row])
+            assert lost[code] <= lost.min() * 1.001 + 1e-3 * scale[-1, 0] ** 2
+            error = (values[:, column] - stands_for[:, code]) / factor[column, column]
+            values[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
+
+
+def test_levels_are_weighed_against_each_other() -> None:
+    weights, hessian, inputs = correlated_layer(1, 128, 512)
+    shared = Hessian(hessian.astype(np.float32), 512)
+    made = quantize(weights, shared, BITS)
+    for level, (width, most) in enumerate(zip(BITS, (6, 3.5, 1.9), strict=True)):
+        separate = output_error(weights, quantize(weights, shared, (width,)).weights(0, 512), inputs)
+        assert output_error(weights, made.weights(level, 512), inputs) < most * separate
 
 
 @pytest.mark.parametrize(("columns", "bits"), [(150, BITS), (64, (4,)), (70, (2, 6))])
