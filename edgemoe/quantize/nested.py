@@ -1,16 +1,16 @@
-"""Slice-refit: one code per weight that serves several widths, and a scale and an offset of its own for every width.
+"""Slice-refit: one code per weight that serves several widths, and lines of its own for every width.
 
-A level's codes are the high bits of one code. What makes them good weights is that every level has its own scale and
-offset per group of 64 columns, fitted by least squares under the Hessian, jointly over the groups of a row, and stored
-relative to the level before (docs/format.md):
+A level's codes are the high bits of one code. What makes them good weights is that every level has its own line, which
+turns codes into weights, fitted by least squares under the Hessian and stored relative to the level before
+(docs/format.md). Level 0 has a scale S for 256 columns, and a step s of 3 bits and an offset of 5 for 16 columns; later
+ones have a ratio and a shift of 4 bits each for 64. A weight is s (a code + u o + c), with 2^b codes of level 0
 
-    level 0:    A = scale,                                B = A * (offset / 32 - (2^bits - 1) / 2)
-    level l:    A' = A * 2^-d * (1 + ratio / 2^(b + 3)),  B' = B + A' * (2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2)
+    level 0:    a = S,   c = -S (2^b - 1) / 2,   u = S 2^b / 64 on all levels
+    level l:    a' = a 2^-d (1 + ratio / 2^(b + 3)),   c' = c + a' (2^d (shift / 32 - ratio / 16 - 1/2) + 1/2)
 
-with b the bits of the level before and d those that level l adds; a weight is A * code + B. `ratio` and `shift` have 4
-bits each: `ratio` turns the line of the weights about the middle of the codes, `shift` moves it. So few bits are enough
-because the fine levels are fitted first: a coarse level has errors so large that it loses little when its scale and
-offset are chosen among those from which the next level's can be stored.
+and with b bits of the level before and d more of level l. `ratio` turns the line of the weights about the middle of the
+codes, `shift` moves it. o is the offset without its lowest bit, which is level 0's own: there o is one more or less.
+What the errors of a sub-group add up to matters most, so that level 0 loses much by an offset that was chosen for all.
 
 GPTQ is Frantar et al. (2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"), in
 the form of Chee et al. (2023, "QuIP: 2-Bit Quantization of Large Language Models With Guarantees": LDLQ, proved there
@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,19 +45,23 @@ DAMPING = 0.01
 SWEEPS = 2
 """Over the groups of a row, in which lines and codes are chosen by turns."""
 
-_CLIP_RATIOS = np.linspace(1.0, 0.4, 25, dtype=np.float32)
-# The stored offset of level 0 reaches 4 of its steps from the middle of its codes; half a step is left for the fit.
-_REACH = 3.4
+SUB_GROUP = 16
+"""Columns that share a step and an offset."""
+SUPER_GROUP = 256
+"""Columns that share a scale."""
+STEPS = (4, 6, 8, 9, 10, 11, 13, 15)
+_SUBS = GROUP // SUB_GROUP
+_STEPS = np.array(STEPS, np.float32)
+# Where the nearest step changes.
+_EDGES = (_STEPS[1:] + _STEPS[:-1]) / 2
+# Parts of a sub-group's range that the codes of the largest width are spread over.
+_CLIP_RATIOS = np.linspace(1.0, 0.5, 9, dtype=np.float32)
 # What a ratio or a shift can be, [16, 1].
 _NIBBLES = np.arange(-8, 8, dtype=np.float32)[:, None]
-# Columns whose errors reach the rest of their group together.
-_PANEL = 16
 # Codes that are weighed against each other where several levels matter.
-_CANDIDATES = 4
+_CANDIDATES = 5
 # The least scale that is not none.
 _POSITIVE = 1e-30
-# The least variance of codes that are not all the same.
-_VARIES = 1e-6
 # Rows worked on together: enough that NumPy computes for most of the time, not calls.
 _ROWS = 2048
 
@@ -66,15 +70,18 @@ _ROWS = 2048
 class Nested:
     """A matrix at several widths.
 
-    bits: ascending. codes: uint8 [rows, groups * 64], of the largest width, 0 in the padding. first, second: one array
-    [rows, groups] per level: scale (float16) and offset (int8) of level 0, ratio and shift (int8, within -8 to 7) of
-    each later one.
+    bits: ascending. codes: uint8 [rows, groups * 64], of the largest width, 0 in the padding. scales: float16 [rows,
+    super groups of 256 columns]. steps: uint8, indices of `STEPS`; offsets: int8 (-16 to 15), [rows, groups * 4].
+    ratios, shifts: int8 (-8 to 7) [rows, groups] of each level but the first.
     """
 
     bits: tuple[int, ...]
     codes: npt.NDArray[np.uint8]
-    first: tuple[npt.NDArray[Any], ...]
-    second: tuple[npt.NDArray[np.int8], ...]
+    scales: npt.NDArray[np.float16]
+    steps: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int8]
+    ratios: tuple[npt.NDArray[np.int8], ...]
+    shifts: tuple[npt.NDArray[np.int8], ...]
 
     def level_codes(self, level: int) -> npt.NDArray[np.uint8]:
         """The bits that this level adds, uint8 [rows, groups * 64] below 2^d: what `layouts.pack_level` packs."""
@@ -82,40 +89,58 @@ class Nested:
         sliced = self.codes >> np.uint8(self.bits[-1] - self.bits[level])
         return sliced & np.uint8((1 << (self.bits[level] - below)) - 1)
 
-    def parameters(self, level: int) -> tuple[Floats, Floats]:
-        """(A, B) of a level, float32 [rows, groups]."""
-        scale = self.first[0].astype(np.float32)
-        offset = _base_offset(scale, self.second[0], self.bits[0])
+    def level_parameters(self, level: int) -> tuple[npt.NDArray[Any], ...]:
+        """What `layouts.pack_level` takes beside them."""
+        if level == 0:
+            return self.scales, self.steps, self.offsets
+        return self.ratios[level - 1], self.shifts[level - 1]
+
+    def lines(self, level: int) -> tuple[Floats, Floats]:
+        """(A, B) of a level, float32 [rows, groups * 4]: a weight is A * code + B."""
+        groups = self.steps.shape[1] // _SUBS
+        scale = np.repeat(self.scales.astype(np.float32), SUPER_GROUP // GROUP, axis=1)[:, :groups]
+        unit = scale * np.float32(2 ** self.bits[0] / 64)
+        rise, start = scale, scale * np.float32((1 - 2 ** self.bits[0]) / 2)
         for finer in range(1, level + 1):
-            below, width = self.bits[finer - 1], self.bits[finer]
-            scale, offset = _refined(scale, offset, self.first[finer], self.second[finer], below, width)
-        return scale, offset
+            ratio, shift = (each[finer - 1].astype(np.float32) for each in (self.ratios, self.shifts))
+            rise, start = _refined(rise, start, ratio, shift, self.bits[finer - 1], self.bits[finer])
+        rise, start, unit = (np.repeat(each, _SUBS, axis=1) for each in (rise, start, unit))
+        steps = _STEPS[self.steps]
+        offsets = self.offsets & ~1 if level else (self.offsets & ~1) + 2 * (self.offsets & 1) - 1
+        return steps * rise, steps * (unit * offsets.astype(np.float32) + start)
 
     def weights(self, level: int, columns: int) -> Floats:
         """float32 [rows, columns]: what the level stands for."""
-        scale, offset = self.parameters(level)
+        rise, start = self.lines(level)
         sliced = (self.codes >> np.uint8(self.bits[-1] - self.bits[level])).astype(np.float32)
-        values = sliced.reshape(*scale.shape, GROUP) * scale[:, :, None] + offset[:, :, None]
+        values = sliced.reshape(*rise.shape, SUB_GROUP) * rise[:, :, None] + start[:, :, None]
         return np.ascontiguousarray(values.reshape(len(sliced), -1)[:, :columns])
 
     @classmethod
     def stacked(cls, parts: Sequence[Nested]) -> Nested:
         """One matrix of the rows of several."""
-        levels = range(len(parts[0].bits))
+        later = range(len(parts[0].bits) - 1)
         return cls(
             parts[0].bits,
             np.concatenate([part.codes for part in parts]),
-            tuple(np.concatenate([part.first[level] for part in parts]) for level in levels),
-            tuple(np.concatenate([part.second[level] for part in parts]) for level in levels),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate([part.steps for part in parts]),
+            np.concatenate([part.offsets for part in parts]),
+            tuple(np.concatenate([part.ratios[level] for part in parts]) for level in later),
+            tuple(np.concatenate([part.shifts[level] for part in parts]) for level in later),
         )
 
     def rows(self, begin: int, end: int) -> Nested:
         """These rows alone."""
+        rows = slice(begin, end)
         return Nested(
             self.bits,
-            self.codes[begin:end],
-            tuple(values[begin:end] for values in self.first),
-            tuple(values[begin:end] for values in self.second),
+            self.codes[rows],
+            self.scales[rows],
+            self.steps[rows],
+            self.offsets[rows],
+            tuple(values[rows] for values in self.ratios),
+            tuple(values[rows] for values in self.shifts),
         )
 
 
@@ -127,12 +152,11 @@ def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
 
 
 def level_weights(bits: Sequence[int]) -> tuple[float, ...]:
-    """How much the squared error of each level counts: 1/36, 1/6, 1 for levels of 2, 3 and 4 bits.
+    """How much the squared error of each level counts: 1/16, 1/4, 1 for levels of 2, 3 and 4 bits.
 
-    A bit less makes the squared error about four times larger, so this is nearly the relative error, and a little more
-    for the largest width, with which the exact mode computes.
+    A bit less makes the squared error about four times larger, so this is the relative error.
     """
-    return tuple((1 / 6) ** (bits[-1] - width) for width in bits)
+    return tuple((1 / 4) ** (bits[-1] - width) for width in bits)
 
 
 class Hessian:
@@ -178,47 +202,60 @@ def quantize(weights: Floats, hessian: Hessian, bits: Sequence[int]) -> Nested:
     peak = float(np.abs(weights).max(initial=0))
     if not peak <= LARGEST:  # also for NaN
         raise ValueError(f"the weight {peak:g} does not fit float16 scales (largest {LARGEST:g})")
-    parts = [_quantize_rows(weights[begin : begin + _ROWS], hessian, levels) for begin in range(0, rows, _ROWS)]
+    parts = []
+    for begin in range(0, rows, _ROWS):
+        rounding = _Rounding(weights[begin : begin + _ROWS], hessian, levels)
+        for _ in range(SWEEPS):
+            rounding.sweep()
+        parts.append(rounding.nested())
     return parts[0] if len(parts) == 1 else Nested.stacked(parts)
 
 
-def _quantize_rows(weights: Floats, hessian: Hessian, levels: tuple[int, ...]) -> Nested:
-    columns = weights.shape[1]
-    rounding = _Rounding(weights, hessian, levels)
-    top = len(levels) - 1
-    choices: list[_Choice] = [_Free(rounding, levels)]
-    for level in reversed(range(top)):
-        choices.insert(0, _Coarser(rounding, levels, level))
-    choices[0] = base = _Base(choices[0], levels[0], rounding.scale.shape[1:])
-    for _ in range(SWEEPS):
-        rounding.sweep(choices)
-    first: list[npt.NDArray[Any]] = [base.first]
-    second = [base.second]
-    for level in range(1, top + 1):
-        finer = _Finer(rounding, levels, level)
-        rounding.fit(level, finer)
-        first.append(finer.first)
-        second.append(finer.second)
-    stored = np.ascontiguousarray(rounding.codes.T.astype(np.uint8))
-    stored[:, columns:] = 0
-    return Nested(
-        levels,
-        stored,
-        tuple(np.ascontiguousarray(values.T) for values in first),
-        tuple(np.ascontiguousarray(values.T) for values in second),
-    )
+class _Lines:
+    """The lines of some rows. scales: [super groups, rows]; steps (their values), offsets (even numbers) and nudges
+    (what is added to them on level 0: 1 or -1), [sub-groups, rows]; ratios and shifts [levels - 1, groups, rows]; what
+    follows from them, all float32: unit (u) [super groups, rows], rise (a) and start (c) [levels, groups, rows]."""
+
+    def __init__(self, bits: tuple[int, ...], scales: Floats, groups: int) -> None:
+        self._bits = bits
+        rows = scales.shape[1]
+        self.scales = scales
+        self.unit = scales * np.float32(2 ** bits[0] / 64)
+        self.steps, self.offsets, self.nudges = (np.zeros((groups * _SUBS, rows), np.float32) for _ in range(3))
+        self.ratios, self.shifts = (np.zeros((len(bits) - 1, groups, rows), np.float32) for _ in range(2))
+        self.rise, self.start = (np.empty((len(bits), groups, rows), np.float32) for _ in range(2))
+        self.rise[0] = np.repeat(scales, SUPER_GROUP // GROUP, axis=0)[:groups]
+        self.start[0] = self.rise[0] * np.float32((1 - 2 ** bits[0]) / 2)
+        for level in range(1, len(bits)):
+            nothing = self.ratios[level - 1]
+            self.rise[level], self.start[level] = self.refined(level, slice(None), nothing, nothing)
+
+    def refined(self, level: int, group: int | slice, ratio: Floats, shift: Floats) -> tuple[Floats, Floats]:
+        """(a, c) of a level with this ratio and shift, from those of the level before."""
+        coarser = self.rise[level - 1, group], self.start[level - 1, group]
+        return _refined(*coarser, ratio, shift, self._bits[level - 1], self._bits[level])
+
+    def unit_of(self, sub: int) -> Floats:
+        found: Floats = self.unit[sub * SUB_GROUP // SUPER_GROUP]
+        return found
+
+    def of(self, sub: int) -> tuple[Floats, Floats]:
+        """(A, B) of a sub-group, [levels, rows]."""
+        steps, unit = self.steps[sub], self.unit_of(sub)
+        start = self.start[:, sub // _SUBS] + unit * self.offsets[sub]
+        start[0] += unit * self.nudges[sub]
+        start *= steps
+        return steps * self.rise[:, sub // _SUBS], start
 
 
 # -- codes ----------------------------------------------------------------------------------------------------------
 
 
 class _Rounding:
-    """Rows of a matrix on their way: codes float32 [columns, rows] of the largest width, and for every level the lines
-    that its slices of the codes lie on, (A, B) float32 [levels, groups, rows]."""
+    """Rows of a matrix on their way: codes float32 [columns, rows] of the largest width, and the lines."""
 
     def __init__(self, weights: Floats, hessian: Hessian, bits: tuple[int, ...]) -> None:
-        rows = len(weights)
-        size = len(hessian.matrix)
+        rows, size = len(weights), len(hessian.matrix)
         self._hessian = hessian
         self._bits = bits
         self._weights = np.array(level_weights(bits), np.float32)
@@ -227,15 +264,40 @@ class _Rounding:
         self._target = np.zeros((size, rows), np.float32)
         self._target[: hessian.columns] = weights.T
         self.codes = np.zeros_like(self._target)
-        self.scale, self.offset = (np.empty((len(bits), size // GROUP, rows), np.float32) for _ in range(2))
+        self.lines = _Lines(bits, _scales(self._target[: hessian.columns], bits), size // GROUP)
         # target - (A u + B) of each level.
         self._errors = np.zeros((len(bits), *self._target.shape), np.float32)
         for group in range(size // GROUP):
             self._gptq(group)
 
+    def nested(self) -> Nested:
+        """What is stored."""
+        lines = self.lines
+        stored = np.ascontiguousarray(self.codes.T.astype(np.uint8))
+        stored[:, self._hessian.columns :] = 0
+
+        def rows(values: npt.NDArray[Any], kind: npt.DTypeLike) -> npt.NDArray[Any]:
+            return np.ascontiguousarray(values.T.astype(kind))
+
+        return Nested(
+            self._bits,
+            stored,
+            rows(lines.scales, np.float16),
+            rows(np.searchsorted(_STEPS, lines.steps), np.uint8),
+            rows(lines.offsets + (lines.nudges > 0), np.int8),
+            tuple(rows(values, np.int8) for values in lines.ratios),
+            tuple(rows(values, np.int8) for values in lines.shifts),
+        )
+
     def _columns(self, group: int) -> slice:
         """Without padding."""
         return slice(group * GROUP, min((group + 1) * GROUP, self._hessian.columns))
+
+    def _sub_groups(self, group: int) -> Iterator[tuple[int, slice]]:
+        """(number, columns within the group without padding) of a group's sub-groups that are not all padding."""
+        columns = self._columns(group)
+        for number, begin in enumerate(range(0, columns.stop - columns.start, SUB_GROUP)):
+            yield group * _SUBS + number, slice(begin, min(begin + SUB_GROUP, columns.stop - columns.start))
 
     def _gptq(self, group: int) -> None:
         """Codes and lines of a group, from what all levels' errors in the groups before it leave to make up for."""
@@ -247,34 +309,28 @@ class _Rounding:
             factors = feedback[columns, columns]
             if group:
                 adjusted += feedback[: columns.start, columns].T @ self._errors[:, : columns.start]
-        self.scale[:, group], self.offset[:, group] = _lines(adjusted[-1], self._bits)
+        for sub, part in self._sub_groups(group):
+            _choose_line(self.lines, sub, adjusted[-1, part], self._bits)
         self._round(group, adjusted, factors)
 
-    def sweep(self, choices: Sequence[_Choice]) -> None:
+    def sweep(self) -> None:
         """Makes lines and codes better, one group after the other with the others as they are (block coordinate
-        descent): `choices` find the lines of each level, the codes are chosen one column after the other.
+        descent); codes are chosen one column after the other.
 
         For codes this is Behdin et al. (2023, "QuantEase: Optimization-based Quantization for Language Models").
         """
-        for group in range(self.scale.shape[1]):
+        for group in range(len(self._target) // GROUP):
             gradient = self._gradient(group)
-            self._fit_group(group, gradient, choices)
+            self._fit(group, gradient)
             self._descend(group, gradient)
-            self._fit_group(group, gradient, choices)
+            self._fit(group, gradient)
 
-    def fit(self, level: int, choose: _Choice) -> None:
-        """Lets `choose` find the line of one level for all groups, the codes as they are."""
-        for group in range(self.scale.shape[1]):
-            self._fit_level(level, group, self._gradient(group, level), choose)
-
-    def _gradient(self, group: int, level: int | None = None) -> Floats:
-        """H times the errors of all levels, or of one, for a group's columns: [levels, columns, rows] or without the
-        first."""
-        errors = self._errors if level is None else self._errors[level]
+    def _gradient(self, group: int) -> Floats:
+        """H times the errors of all levels, for a group's columns: [levels, columns, rows]."""
         columns, real = self._columns(group), self._hessian.columns
         if self._hessian.feedback is None:
-            return errors[..., columns, :].copy()
-        found: Floats = self._hessian.matrix[columns, :real] @ errors[..., :real, :]
+            return self._errors[:, columns].copy()
+        found: Floats = self._hessian.matrix[columns, :real] @ self._errors[:, :real]
         return found
 
     def _descend(self, group: int, gradient: Floats) -> None:
@@ -298,51 +354,105 @@ class _Rounding:
         columns, rows], which changes by `factors` [columns, later columns] times what an error changes by."""
         columns = self._columns(group)
         target, codes, errors = self._target[columns], self.codes[columns], self._errors[:, columns]
-        nearest = _Nearest(self.scale[:, group], self.offset[:, group], self._slices, self._weights, self._bits[-1])
         size = len(target)
-        for panel in range(0, size, _PANEL):
-            end = min(panel + _PANEL, size)
-            before = errors[:, panel:end].copy()
-            for column in range(panel, end):
+        for sub, part in self._sub_groups(group):
+            nearest = _Nearest(*self.lines.of(sub), self._slices, self._weights, self._bits[-1])
+            before = errors[:, part].copy()
+            for column in range(part.start, part.stop):
                 codes[column], values = nearest(adjusted[:, column])
                 np.subtract(target[column], values, out=errors[:, column])
-                if factors is not None and column + 1 < end:
-                    change = errors[:, column] - before[:, column - panel]
-                    adjusted[:, column + 1 : end] += factors[column, column + 1 : end, None] * change[:, None]
-            if factors is not None and end < size:
-                adjusted[:, end:] += factors[panel:end, end:].T @ (errors[:, panel:end] - before)
+                if factors is not None and column + 1 < part.stop:
+                    change = errors[:, column] - before[:, column - part.start]
+                    adjusted[:, column + 1 : part.stop] += (
+                        factors[column, column + 1 : part.stop, None] * change[:, None]
+                    )
+            if factors is not None and part.stop < size:
+                adjusted[:, part.stop :] += factors[part, part.stop :].T @ (errors[:, part] - before)
 
-    def _fit_group(self, group: int, gradient: Floats, choices: Sequence[_Choice]) -> None:
-        for level in reversed(range(len(self._bits))):
-            self._fit_level(level, group, gradient[level], choices[level])
+    def _fit(self, group: int, gradient: Floats) -> None:
+        """The best lines of a group for its codes: sub-group after sub-group, then level after level. gradient:
+        [levels, columns, rows], brought up to date."""
+        u = np.floor(self.codes[self._columns(group)] * self._slices[:, None, None])
+        for sub, part in self._sub_groups(group):
+            self._fit_sub_group(group, sub, part, u[:, part], gradient)
+        for level in range(1, len(self._bits)):
+            self._fit_level(group, level, u[level], gradient[level])
 
-    def _fit_level(self, level: int, group: int, gradient: Floats, choose: _Choice) -> None:
-        """gradient: [columns, rows], brought up to date."""
-        columns = self._columns(group)
-        identity = self._hessian.feedback is None
-        u = np.floor(self.codes[columns] * self._slices[level])
-        scale, offset = self.scale[level, group], self.offset[level, group]
-        block = self._hessian.matrix[columns, columns]
-        ones = block.sum(axis=1)
+    def _fit_sub_group(self, group: int, sub: int, part: slice, u: Floats, gradient: Floats) -> None:
+        """Step, offset and nudge. In p = step and q = step * offset * unit the error of all levels is quadratic."""
+        columns, lines, weights = self._columns(group), self.lines, self._weights
+        block = self._hessian.matrix[columns, columns][:, part]
+        inner = block[part]
+        step, offset, unit = lines.steps[sub], lines.offsets[sub], lines.unit_of(sub)
+        p, q = step, step * offset * unit
+        v = u * lines.rise[:, group, None] + lines.start[:, group, None]
+        v[0] += unit * lines.nudges[sub]
+        ones = inner.sum(axis=1)
         total = ones.sum()
-        mean = (ones @ u) / total
-        uu = np.einsum("ij,ij->j", u, u if identity else block @ u)
-        curvature = uu - total * mean * mean
-        rise = gradient.sum(axis=0) / total
-        change = np.divide(
-            np.einsum("ij,ij->j", u, gradient) - total * mean * rise,
-            curvature,
-            out=np.zeros_like(curvature),
-            where=curvature > 1e-5 * uu,
-        )
-        # Where the codes are all the same, any scale would do: it stays where it is.
-        curvature = np.maximum(curvature, np.float32(1e-5) * (uu + total))
-        optimum = _Optimum(scale + change, offset + scale * mean + rise, mean, curvature, total)
-        new_scale, new_offset = choose(group, optimum)
-        moved = u * (new_scale - scale) + (new_offset - offset)
+        qq = total * weights.sum()
+        weighed = weights[:, None, None] * v
+        pp = np.einsum("lij,lij->j", weighed, inner @ v)
+        pq = ones @ weighed.sum(axis=0)
+        wanted = gradient[:, part]
+        pg = np.einsum("lij,lij->j", weighed, wanted)
+        qg = np.einsum("l,lij->j", weights, wanted)
+        best = p + _quotient(pg - pq * qg / qq, pp - pq * pq / qq, _POSITIVE)
+        nearest = np.searchsorted(_EDGES, best)
+        new_step, new_offset, least = step.copy(), offset.copy(), np.zeros_like(step)
+        for change in (-1, 0, 1):
+            tried = _STEPS[np.minimum(np.maximum(nearest + change, 0), len(_STEPS) - 1)]
+            dp = tried - p
+            per_step = tried * unit
+            tried_offset = _even(_quotient(q + (qg - dp * pq) / qq, per_step, _POSITIVE))
+            dq = tried_offset * per_step - q
+            error = dp * (dp * pp + 2 * (dq * pq - pg)) + dq * (dq * qq - 2 * qg)
+            better = error < least
+            for kept, new in ((new_step, tried), (new_offset, tried_offset), (least, error)):
+                np.copyto(kept, new, where=better)
+        moved = v * (new_step - p) + (new_step * new_offset * unit - q)
+        # Level 0 is nudged the other way where that is better.
+        turn = -2 * lines.nudges[sub] * unit * new_step
+        missing = wanted[0].sum(axis=0) - ones @ moved[0]
+        turn[turn * (turn * total - 2 * missing) >= 0] = 0
+        moved[0] += turn
+        lines.nudges[sub] = np.where(turn == 0, lines.nudges[sub], -lines.nudges[sub])
+        lines.steps[sub], lines.offsets[sub] = new_step, new_offset
+        self._errors[:, columns.start + part.start : columns.start + part.stop] -= moved
+        gradient -= block @ moved
+
+    def _fit_level(self, group: int, level: int, u: Floats, gradient: Floats) -> None:
+        """Ratio and shift: for each of the 16 ratios the best shift, and of these pairs the best."""
+        columns, lines = self._columns(group), self.lines
+        block = self._hessian.matrix[columns, columns]
+        count = len(u)
+        ones = np.repeat(lines.steps[group * _SUBS : (group + 1) * _SUBS], SUB_GROUP, axis=0)[:count]
+        turned = ones * u
+        along_ones, along = block @ ones, block @ turned
+        cc = np.einsum("ij,ij->j", ones, along_ones)
+        ac = np.einsum("ij,ij->j", ones, along)
+        aa = np.einsum("ij,ij->j", turned, along)
+        ag = np.einsum("ij,ij->j", turned, gradient)
+        cg = np.einsum("ij,ij->j", ones, gradient)
+        rise, start = lines.rise[level, group], lines.start[level, group]
+        below, width = self._bits[level - 1], self._bits[level]
+        coarser = lines.start[level - 1, group]
+        zero = np.zeros_like(_NIBBLES)
+        rises, _ = lines.refined(level, group, _NIBBLES, zero)
+        da = rises - rise
+        wanted = start + _quotient(cg - da * ac, np.broadcast_to(cc, da.shape), _POSITIVE)
+        shifts = _nearest_shift(_quotient(wanted - coarser, rises, _POSITIVE), _NIBBLES, width - below)
+        shifts = np.minimum(np.maximum(shifts, -8), 7)
+        _, starts = lines.refined(level, group, _NIBBLES, shifts)
+        dc = starts - start
+        error = da * (da * aa + 2 * dc * ac - 2 * ag) + dc * (dc * cc - 2 * cg)
+        best = error.argmin(axis=0)[None]
+        ratio, shift = _NIBBLES[best[0], 0], np.take_along_axis(shifts, best, 0)[0]
+        lines.ratios[level - 1, group], lines.shifts[level - 1, group] = ratio, shift
+        new_rise, new_start = lines.refined(level, group, ratio, shift)
+        moved = turned * (new_rise - rise) + ones * (new_start - start)
         self._errors[level, columns] -= moved
-        gradient -= moved if identity else block @ moved
-        scale[:], offset[:] = new_scale, new_offset
+        gradient -= block @ moved
+        lines.rise[level, group], lines.start[level, group] = new_rise, new_start
 
 
 class _Nearest:
@@ -382,169 +492,96 @@ class _Nearest:
         return code, np.floor(code * self._slices) * self._scale + self._offset
 
 
-def _lines(values: Floats, bits: tuple[int, ...]) -> tuple[Floats, Floats]:
-    """(A, B) of each level, float32 [levels, rows], of values [columns of a group, rows]: the finest level's covers the
-    part of their range for which all levels together fit best, the others' fit the codes that this gives.
+# -- lines ----------------------------------------------------------------------------------------------------------
 
-    For given codes u the squared error of the best line is n (var(w) - cov(w, u)^2 / var(u)), so the candidate of the
-    largest weighted sum of cov^2 / var wins.
-    """
+
+def _scales(values: Floats, bits: tuple[int, ...]) -> Floats:
+    """Scales [super groups, rows], in float16, of values [columns, rows]: the sub-group that needs the largest step has
+    the largest there is."""
+    columns, rows = values.shape
+    subs = -(-columns // SUB_GROUP)
+    wanted = np.zeros((subs, rows), np.float32)
+    for sub in range(subs):
+        part = values[sub * SUB_GROUP : (sub + 1) * SUB_GROUP]
+        low, high = part.min(axis=0), part.max(axis=0)
+        middle, spread = (low + high) * np.float32(0.5), (high - low) / np.float32(2 ** bits[-1] - 1)
+        best = np.full(rows, np.inf, np.float32)
+        for ratio in _CLIP_RATIOS:
+            scale = spread * ratio
+            lost = _rounding_error(part - middle, scale, bits)
+            better = lost < best
+            np.copyto(best, lost, where=better)
+            np.copyto(wanted[sub], scale * np.float32(2 ** (bits[-1] - bits[0])), where=better)
+        np.maximum(wanted[sub], _least(part, bits), out=wanted[sub])
+    wide = SUPER_GROUP // SUB_GROUP
+    largest = np.array([wanted[begin : begin + wide].max(axis=0) for begin in range(0, subs, wide)], np.float32)
+    return (largest / np.float32(STEPS[-1])).astype(np.float16).astype(np.float32)
+
+
+def _least(values: Floats, bits: tuple[int, ...]) -> Floats:
+    """The least A of level 0 with which the largest of values [columns, rows] is within the codes' reach."""
+    codes = 2 ** bits[0]
+    found: Floats = np.abs(values).max(axis=0) / np.float32((codes - 1) / 2 + 13 * codes / 64)
+    return found
+
+
+def _rounding_error(centred: Floats, scale: Floats, bits: tuple[int, ...]) -> Floats:
+    """Weighed over the levels, [rows]."""
     top = np.float32(2 ** bits[-1] - 1)
-    low, high = values.min(axis=0), values.max(axis=0)
-    middle, spread = (low + high) * np.float32(0.5), high - low
-    # A range far from zero needs steps that are large enough for the stored offset to reach it.
-    least = np.abs(middle) / np.float32(_REACH * 2 ** (bits[-1] - bits[0]))
-    centred = values - middle
-    weights = level_weights(bits)
-    best = np.full(spread.shape, -1, np.float32)
-    best_scale = np.maximum(spread / top, least)
-    for ratio in _CLIP_RATIOS:
-        scale = np.maximum(spread * (ratio / top), least)
-        score = np.zeros_like(best)
-        for weight, (_, covariance, variance) in zip(weights, _moments(centred, scale, bits), strict=True):
-            score += np.float32(weight) * _quotient(covariance * covariance, variance, _VARIES)
-        better = score > best
-        best = np.where(better, score, best)
-        best_scale = np.where(better, scale, best_scale)
-    mean = centred.mean(axis=0)
-    slopes, offsets = [], []
-    for width, (code_mean, covariance, variance) in zip(bits, _moments(centred, best_scale, bits), strict=True):
-        merged = np.float32(2 ** (bits[-1] - width))  # codes of the finest level that are one of this
-        slope = np.where(variance > _VARIES, _quotient(covariance, variance), best_scale * merged)
-        slopes.append(np.maximum(slope, least * merged))
-        offsets.append(middle + mean - slopes[-1] * code_mean)
-    return np.array(slopes), np.array(offsets)
-
-
-def _moments(centred: Floats, scale: Floats, bits: tuple[int, ...]) -> Iterator[tuple[Floats, Floats, Floats]]:
-    """For each level, of its slices of the nearest codes: mean, covariance with the values, variance, [rows]."""
-    top, count = np.float32(2 ** bits[-1] - 1), np.float32(len(centred))
-    inverse = _quotient(np.ones_like(scale), scale, _POSITIVE)
-    codes = centred * inverse
+    codes = centred * _quotient(np.ones_like(scale), scale, _POSITIVE)
     codes += top / 2
     np.rint(codes, out=codes)
-    np.maximum(codes, 0, out=codes)
-    np.minimum(codes, top, out=codes)
-    mean = centred.mean(axis=0)
-    for width in bits:
-        used = codes if width == bits[-1] else np.floor(codes * np.float32(0.5 ** (bits[-1] - width)))
-        code_mean = used.mean(axis=0)
-        covariance = np.einsum("ij,ij->j", used, centred) / count - code_mean * mean
-        variance = np.einsum("ij,ij->j", used, used) / count - code_mean * code_mean
-        yield code_mean, covariance, variance
+    np.minimum(np.maximum(codes, 0, out=codes), top, out=codes)
+    total = np.zeros_like(scale)
+    for width, weight in zip(bits, level_weights(bits), strict=True):
+        merged = np.float32(2 ** (bits[-1] - width))
+        used = codes if merged == 1 else np.floor(codes / merged) * merged + (merged - 1) / 2
+        lost = (used - top / 2) * scale - centred
+        total += np.float32(weight) * np.einsum("ij,ij->j", lost, lost)
+    return total
 
 
-# -- scales and offsets ---------------------------------------------------------------------------------------------
+def _choose_line(lines: _Lines, sub: int, values: Floats, bits: tuple[int, ...]) -> None:
+    """Step, offset and nudge of a sub-group whose weights should be `values` [columns, rows]."""
+    rise, start = lines.rise[:, sub // _SUBS], lines.start[:, sub // _SUBS]
+    unit = lines.unit_of(sub)
+    top = np.float32(2 ** bits[-1] - 1)
+    low, high = values.min(axis=0), values.max(axis=0)
+    middle = (low + high) * np.float32(0.5)
+    full = _quotient(high - low, rise[-1] * top, _POSITIVE)
+    least = np.searchsorted(_STEPS, 0.999 * _quotient(_least(values, bits), rise[0], _POSITIVE))
+    least = np.minimum(least, len(_STEPS) - 1)
+    centre = rise[-1] * top / 2 + start[-1]
+    best = np.full(len(middle), np.inf, np.float32)
+    for ratio in _CLIP_RATIOS:
+        step = _STEPS[np.maximum(np.searchsorted(_EDGES, full * ratio), least)]
+        offset = _even(_quotient(middle / step - centre, unit, _POSITIVE))
+        moved = unit * offset
+        codes = (values - step * (moved + start[-1])) * _quotient(np.ones_like(step), step * rise[-1], _POSITIVE)
+        np.rint(codes, out=codes)
+        np.minimum(np.maximum(codes, 0, out=codes), top, out=codes)
+        lost, missing = np.zeros_like(step), np.zeros_like(step)
+        for level, weight in enumerate(level_weights(bits)):
+            used = codes if bits[level] == bits[-1] else np.floor(codes * np.float32(2 ** (bits[level] - bits[-1])))
+            off = values - step * (moved + start[level]) - used * (step * rise[level])
+            if level == 0:
+                missing = off.sum(axis=0)
+            lost += np.float32(weight) * np.einsum("ij,ij->j", off, off)
+        better = lost < best
+        nudge = np.copysign(np.float32(1), missing)
+        for kept, new in (
+            (best, lost),
+            (lines.steps[sub], step),
+            (lines.offsets[sub], offset),
+            (lines.nudges[sub], nudge),
+        ):
+            np.copyto(kept, new, where=better)
 
 
-class _Optimum(NamedTuple):
-    """Of a group's rows: how (w - A u - B)^T H (w - A u - B) depends on A and B, the other groups as they are.
-
-    In A and in the mean weight A mean(u) + B it is a sum of two squares, and a constant. All arrays are [rows].
-    """
-
-    scale: Floats  # the best A
-    weight: Floats  # the best mean weight
-    mean: Floats  # of the codes u, weighted by H
-    curvature: Floats
-    total: np.float32  # sum of the group's H
-
-    def offset(self, scale: Floats) -> Floats:
-        """The best B for a given A, [..., rows]."""
-        return self.weight - self.mean * scale
-
-    def error(self, scale: Floats, offset: Floats) -> Floats:
-        """Without the constant, [..., rows]."""
-        turned = scale - self.scale
-        moved = offset - self.offset(scale)
-        found: Floats = self.curvature * turned * turned + self.total * moved * moved
-        return found
-
-
-class _Choice(Protocol):
-    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
-        """(A, B) float32 [rows] of a group."""
-
-
-class _Free:
-    """The best A and B of the finest level, within a factor of two of where they start and of what the stored offset of
-    level 0 can reach."""
-
-    def __init__(self, rounding: _Rounding, bits: tuple[int, ...]) -> None:
-        scale = rounding.scale[-1]
-        middle = np.abs(rounding.offset[-1] + scale * np.float32((2 ** bits[-1] - 1) / 2))
-        self._least = np.maximum(scale / 2, middle / np.float32(_REACH * 2 ** (bits[-1] - bits[0])))
-        self._most = np.maximum(scale * 2, self._least)
-
-    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
-        scale = np.minimum(np.maximum(optimum.scale, self._least[group]), self._most[group])
-        return scale, optimum.offset(scale)
-
-
-class _Coarser:
-    """The best A and B from which those of the next level can be stored: for each of the 16 ratios the best shift, and
-    of these pairs the best."""
-
-    def __init__(self, rounding: _Rounding, bits: tuple[int, ...], level: int) -> None:
-        self._scale, self._offset = rounding.scale[level + 1], rounding.offset[level + 1]
-        self._below, self._width = bits[level], bits[level + 1]
-        self._base_bits = bits[0]
-
-    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
-        finer, target = self._scale[group], self._offset[group]
-        added = self._width - self._below
-        scales = finer * np.float32(2**added) / _ratio_factor(_NIBBLES, self._below)
-        steps = _quotient(target - optimum.offset(scales), finer)
-        # The last step either way is left for what the rounding of this level's own offset will take.
-        shifts = np.minimum(np.maximum(_nearest_shift(steps, _NIBBLES, added), -7), 6)
-        offsets = target - finer * _offset_step(_NIBBLES, shifts, added)
-        errors = optimum.error(scales, offsets)
-        # Smaller scales only as far as the stored offset of level 0 can reach the middle of the weights.
-        middle = np.abs(target + finer * np.float32((2**self._width - 1) / 2))
-        reach = scales * np.float32(_REACH * 2 ** (self._below - self._base_bits))
-        errors[(_NIBBLES > 0) & (reach < middle)] = np.inf
-        best = errors.argmin(axis=0)[None]
-        return np.take_along_axis(scales, best, 0)[0], np.take_along_axis(offsets, best, 0)[0]
-
-
-class _Base:
-    """What `choose` finds for level 0 as it can be stored: first float16, second int8 [groups, rows]."""
-
-    def __init__(self, choose: _Choice, bits: int, shape: tuple[int, ...]) -> None:
-        self._choose, self._bits = choose, bits
-        self.first, self.second = np.zeros(shape, np.float16), np.zeros(shape, np.int8)
-
-    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
-        wanted, offset = self._choose(group, optimum)
-        self.first[group] = np.minimum(np.maximum(wanted, 0), np.float32(LARGEST))
-        scale = self.first[group].astype(np.float32)
-        # The offset makes up for what the scale lost when it was rounded.
-        steps = _quotient(offset + optimum.mean * (wanted - scale), scale)
-        stored = np.rint(32 * (steps + np.float32((2**self._bits - 1) / 2)))
-        self.second[group] = np.minimum(np.maximum(stored, -128), 127)
-        return scale, _base_offset(scale, self.second[group], self._bits)
-
-
-class _Finer:
-    """What is stored of a later level, int8 [groups, rows]: the ratio that comes nearest to the scale that was chosen,
-    and the best shift."""
-
-    def __init__(self, rounding: _Rounding, bits: tuple[int, ...], level: int) -> None:
-        self._scale, self._offset = rounding.scale[level - 1], rounding.offset[level - 1]
-        self._wanted = rounding.scale[level].copy()
-        self._below, self._width = bits[level - 1], bits[level]
-        self.first, self.second = (np.zeros(self._wanted.shape, np.int8) for _ in range(2))
-
-    def __call__(self, group: int, optimum: _Optimum) -> tuple[Floats, Floats]:
-        coarser, offset = self._scale[group], self._offset[group]
-        added = self._width - self._below
-        factor = _quotient(self._wanted[group] * np.float32(2**added), coarser)
-        ratio = np.minimum(np.maximum(np.rint((factor - 1) * np.float32(8 * 2**self._below)), -8), 7)
-        self.first[group] = ratio
-        scale = coarser * np.float32(0.5**added) * _ratio_factor(ratio, self._below)
-        steps = _quotient(optimum.offset(scale) - offset, scale)
-        self.second[group] = np.minimum(np.maximum(_nearest_shift(steps, ratio, added), -8), 7)
-        return _refined(coarser, offset, self.first[group], self.second[group], self._below, self._width)
+def _even(offset: Floats) -> Floats:
+    """The nearest even offset that there is."""
+    found: Floats = 2 * np.minimum(np.maximum(np.rint(offset * np.float32(0.5)), -8), 7)
+    return found
 
 
 def _quotient(numerator: Floats, denominator: Floats, least: float = 0) -> Floats:
@@ -552,33 +589,19 @@ def _quotient(numerator: Floats, denominator: Floats, least: float = 0) -> Float
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > least)
 
 
-def _base_offset(scale: Floats, offset: npt.NDArray[np.int8], bits: int) -> Floats:
-    """B of level 0."""
-    return scale * (offset.astype(np.float32) * np.float32(1 / 32) - np.float32((2**bits - 1) / 2))
-
-
-def _ratio_factor(ratio: Floats, below: int) -> Floats:
-    return np.float32(1) + ratio * np.float32(0.125 * 0.5**below)
-
-
-def _offset_step(ratio: Floats, shift: Floats, added: int) -> Floats:
-    """(B' - B) / A', exactly."""
-    moved = shift * np.float32(1 / 32) - ratio * np.float32(1 / 16) - np.float32(0.5)
-    return moved * np.float32(2**added) + np.float32(0.5)
-
-
 def _nearest_shift(step: Floats, ratio: Floats, added: int) -> Floats:
-    """The whole shift, of any size, for which `_offset_step` comes nearest to `step`."""
+    """The whole shift, of any size, for which (c' - c) / a' comes nearest to `step`."""
     moved = (step - np.float32(0.5)) * np.float32(0.5**added) + np.float32(0.5)
     rounded: Floats = np.rint(32 * moved + 2 * ratio)
     return rounded
 
 
 def _refined(
-    scale: Floats, offset: Floats, ratio: npt.NDArray[np.int8], shift: npt.NDArray[np.int8], below: int, width: int
+    rise: Floats, start: Floats, ratio: Floats, shift: Floats, below: int, width: int
 ) -> tuple[Floats, Floats]:
-    """(A', B') of the level after (A, B). The offset is rounded once: the product is exact in float64."""
-    added, ratios = width - below, ratio.astype(np.float32)
-    finer = scale * np.float32(0.5**added) * _ratio_factor(ratios, below)
-    step = _offset_step(ratios, shift.astype(np.float32), added).astype(np.float64)
-    return finer, (finer * step + offset).astype(np.float32)
+    """(a', c') of the level after (a, c). c' is rounded once: the product is exact in float64."""
+    added = width - below
+    finer = rise * np.float32(0.5**added) * (np.float32(1) + ratio * np.float32(0.125 * 0.5**below))
+    moved = shift * np.float32(1 / 32) - ratio * np.float32(1 / 16) - np.float32(0.5)
+    step = (moved * np.float32(2**added) + np.float32(0.5)).astype(np.float64)
+    return finer, (finer * step + start).astype(np.float32)

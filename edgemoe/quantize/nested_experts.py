@@ -92,7 +92,7 @@ class NestedOptions:
 def level_layouts(bits: Sequence[int]) -> list[str]:
     """Layout of each level: level 0 whole, later ones the bits they add."""
     return [
-        f"base{width}g64" if level == 0 else f"refine{width - bits[level - 1]}n64" for level, width in enumerate(bits)
+        f"base{width}g16" if level == 0 else f"refine{width - bits[level - 1]}n64" for level, width in enumerate(bits)
     ]
 
 
@@ -381,7 +381,7 @@ class NestedExperts:
             for part in PARTS:
                 made = parts[part]
                 data += bytes(-len(data) % ALIGNMENT)
-                data += pack_level(layout, made.level_codes(level), made.first[level], made.second[level]).tobytes()
+                data += pack_level(layout, made.level_codes(level), made.level_parameters(level)).tobytes()
                 assert made.codes.shape[0] == shapes[part][0]
             packed.append(bytes(data))
         return packed, (errors * energy).tolist()

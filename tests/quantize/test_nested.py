@@ -39,102 +39,27 @@ def output_error(weights: npt.NDArray[np.float32], found: npt.NDArray[np.float32
     return float((lost * lost).sum() / (exact * exact).sum())
 
 
-# -- a slow reference -----------------------------------------------------------------------------------------------
+def lines_of(rounding: nested._Rounding, columns: int) -> tuple[Floats, Floats]:
+    """(A, B) of every level and column, [levels, columns, rows]."""
+    pairs = [rounding.lines.of(column // nested.SUB_GROUP) for column in range(columns)]
+    return tuple(np.stack([pair[part] for pair in pairs], axis=1).astype(np.float64) for part in range(2))
 
 
-Line = tuple[float, float]
-
-
-def best_lines(values: Floats, bits: tuple[int, ...]) -> list[Line]:
-    """(A, B) of each level for one row's group: least squares at every level for every candidate."""
-    top = 2 ** bits[-1] - 1
-    low, high = values.min(), values.max()
-    best: tuple[float, list[Line]] = (np.inf, [])
-    for ratio in np.linspace(1.0, 0.4, 25):
-        scale = (high - low) * ratio / top
-        start = (low + high) / 2 - scale * top / 2
-        codes = np.clip(np.rint((values - start) / scale), 0, top)
-        total, lines = 0.0, []
-        for width, weight in zip(bits, nested.level_weights(bits), strict=True):
-            u = np.floor(codes / 2 ** (bits[-1] - width))
-            basis = np.stack([u, np.ones_like(u)], axis=1)
-            solution = np.linalg.lstsq(basis, values, rcond=None)[0]
-            lines.append((float(solution[0]), float(solution[1])))
-            total += weight * ((values - basis @ solution) ** 2).sum()
-        if total < best[0] - 1e-15:
-            best = (total, lines)
-    return best[1]
-
-
-def reference_codes(weights: npt.NDArray[np.float32], hessian: Floats, bits: tuple[int, ...]) -> Floats:
-    """GPTQ as its paper has it, with the Cholesky factor of the inverse Hessian: row by row, column by column; every
-    level makes up for its own errors, and all codes are tried."""
+def weighed_error(
+    rounding: nested._Rounding, weights: npt.NDArray[np.float32], hessian: Hessian, bits: tuple[int, ...]
+) -> Floats:
+    """Squared error of the product, over all levels, [rows]."""
     columns = weights.shape[1]
-    damped = hessian / np.mean(np.diag(hessian)) + nested.DAMPING * np.eye(columns)
-    factor = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper, inverse = factor^T factor
-    tried = np.arange(2 ** bits[-1])
-    codes = np.zeros(weights.shape)
-    for row, original in enumerate(weights.astype(np.float64)):
-        values = np.repeat(original[None], len(bits), axis=0)
-        for column in range(columns):
-            if column % GROUP == 0:
-                lines = best_lines(values[-1, column : column + GROUP], bits)
-            stands_for = np.array(
-                [a * (tried >> (bits[-1] - width)) + b for width, (a, b) in zip(bits, lines, strict=True)]
-            )
-            lost = np.array(nested.level_weights(bits)) @ (values[:, column, None] - stands_for) ** 2
-            codes[row, column] = code = lost.argmin()
-            error = (values[:, column] - stands_for[:, code]) / factor[column, column]
-            values[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
-    return codes
-
-
-def joint_fit_error(weights: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8], hessian: Floats) -> float:
-    """The least squared error that any scales and offsets of all groups can have, sum over rows."""
-    columns = weights.shape[1]
-    root = np.linalg.cholesky(hessian / np.mean(np.diag(hessian)) + nested.DAMPING * np.eye(columns)).T
-    total = 0.0
-    for row in range(len(weights)):
-        basis = np.zeros((columns, 2 * -(-columns // GROUP)))
-        for group in range(basis.shape[1] // 2):
-            part = slice(group * GROUP, min((group + 1) * GROUP, columns))
-            basis[part, 2 * group] = codes[row, part]
-            basis[part, 2 * group + 1] = 1
-        target = root @ weights[row].astype(np.float64)
-        solution = np.linalg.lstsq(root @ basis, target, rcond=None)[0]
-        total += float(((target - root @ basis @ solution) ** 2).sum())
+    total = np.zeros(len(weights))
+    for level, (a, b) in enumerate(zip(*lines_of(rounding, columns), strict=True)):
+        u = np.floor(rounding.codes[:columns] / 2 ** (bits[-1] - bits[level]))
+        lost = weights.T - u * a - b
+        matrix = hessian.matrix[:columns, :columns].astype(np.float64)
+        total += nested.level_weights(bits)[level] * np.einsum("ij,ik,kj->j", lost, matrix, lost)
     return total
 
 
-def squared_error(weights: npt.NDArray[np.float32], found: npt.NDArray[np.float32], hessian: Floats) -> float:
-    lost = (found - weights).astype(np.float64)
-    damped = hessian / np.mean(np.diag(hessian)) + nested.DAMPING * np.eye(len(hessian))
-    return float(np.einsum("ij,ij->", lost @ damped, lost))
-
-
 # -- the tests ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "bits"), [(6, 192, BITS), (5, 150, (3, 5)), (4, 40, (4,)), (3, 128, (1, 8))]
-)
-def test_codes_and_fit_are_the_reference_s(rows: int, columns: int, bits: tuple[int, ...]) -> None:
-    weights, hessian, _ = layer(columns, rows, columns)
-    shared = Hessian(hessian.astype(np.float32), columns)
-    begun = nested._Rounding(weights, shared, bits)
-    expected = reference_codes(weights, hessian, bits)
-    # A code at the edge between two may fall on either side in float32, and then moves some of those after it.
-    assert (expected == begun.codes[:columns].T).mean() > 0.95
-    found = quantize(weights, shared, bits)
-    assert not found.codes[:, columns:].any()
-    for level, width in enumerate(bits):
-        least = joint_fit_error(weights, found.codes >> (bits[-1] - width), hessian)
-        error = squared_error(weights, found.weights(level, columns), hessian)
-        # What is lost: two sweeps instead of a solution, parameters in few bits. A level that adds 7 bits has shifts in
-        # steps of 4 of its own scale.
-        assert error < (1.06 if bits != (1, 8) else 40) * least + 1e-9 * squared_error(
-            weights, np.zeros_like(weights), hessian
-        )
 
 
 @pytest.mark.parametrize(("columns", "bits"), [(192, BITS), (150, (3, 5)), (100, (4,))])
@@ -144,11 +69,11 @@ def test_every_level_makes_up_for_its_own_errors(columns: int, bits: tuple[int, 
     damped = hessian / np.mean(np.diag(hessian)) + nested.DAMPING * np.eye(columns)
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T
     tried = np.arange(2 ** bits[-1])
+    rises, starts = lines_of(rounding, columns)
     for row in range(len(weights)):
         values = np.repeat(weights[row].astype(np.float64)[None], len(bits), axis=0)
         for column in range(columns):
-            lines = (line[:, column // GROUP, row, None] for line in (rounding.scale, rounding.offset))
-            scale, offset = (line.astype(np.float64) for line in lines)
+            scale, offset = (line[:, column, row, None] for line in (rises, starts))
             stands_for = (tried >> (bits[-1] - np.array(bits)[:, None])) * scale + offset
             lost = np.array(nested.level_weights(bits)) @ (values[:, column, None] - stands_for) ** 2
             # The codes before it are those that were chosen, so that float32 does not lead elsewhere.
@@ -162,7 +87,7 @@ def test_levels_are_weighed_against_each_other() -> None:
     weights, hessian, inputs = correlated_layer(1, 128, 512)
     shared = Hessian(hessian.astype(np.float32), 512)
     made = quantize(weights, shared, BITS)
-    for level, (width, most) in enumerate(zip(BITS, (6, 3.5, 1.9), strict=True)):
+    for level, (width, most) in enumerate(zip(BITS, (4.2, 2.4, 2.25), strict=True)):
         separate = output_error(weights, quantize(weights, shared, (width,)).weights(0, 512), inputs)
         assert output_error(weights, made.weights(level, 512), inputs) < most * separate
 
@@ -175,19 +100,7 @@ def test_codes_are_better_than_all_that_differ_in_one(columns: int, bits: tuple[
     rounding = nested._Rounding(weights, hessian, bits)
 
     def error() -> Floats:
-        """[rows], weighed over the levels."""
-        total = np.zeros(len(weights))
-        for level, (width, weight) in enumerate(zip(bits, nested.level_weights(bits), strict=True)):
-            u = np.floor(rounding.codes[:columns] / 2 ** (bits[-1] - width))
-            scale, offset = (
-                np.repeat(line[level], GROUP, axis=0)[:columns].astype(np.float64)
-                for line in (rounding.scale, rounding.offset)
-            )
-            lost = weights.T - u * scale - offset
-            total += weight * np.einsum(
-                "ij,ik,kj->j", lost, hessian.matrix[:columns, :columns].astype(np.float64), lost
-            )
-        return total
+        return weighed_error(rounding, weights, hessian, bits)
 
     before = error()
     for _ in range(20):
@@ -204,12 +117,75 @@ def test_codes_are_better_than_all_that_differ_in_one(columns: int, bits: tuple[
         rounding.codes[column] = kept
 
 
+@pytest.mark.parametrize(("columns", "bits"), [(150, BITS), (64, (4,)), (40, (1, 3))])
+def test_lines_are_better_than_all_that_differ_in_one(columns: int, bits: tuple[int, ...]) -> None:
+    weights, values, _ = layer(columns, 4, columns)
+    hessian = Hessian(values.astype(np.float32), columns)
+    rounding = nested._Rounding(weights, hessian, bits)
+    lines = rounding.lines
+    for _ in range(20):
+        for group in range(-(-columns // GROUP)):
+            rounding._fit(group, rounding._gradient(group))
+    least = weighed_error(rounding, weights, hessian, bits)
+
+    def no_worse() -> bool:
+        return bool((weighed_error(rounding, weights, hessian, bits) >= least * (1 - 1e-4)).all())
+
+    for sub in range(0, -(-columns // nested.SUB_GROUP), 3):
+        stored = lines.steps, lines.offsets, lines.nudges
+        kept = [values[sub].copy() for values in stored]
+        for step in nested.STEPS:
+            for offset in range(-16, 16, 2):
+                lines.steps[sub], lines.offsets[sub] = step, offset
+                # The nudge is chosen after the others.
+                for nudge in (1, -1) if step == kept[0][0] and offset == kept[1][0] else ():
+                    lines.nudges[sub] = nudge
+                    assert no_worse() or (kept[0] != step).any() or (kept[1] != offset).any()
+                lines.nudges[sub] = kept[2]
+                assert no_worse()
+        for values, before in zip(stored, kept, strict=True):
+            values[sub] = before
+    last = len(bits) - 1
+    for group in range(-(-columns // GROUP) if last else 0):
+        kept = [lines.rise[last, group].copy(), lines.start[last, group].copy()]
+        for ratio in range(-8, 8):
+            for shift in range(-8, 8):
+                pair = np.float32(ratio), np.float32(shift)
+                lines.rise[last, group], lines.start[last, group] = lines.refined(last, group, *pair)
+                assert no_worse()
+        lines.rise[last, group], lines.start[last, group] = kept
+
+
+def test_the_first_line_of_a_sub_group_is_nearly_the_best() -> None:
+    weights, _, _ = layer(3, 40, 256)
+    rounding = nested._Rounding(weights, Hessian(None, 256), BITS)
+    lines = rounding.lines
+    for sub in range(0, 16, 5):
+        values = rounding._target[sub * nested.SUB_GROUP : (sub + 1) * nested.SUB_GROUP]
+
+        def error(values: npt.NDArray[np.float32] = values, sub: int = sub) -> Floats:
+            nearest = nested._Nearest(*lines.of(sub), rounding._slices, np.array([0, 0, 1], np.float32), BITS[-1])
+            found = np.stack([nearest(np.repeat(row[None], 3, axis=0))[1] for row in values], axis=1)
+            lost = ((found - values) ** 2).sum(axis=1)
+            return np.asarray(np.array(nested.level_weights(BITS)) @ lost.astype(np.float64))
+
+        nested._choose_line(lines, sub, values, BITS)
+        chosen, least = error(), np.full(40, np.inf)
+        for step in nested.STEPS:
+            for offset in range(-16, 16, 2):
+                for nudge in (-1, 1):
+                    lines.steps[sub], lines.offsets[sub], lines.nudges[sub] = step, offset, nudge
+                    least = np.minimum(least, error())
+        assert (chosen >= least * (1 - 1e-5)).all()
+        assert chosen.sum() < 1.25 * least.sum()
+
+
 def test_order_of_the_schemes() -> None:
     weights, hessian, inputs = layer(1, 128, 512)
     shared = Hessian(hessian.astype(np.float32), 512)
     one = quantize(weights, shared, BITS)
     unfitted = quantize(weights, Hessian(None, 512), BITS)
-    scale, offset = one.parameters(2)
+    scale, offset = one.lines(2)
     for level, width in enumerate(BITS):
         ours = output_error(weights, one.weights(level, 512), inputs)
         separate = output_error(weights, quantize(weights, shared, (width,)).weights(0, 512), inputs)
@@ -217,46 +193,9 @@ def test_order_of_the_schemes() -> None:
         assert ours < (0.97, 0.97, 0.98)[level] * output_error(weights, unfitted.weights(level, 512), inputs)
         if level < 2:
             dropped = 2 - level
-            sliced = (one.codes >> dropped << dropped).reshape(*scale.shape, GROUP)
+            sliced = (one.codes >> dropped << dropped).reshape(*scale.shape, nested.SUB_GROUP)
             naive = (sliced * scale[:, :, None] + offset[:, :, None]).reshape(128, -1)
             assert ours < 0.55 * output_error(weights, naive.astype(np.float32), inputs)
-
-
-@pytest.mark.parametrize(("below", "width"), [(2, 3), (3, 4), (2, 4), (4, 8)])
-def test_a_coarser_level_is_the_best_from_which_the_next_can_be_stored(below: int, width: int) -> None:
-    rng = np.random.default_rng(width)
-    rows, added = 50, width - below
-    codes = rng.integers(0, 2**below, (GROUP, rows)).astype(np.float32)
-    root = rng.standard_normal((GROUP, GROUP))
-    hessian = Hessian((root.T @ root / GROUP).astype(np.float32), GROUP)
-    scale = 0.01 * (1 + rng.random((1, rows)))
-    offset = 0.01 * rng.standard_normal((1, rows)) - scale * (2**below - 1) / 2
-    target = (codes * scale + offset + 0.005 * rng.standard_normal((GROUP, rows))).astype(np.float32)
-    bits = (below, width)
-    rounding = nested._Rounding(target.T, hessian, bits)
-    u = np.floor(rounding.codes / 2**added).astype(np.float64)
-    rounding.fit(0, nested._Coarser(rounding, bits, 0))
-    fine_scale, fine_offset = (line[1, 0].astype(np.float64) for line in (rounding.scale, rounding.offset))
-    coarse_scale, coarse_offset = (line[0, 0].astype(np.float64) for line in (rounding.scale, rounding.offset))
-    ratio, shift = (values.astype(np.float64) for values in np.meshgrid(range(-8, 8), range(-7, 7)))
-
-    def error(scale: Floats, offset: Floats, row: int) -> Floats:
-        lost = target[:, row].astype(np.float64) - u[:, row] * scale[..., None] - offset[..., None]
-        return np.asarray(np.einsum("...i,ij,...j->...", lost, hessian.matrix.astype(np.float64), lost))
-
-    for row in range(rows):
-        scales = fine_scale[row] * 2**added / (1 + ratio / 2 ** (below + 3))
-        steps = 2**added * (shift / 32 - ratio / 16 - 0.5) + 0.5
-        offsets = fine_offset[row] - fine_scale[row] * steps
-        found = error(coarse_scale[row], coarse_offset[row], row)
-        assert found <= error(scales, offsets, row).min() * (1 + 1e-3)
-        # It is one of the pairs, so what is stored of the next level leads back to it.
-        near = np.hypot(scales - coarse_scale[row], offsets - coarse_offset[row]).min()
-        assert near < 1e-5 * coarse_scale[row]
-    finer = nested._Finer(rounding, bits, 1)
-    rounding.fit(1, finer)
-    again = rounding.scale[1] * 2**added / (1 + finer.first / 2.0 ** (below + 3))
-    np.testing.assert_allclose(again, rounding.scale[0], rtol=1e-5)
 
 
 def test_rows_are_independent_and_stackable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,28 +208,43 @@ def test_rows_are_independent_and_stackable(monkeypatch: pytest.MonkeyPatch) -> 
     again = whole.rows(512, 700)
     np.testing.assert_array_equal(part.codes, again.codes)
     for level in range(3):
-        np.testing.assert_array_equal(part.first[level], again.first[level])
-        np.testing.assert_array_equal(part.second[level], again.second[level])
+        for one, other in zip(part.level_parameters(level), again.level_parameters(level), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
-def test_parameters_are_the_format_s() -> None:
+def test_lines_are_the_format_s() -> None:
     made = Nested(
         (2, 3, 5),
         np.array([[0b11010] * GROUP], np.uint8),
-        (np.array([[0.5]], np.float16), np.array([[8 - 1]], np.int8), np.array([[-8]], np.int8)),
-        (np.array([[16]], np.int8), np.array([[-8]], np.int8), np.array([[4]], np.int8)),
+        np.array([[0.5]], np.float16),
+        np.array([[0, 1, 2, 7]], np.uint8),
+        np.array([[5, -16, -1, 8]], np.int8),
+        (np.array([[7]], np.int8), np.array([[-8]], np.int8)),
+        (np.array([[-8]], np.int8), np.array([[4]], np.int8)),
     )
-    a, b = made.parameters(0)
-    assert (a[0, 0], b[0, 0]) == (0.5, 0.5 * (16 / 32 - 1.5))
+    a, b = made.lines(0)
+    unit, start = 0.5 * 4 / 64, 0.5 * -1.5
+    assert a[0].tolist() == [2, 3, 4, 7.5]
+    assert b[0].tolist() == [
+        4 * (5 * unit + start),
+        6 * (-17 * unit + start),
+        8 * (-unit + start),
+        15 * (7 * unit + start),
+    ]
     a1 = 0.25 * (1 + 7 / 32)
-    b1 = 0.5 * (16 / 32 - 1.5) + a1 * (2 * (-8 / 32 - 7 / 16) - 0.5)
-    assert (made.parameters(1)[0][0, 0], made.parameters(1)[1][0, 0]) == (a1, b1)
+    c1 = start + a1 * (2 * (-8 / 32 - 7 / 16) - 0.5)
+    a, b = made.lines(1)
+    assert a[0].tolist() == [step * a1 for step in (4, 6, 8, 15)]
+    assert b[0].tolist() == [
+        step * (offset * unit + c1) for step, offset in zip((4, 6, 8, 15), (4, -16, -2, 8), strict=True)
+    ]
     a2 = a1 / 4 * (1 - 8 / 64)
-    b2 = b1 + a2 * (4 * (4 / 32 + 8 / 16) - 1.5)
-    assert (made.parameters(2)[0][0, 0], made.parameters(2)[1][0, 0]) == (a2, b2)
-    assert made.weights(2, 10)[0, 0] == np.float32(a2 * 0b11010 + b2)
-    assert made.weights(0, 10)[0, 0] == np.float32(0.5 * 0b11 + b[0, 0])
+    c2 = c1 + a2 * (4 * (4 / 32 + 8 / 16) - 1.5)
+    assert made.lines(2)[0][0].tolist() == [step * a2 for step in (4, 6, 8, 15)]
+    assert made.weights(2, 10)[0, 0] == np.float32(4 * a2 * 0b11010 + 4 * (4 * unit + c2))
+    assert made.weights(0, 20)[0, 19] == np.float32(3 * 0b11 + 6 * (-17 * unit + start))
     assert [made.level_codes(level)[0, 0] for level in range(3)] == [0b11, 0, 0b10]
+    assert [len(made.level_parameters(level)) for level in range(3)] == [3, 2, 2]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.37, 3e4])
@@ -299,7 +253,7 @@ def test_equal_weights_stay_close(value: float) -> None:
     for hessian in (Hessian(None, 100), Hessian(np.eye(100, dtype=np.float32), 100)):
         made = quantize(weights, hessian, BITS)
         for level in range(3):
-            np.testing.assert_allclose(made.weights(level, 100), weights, rtol=0.04)
+            np.testing.assert_allclose(made.weights(level, 100), weights, rtol=0.08)
 
 
 def test_a_range_far_from_zero_is_within_reach_of_the_offset() -> None:
@@ -307,8 +261,8 @@ def test_a_range_far_from_zero_is_within_reach_of_the_offset() -> None:
     weights = (1 + 0.01 * rng.standard_normal((4, 128))).astype(np.float32)
     made = quantize(weights, Hessian(None, 128), BITS)
     for level in range(3):
-        # The least step of level 0 is 1 / 3.4.
-        assert np.abs(made.weights(level, 128) - weights).max() < 0.3 / 2**level
+        # The least step of level 0 is 1 / 2.3.
+        assert np.abs(made.weights(level, 128) - weights).max() < 0.23 / 2**level
 
 
 @pytest.mark.parametrize("broken", [np.zeros((64, 64)), np.full((64, 64), np.nan), np.full((64, 64), 1.0)])

@@ -40,18 +40,19 @@ def expert_weights(pack: Pack, layer: int, expert: int, part: str) -> Floats:
     """What the highest stored level stands for."""
     stored = pack.experts[layer]
     numbers = stored.sections[expert]
-    bits, codes, first, second = [], None, [], []
+    bits: list[int] = []
+    codes, parameters = None, []
     for level, number in zip(stored.levels, numbers, strict=False):
         place = level.parts[part]
         size = packed_size(place.layout, *place.shape)
         data = pack.read_section(number)[place.offset : place.offset + size]
-        added, one, two = unpack_level(place.layout, data, *place.shape)
+        added, own = unpack_level(place.layout, data, *place.shape)
         codes = added if codes is None else codes << (level.bits - bits[-1]) | added
         bits.append(level.bits)
-        first.append(one)
-        second.append(two)
+        parameters.append(own)
     assert codes is not None
-    return Nested(tuple(bits), codes, tuple(first), tuple(second)).weights(len(bits) - 1, place.shape[1])
+    ratios, shifts = (tuple(own[part] for own in parameters[1:]) for part in range(2))
+    return Nested(tuple(bits), codes, *parameters[0], ratios, shifts).weights(len(bits) - 1, place.shape[1])
 
 
 def relative_error(source: Path, target: Path) -> float:
@@ -73,7 +74,7 @@ def test_without_calibration(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     pack = Pack.open(target)
     assert not pack.quality
     assert [level.bits for level in pack.experts[1].levels] == [2, 3, 4]
-    assert [level.parts["up"].layout for level in pack.experts[1].levels] == ["base2g64", "refine1n64", "refine1n64"]
+    assert [level.parts["up"].layout for level in pack.experts[1].levels] == ["base2g16", "refine1n64", "refine1n64"]
     assert {len(sections) for sections in pack.experts[1].sections} == {3}
     assert pack.provenance["levels"] == [2, 3, 4]
     assert pack.dense["embedding"].layout == "q8g64"
