@@ -112,7 +112,7 @@ void compare_nested(const Kernels& kernels, const Kernels& reference, Random& ra
     for (int left = pick(random, 1, 8); left > 0;) {
         const int bits = pick(random, 1, left);
         const std::string number = std::to_string(bits),
-                          name = levels.empty() ? "base" + number + "g64" : "refine" + number + "n64";
+                          name = levels.empty() ? "base" + number + "g16" : "refine" + number + "n64";
         levels.push_back(noise(random, stored_bytes(stored_layout(name), rows, cols)));
         // The top bit of exponents off: no infinities, no NaN among the scales.
         for (std::byte& byte : levels.back().span()) byte &= std::byte{0xBF};

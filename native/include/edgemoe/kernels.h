@@ -201,7 +201,7 @@ size_t kv_block_bytes(KvType type, int dim);
 
 // Matrices as files store them: the layouts above as they are, or row after row as in GGUF (`row_major`), which must be
 // interleaved once they are in memory. Names of row-major ones are "ggml.f32", "ggml.f16", "ggml.bf16" (their layouts
-// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4". One level of a nested matrix: "base2g64" is level 0 of 2 bits,
+// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4". One level of a nested matrix: "base2g16" is level 0 of 2 bits,
 // "refine1n64" a later level that adds one.
 struct StoredLayout {
     Layout layout;
