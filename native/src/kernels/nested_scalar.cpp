@@ -69,20 +69,20 @@ void nested_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<
                     std::memcpy(&half, levels[0].scales + row * sizeof half, sizeof half);
                     float scale = float_from_half(half);
                     const float unit = scale * (static_cast<float>(1 << levels[0].bits) / 32);
-                    float offset = scale * (static_cast<float>((1 << levels[0].bits) - 1) / -2);
+                    float center = scale * (static_cast<float>((1 << levels[0].bits) - 1) / -2);
                     int below = levels[0].bits;
                     for (int level = 1; level < matrix.levels.count; ++level) {
                         const Group& fine = levels[level];
                         const float ratio = ratio_of(fine.parameters[row]), shift = shift_of(fine.parameters[row]);
                         const float parts = static_cast<float>(1 << fine.bits);
                         scale = scale / parts * (1 + ratio / static_cast<float>(8 << below));
-                        offset = std::fma(scale, parts * (shift / 32 - ratio / 16 - 0.5f) + 0.5f, offset);
+                        center = std::fma(scale, parts * (shift / 32 - ratio / 16 - 0.5f) + 0.5f, center);
                         below += fine.bits;
                     }
                     int32_t dots = 0, moved = 0, total = 0;
                     for (int part = 0; part < kGroup / kNestedPart; ++part) {
                         const int packed = std::to_integer<int>(levels[0].parameters[4 * row + part]);
-                        const int step = packed & 15, shift = (packed >> 4) - 8;
+                        const int step = packed & 15, offset = (packed >> 4) - 8;
                         int32_t dot = 0, sum = 0;
                         for (int column = part * kNestedPart; column < (part + 1) * kNestedPart; ++column) {
                             int code = 0;
@@ -92,13 +92,13 @@ void nested_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<
                             sum += codes[column];
                         }
                         dots += step * dot;
-                        moved += step * shift * sum;
+                        moved += step * offset * sum;
                         total += step * sum;
                     }
                     const float x_scale = x.scales[token + g];
                     sums[row] = std::fma(scale * x_scale, static_cast<float>(dots), sums[row]);
                     sums[row] = std::fma(unit * x_scale, static_cast<float>(moved), sums[row]);
-                    sums[row] = std::fma(offset * x_scale, static_cast<float>(total), sums[row]);
+                    sums[row] = std::fma(center * x_scale, static_cast<float>(total), sums[row]);
                 }
             }
             for (int row = 0; row < kRowBlock && block * kRowBlock + row < matrix.rows; ++row) {

@@ -275,7 +275,7 @@ struct NestedKernels {
                 for (int r = 0; r < R; ++r) {
                     F scale = scales_0[r];
                     const F unit = V::mul(scale, V::set1(codes_0 / 32));
-                    F offset = V::mul(scale, V::set1((codes_0 - 1) / -2));
+                    F center = V::mul(scale, V::set1((codes_0 - 1) / -2));
                     int below = bits_of(0);
                     EDGEMOE_UNROLL
                     for (int level = 1; level < level_count; ++level) {
@@ -291,7 +291,7 @@ struct NestedKernels {
                         scale = V::mul(V::mul(scale, V::set1(1.0f / parts)),
                                        V::fma(ratio, V::set1(part / static_cast<float>(8 << below)), V::set1(1.0f)));
                         const F moved = V::fma(shift, V::set1(part * parts / 32), V::set1((1.0f - parts) * 0.5f));
-                        offset = V::fma(scale, V::fma(ratio, V::set1(part * parts / -16), moved), offset);
+                        center = V::fma(scale, V::fma(ratio, V::set1(part * parts / -16), moved), center);
                         below += bits;
                     }
                     const Factors factors(packed[r]);
@@ -301,7 +301,7 @@ struct NestedKernels {
                         const int16_t* parts = x.parts + (g * T + t) * kParts;
                         F sum = V::fma(V::mul(scale, x_scale), V::integers_to_float(dots[r][t]), sums[r][t]);
                         sum = V::fma(V::mul(unit, x_scale), Factors::sum(factors.offsets, parts), sum);
-                        sums[r][t] = V::fma(V::mul(offset, x_scale), Factors::sum(factors.steps, parts), sum);
+                        sums[r][t] = V::fma(V::mul(center, x_scale), Factors::sum(factors.steps, parts), sum);
                     }
                 }
             }
