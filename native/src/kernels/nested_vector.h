@@ -324,8 +324,12 @@ struct NestedKernels {
         }
     }
 
-    // The sizes of tiles that a number of tokens is cut into: the largest, 4, 2, 1.
+    // The sizes of tiles that a number of tokens is cut into: those of ggml's products, and of single row blocks twice
+    // the largest of them where there are registers for two row blocks. A row block's codes are put together and scaled
+    // for all tokens of a tile, which takes longer than what two row blocks can share.
+    static constexpr int kLongTile = V::kGgmlBlocks > 1 ? V::kGgmlBlocks * V::kGgmlTokens : 0;
     static EDGEMOE_INLINE int tile_size(int tokens) {
+        if (kLongTile && tokens >= kLongTile) return kLongTile;
         return tokens >= V::kGgmlTokens ? V::kGgmlTokens : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
     }
 
@@ -334,6 +338,14 @@ struct NestedKernels {
         for (int first = 0; first < count;) {
             const int size = tile_size(count - first);
             const std::byte* place = packed + first * p.groups * kPackedGroup;
+            if constexpr (kLongTile) {
+                if (size == kLongTile) {
+                    for (int r = 0; r < R; ++r)
+                        tile<S, 1, kLongTile>(p, Tile<kLongTile>::at(place, p.groups), block + r, first);
+                    first += size;
+                    continue;
+                }
+            }
             if (size == V::kGgmlTokens)
                 tile<S, R, V::kGgmlTokens>(p, Tile<V::kGgmlTokens>::at(place, p.groups), block, first);
             else if (size == 4)
