@@ -75,7 +75,9 @@ def quantize(weights: NDArray[np.float32], bits: Sequence[int]) -> tuple[NDArray
         target = low + spacing * (2 ** (top - width) - 1) / 2
         if level == 0:
             wanted = spacing * 2.0 ** (top - width)
-            chunks = np.pad(wanted, ((0, 0), (0, -wanted.shape[1] % (SCALED // PART)))).reshape(rows, -1, SCALED // PART)
+            chunks = np.pad(wanted, ((0, 0), (0, -wanted.shape[1] % (SCALED // PART)))).reshape(
+                rows, -1, SCALED // PART
+            )
             scales = (chunks.max(2) / 15).astype(np.float16)
             of_256 = np.repeat(scales.astype(np.float64), SCALED // PART, axis=1)[:, : wanted.shape[1]]
             steps = np.clip(np.ceil(wanted / of_256), 1, 15)

@@ -101,8 +101,8 @@ struct Kernels {
     //     blocks of 256 columns, per group of 64, with the integer scales and minimums of its sub-blocks:
     //         acc = fma(d * x_scale, float(sum of scale * dot), acc); with minimums:
     //         acc = fma(-(dmin * x_scale), float(sum of minimum * x_code_sum), acc)
-    // Nested layouts, with the concatenated bits of their levels as codes, per group of 64 with the steps and offsets of
-    // its parts of 16 columns; integers are exact, float() rounds half to even:
+    // Nested layouts, with the concatenated bits of their levels as codes, per group of 64 with the steps and offsets
+    // of its parts of 16 columns; integers are exact, float() rounds half to even:
     //     acc = fma(scale * x_scale, float(sum of step * dot), acc)
     //     acc = fma(unit * x_scale, float(sum of step * offset * x_code_sum), acc)
     //     acc = fma(center * x_scale, float(sum of step * x_code_sum), acc)

@@ -328,7 +328,7 @@ struct Avx2 {
     // --- ggml's formats ---------------------------------------------------------------------------------------------
 
     static constexpr int kSignedOffset = Dot::kQuads ? 128 : 0;
-    static constexpr bool kScalesCodes = Dot::kQuads;
+    static constexpr int kScaledTokens = 0;
 
     static EDGEMOE_INLINE I load_bytes(const std::byte* p) { return {load_256(p), load_256(p + 32)}; }
     static EDGEMOE_INLINE I load_u8(const std::byte* p) {

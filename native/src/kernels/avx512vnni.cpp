@@ -167,7 +167,7 @@ struct Avx512 {
     // --- ggml's formats ---------------------------------------------------------------------------------------------
 
     static constexpr int kSignedOffset = 128;
-    static constexpr bool kScalesCodes = true;
+    static constexpr int kScaledTokens = 8;
 
     static EDGEMOE_INLINE I load_bytes(const std::byte* p) { return _mm512_loadu_si512(p); }
     static EDGEMOE_INLINE I load_u8(const std::byte* p) {

@@ -402,7 +402,7 @@ struct Neon {
     // --- ggml's formats ---------------------------------------------------------------------------------------------
 
     static constexpr int kSignedOffset = 0;
-    static constexpr bool kScalesCodes = Dot::kTiles;
+    static constexpr int kScaledTokens = Dot::kTiles ? 2 : 0;
 
     static EDGEMOE_INLINE I load_bytes(const std::byte* p) {
         const auto* bytes = reinterpret_cast<const uint8_t*>(p);

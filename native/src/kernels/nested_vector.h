@@ -5,16 +5,16 @@
 //   mul_16                       the low half of int16 products
 //   add_madd(sum, a, b)          sum + madd(a, b)
 //   dot_quads<255, ...>          also for unsigned codes of 8 bits
-//   kScalesCodes                 whether dot_quads multiplies unsigned bytes of any size as fast as small ones
+//   kScaledTokens                tokens of a tile from which on codes are scaled rather than sums; 0: never
 //
 // A row block's levels lie apart in memory, each with its own planes of two bits or one. Planes are put together in
 // registers: two or more of them make bytes of two codes (4 bits each), as a 4-bit layout stores them, with about
 // as many instructions as taking those apart costs. More than 4 bits, and other steps than 2, 2+1 and 2+1+1, take the
 // general way: a byte per code, plane after plane.
 //
-// A group of level 0 has a scale step for each of its four parts of 16 columns. A step times a code of up to 4 bits is
-// still an unsigned byte: where such bytes can be multiplied, several tokens share that product; otherwise, and for a
-// single token, the sums of the parts are multiplied.
+// A group of level 0 has a scale step for each of its four parts of 16 columns, which the sums of the parts' products
+// are multiplied by. A step times a code of up to 4 bits is still an unsigned byte: where dot_quads multiplies such
+// bytes as fast as small ones, many tokens share that product instead.
 //
 // A call first packs the activations of its tokens tile by tile, so that one address leads to all tokens of a tile; of
 // a single token only the sums of its parts are made.
@@ -185,7 +185,7 @@ struct NestedKernels {
     template <class S, int R, int T>
     static EDGEMOE_INLINE void dot_group(const Product& p, const std::byte* const (&codes)[R][S::count],
                                          const I (&packed)[R], const int8_t* inputs, I (&dots)[R][T]) {
-        if constexpr (S::fixed && V::kScalesCodes && T > 1) {
+        if constexpr (S::fixed && V::kScaledTokens && T >= V::kScaledTokens) {
             static_assert(15 * ((1 << S::total) - 1) < 256);
             I steps[R][kParts], none[R];
             EDGEMOE_UNROLL
@@ -245,8 +245,7 @@ struct NestedKernels {
             }
             F scales_0[R];
             EDGEMOE_UNROLL
-            for (int r = 0; r < R; ++r)
-                scales_0[r] = V::load_half(scales + r * (p.levels[0].bytes / sizeof(uint16_t)));
+            for (int r = 0; r < R; ++r) scales_0[r] = V::load_half(scales + r * (p.levels[0].bytes / sizeof(uint16_t)));
             scales += kRowBlock;
             for (int i = 0; i < together; ++i) {
                 const int g = begin + i;
