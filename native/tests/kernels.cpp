@@ -105,7 +105,7 @@ void compare_products(const Kernels& kernels, const Kernels& reference, Random& 
 
 // The first levels of a nested matrix, of any widths that make up at most 8 bits.
 void compare_nested(const Kernels& kernels, const Kernels& reference, Random& random) {
-    const int rows = pick(random, 1, 80), cols = pick(random, 1, 260), tokens = pick(random, 1, 19);
+    const int rows = pick(random, 1, 80), cols = pick(random, 1, 700), tokens = pick(random, 1, 19);
     const int groups = (cols + kGroup - 1) / kGroup;
     Matrix matrix{Layout::nested, rows, cols, nullptr};
     std::vector<Aligned<std::byte>> levels;

@@ -146,14 +146,14 @@ def test_largest_codes_do_not_saturate(bits: tuple[int, ...], isa: str, offset: 
 @pytest.mark.parametrize("bits", [*FAST, (3, 8)])
 def test_every_part_has_its_step_and_offset(bits: tuple[int, ...], isa: str) -> None:
     """One part of one row has a step, and one code: everything else is zero, whatever its offset says."""
-    rows, groups = 18, 5
+    rows, groups = 18, 11  # scales that take more than 64 bytes of a row block
     zeros = [np.zeros((rows, groups * GROUP), np.uint8) for _ in bits]
-    for row, part in ((0, 0), (7, 3), (15, 6), (16, 17), (17, 19)):
+    for row, part in ((0, 0), (7, 3), (15, 6), (16, 33), (17, 43)):
         for step in (5, 15):
             parameters: list[tuple[Array, ...]] = [tuple(np.zeros((2, rows, groups), np.int8)) for _ in bits]
             table, offsets = np.zeros((rows, 4 * groups), np.uint8), np.full((rows, 4 * groups), 3, np.int8)
             table[row, part], offsets[row, part] = step, -5
-            parameters[0] = (np.full((rows, 2), 0.5, np.float16), table, offsets)
+            parameters[0] = (np.full((rows, 3), 0.5, np.float16), table, offsets)
             levels = [pack_level(*each) for each in zip(nested.level_names(bits), zeros, parameters, strict=True)]
             weights = nested.dequantize(bits, levels, rows, groups * GROUP)
             weight = step * 0.5 * (2.0 ** bits[0] * -5 / 32 - (2 ** bits[0] - 2.0 ** (bits[0] - bits[-1])) / 2)
