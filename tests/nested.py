@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.formats.layouts import GROUP, pack_level, packed_size, unpack, unpack_level
+from edgemoe.formats.layouts import GROUP, PART, SCALED, pack_level, packed_size, unpack, unpack_level
 from edgemoe.formats.pack import (
     ALIGNMENT,
     PARTS,
@@ -24,13 +24,15 @@ from edgemoe.formats.pack import (
     align,
 )
 
-Parameters = list[tuple[NDArray[Any], NDArray[np.int8]]]
+Parameters = list[tuple[NDArray[Any], ...]]
+"""Of every level, as `pack_level` takes them."""
+PARTS_OF_GROUP = GROUP // PART
 
 
 def level_names(bits: Sequence[int]) -> list[str]:
     """The layouts of levels of these widths."""
     return [
-        f"base{width}g64" if level == 0 else f"refine{width - bits[level - 1]}n64" for level, width in enumerate(bits)
+        f"base{width}g16" if level == 0 else f"refine{width - bits[level - 1]}n64" for level, width in enumerate(bits)
     ]
 
 
@@ -42,17 +44,20 @@ def level_codes(codes: NDArray[np.uint8], bits: Sequence[int], level: int) -> ND
 
 
 def affine(bits: Sequence[int], parameters: Parameters) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """(scale, offset) float64 [rows, groups] of every level."""
+    """(scale, offset) float64 [rows, groups * 4] of every level: a weight is scale * code + offset."""
     found = []
-    for level, (first, second) in enumerate(parameters):
-        middle = (2.0 ** (bits[level] - (bits[level - 1] if level else 0)) - 1) / 2
+    for level, values in enumerate(parameters):
+        codes = 2.0 ** (bits[level] - (bits[level - 1] if level else 0))
         if level == 0:
-            scale = first.astype(np.float64)
-            offset = scale * (second / 32 - middle)
+            scales, steps, offsets = values
+            of_256 = np.repeat(scales.astype(np.float64), SCALED // PART, axis=1)[:, : steps.shape[1]]
+            scale, center = of_256, of_256 * (1 - codes) / 2
+            unit = of_256 * codes / 32
         else:
-            scale = scale / (2 * middle + 1) * (1 + first / (8 * 2.0 ** bits[level - 1]))
-            offset = scale * ((second / 32 - first / 16) * (2 * middle + 1) - middle) + offset
-        found.append((scale, offset))
+            ratio, shift = (np.repeat(array.astype(np.float64), PARTS_OF_GROUP, axis=1) for array in values)
+            scale = scale / codes * (1 + ratio / 2.0 ** (bits[level - 1] + 3))
+            center = center + scale * (codes * (shift / 32 - ratio / 16 - 0.5) + 0.5)
+        found.append((steps * scale, steps * (unit * offsets + center)))
     return found
 
 
@@ -60,22 +65,30 @@ def quantize(weights: NDArray[np.float32], bits: Sequence[int]) -> tuple[NDArray
     """Codes uint8 [rows, groups * 64] of bits[-1] bits and every level's parameters."""
     rows, columns = weights.shape
     groups, top = -(-columns // GROUP), bits[-1]
-    padded = np.pad(weights, ((0, 0), (0, groups * GROUP - columns)), mode="edge").reshape(rows, groups, GROUP)
+    padded = np.pad(weights, ((0, 0), (0, groups * GROUP - columns)), mode="edge").reshape(rows, -1, PART)
     low, high = padded.min(2).astype(np.float64), padded.max(2).astype(np.float64)
-    step = np.maximum((high - low) / (2**top - 1), 1e-4)
+    # What a step of the finest level would be in every part, if nothing but its codes were stored.
+    spacing = np.maximum((high - low) / (2**top - 1), 1e-4)
     parameters: Parameters = []
     for level, width in enumerate(bits):
-        target = low + step * (2 ** (top - width) - 1) / 2
         added = width - (bits[level - 1] if level else 0)
+        target = low + spacing * (2 ** (top - width) - 1) / 2
         if level == 0:
-            first: NDArray[Any] = (step * 2 ** (top - width)).astype(np.float16)
-            share, unit, limit = target / first.astype(np.float64), 32.0, 128
+            wanted = spacing * 2.0 ** (top - width)
+            chunks = np.pad(wanted, ((0, 0), (0, -wanted.shape[1] % (SCALED // PART)))).reshape(
+                rows, -1, SCALED // PART
+            )
+            scales = (chunks.max(2) / 15).astype(np.float16)
+            of_256 = np.repeat(scales.astype(np.float64), SCALED // PART, axis=1)[:, : wanted.shape[1]]
+            steps = np.clip(np.ceil(wanted / of_256), 1, 15)
+            offsets = np.rint((target / (steps * of_256) + (2.0**added - 1) / 2) * 32 / 2.0**added)
+            parameters.append((scales, steps.astype(np.uint8), np.clip(offsets, -8, 7).astype(np.int8)))
         else:
-            first = np.zeros((rows, groups), np.int8)
             scale, offset = affine(bits[:level], parameters)[-1]
-            share, unit, limit = (target - offset) / (scale / 2**added), 32 / 2.0**added, 8
-        second = np.clip(np.rint(unit * (share + (2**added - 1) / 2)), -limit, limit - 1).astype(np.int8)
-        parameters.append((first, second))
+            moved = ((target - offset) * 2.0**added / scale + (2.0**added - 1) / 2) * 32 / 2.0**added
+            shifts = np.rint(moved.reshape(rows, groups, PARTS_OF_GROUP).mean(2))
+            zeros = np.zeros((rows, groups), np.int8)
+            parameters.append((zeros, np.clip(shifts, -8, 7).astype(np.int8)))
     scale, offset = affine(bits, parameters)[-1]
     codes = np.clip(np.rint((padded - offset[:, :, None]) / scale[:, :, None]), 0, 2**top - 1)
     return codes.astype(np.uint8).reshape(rows, -1), parameters
@@ -88,11 +101,11 @@ def dequantize(
     codes = np.zeros((rows, -(-columns // GROUP) * GROUP), np.int64)
     parameters: Parameters = []
     for level, (layout, data) in enumerate(zip(level_names(bits), levels, strict=False)):
-        part, first, second = unpack_level(layout, data, rows, columns)
+        part, values = unpack_level(layout, data, rows, columns)
         codes = codes << (bits[level] - (bits[level - 1] if level else 0)) | part
-        parameters.append((first, second))
+        parameters.append(values)
     scale, offset = affine(bits[: len(levels)], parameters)[-1]
-    weights = codes.reshape(rows, -1, GROUP) * scale[:, :, None] + offset[:, :, None]
+    weights = codes.reshape(rows, -1, PART) * scale[:, :, None] + offset[:, :, None]
     return weights.reshape(rows, -1)[:, :columns]
 
 
@@ -156,7 +169,7 @@ def write_nested_pack(
                     for name in PARTS:
                         codes, parameters = quantized[name]
                         body += bytes(levels[level].parts[name].offset - len(body))
-                        body += pack_level(names[level], level_codes(codes, bits, level), *parameters[level]).tobytes()
+                        body += pack_level(names[level], level_codes(codes, bits, level), parameters[level]).tobytes()
                     mine.append(writer.add([bytes(body)]))
                 sections.append(tuple(mine))
             contents.experts[number] = ExpertLayer(tuple(levels), tuple(sections))

@@ -32,7 +32,17 @@ import numpy.typing as npt
 
 from edgemoe.convert import BLOBS, SourceModel
 from edgemoe.errors import EdgemoeError, OptionError
-from edgemoe.formats.layouts import BLOCK, GROUP, QUANTIZED, bf16_to_f32, pack, pack_level, packed_size, unpack_level
+from edgemoe.formats.layouts import (
+    BLOCK,
+    GROUP,
+    QUANTIZED,
+    SCALED,
+    bf16_to_f32,
+    pack,
+    pack_level,
+    packed_size,
+    unpack_level,
+)
 from edgemoe.formats.pack import Bytes, Pack
 from edgemoe.formats.safetensors import read_json
 from edgemoe.quantize.rtn import quantize
@@ -115,13 +125,21 @@ class InflatedModel:
         place = experts.levels[level].parts[part]
         section = nested.read_section(experts.sections[int(expert)][level])
         data = section[place.offset : place.offset + packed_size(place.layout, *place.shape)]
-        codes, first, second = unpack_level(place.layout, data, *place.shape)
+        codes, (first, *rest) = unpack_level(place.layout, data, *place.shape)
         rows, columns = (hidden_times, ffn_times) if part == "down" else (ffn_times, hidden_times)
-        if columns > 1 and place.shape[1] % GROUP:
-            raise OptionError(f"{name}: {place.shape[1]} columns are no whole groups of {GROUP}")
-        if part == "down" and level == 0:  # offsets and the later levels' parameters are relative to this scale
-            first = (first / np.float16(ffn_times)).astype(np.float16)
-        return pack_level(place.layout, *(np.tile(values, (rows, columns)) for values in (codes, first, second)))
+        width = place.shape[1]
+        if columns > 1 and (width % GROUP or (SCALED % width and width % SCALED)):
+            raise OptionError(f"{name}: {width} columns, repeated, do not share scales as they do alone")
+        wide = np.tile(first, (rows, columns))
+        if level == 0:
+            if part == "down":  # offsets and the later levels' parameters are relative to the scale
+                wide = (wide / np.float16(ffn_times)).astype(np.float16)
+            wide = wide[:, : -(-columns * width // SCALED)]  # several narrow copies share one
+        return pack_level(
+            place.layout,
+            np.tile(codes, (rows, columns)),
+            (wide, *(np.tile(values, (rows, columns)) for values in rest)),
+        )
 
     def blocks(self, name: str, kind: str) -> Iterator[Bytes]:
         import gguf

@@ -7,6 +7,7 @@ own blocks, row after row (`ggml_blocks`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,9 +24,15 @@ LAYOUTS = ("vector", "f32", "bf16", "f16", "q8g64", "q4g64")
 QUANTIZED = {"q8g64": 8, "q4g64": 4}
 """Layout -> bits per code, for the layouts that have codes, scales and offsets."""
 
-NESTED = tuple(f"{kind}{bits}{form}" for kind, form in (("base", "g64"), ("refine", "n64")) for bits in range(1, 9))
-"""Layouts of one level of a nested matrix: "base2g64" is level 0 of 2 bits, "refine1n64" a later one that adds one."""
-_CHUNK = 4  # groups of a nested level whose codes lie together, followed by their parameters
+NESTED = tuple(f"{kind}{bits}{form}" for kind, form in (("base", "g16"), ("refine", "n64")) for bits in range(1, 9))
+"""Layouts of one level of a nested matrix: "base2g16" is level 0 of 2 bits, "refine1n64" a later one that adds one."""
+PART = 16
+"""Columns that share a scale step and an offset of level 0 of a nested matrix."""
+SCALED = 256
+"""Columns that share a float16 scale of level 0 of a nested matrix."""
+_CHUNK = SCALED // GROUP  # in later levels the codes of so many groups lie together, followed by their parameters
+_LINE = 64  # bytes that headers and parameters are filled up to
+_PARTS = GROUP // PART
 
 _PLAIN: dict[str, npt.DTypeLike] = {"f32": "<f4", "bf16": "<u2", "f16": "<f2"}
 
@@ -154,26 +161,37 @@ class _Level(NamedTuple):
     bits: int
     base: bool
 
-    def chunks(self, groups: int) -> list[tuple[int, int, int, int]]:
-        """(first group, groups, offset in the row block, offset of the parameters there) of every chunk."""
+    def places(self, groups: int) -> list[tuple[int, int]]:
+        """Offsets of every group's codes and parameters in the row block."""
+        codes = 128 * self.bits
+        if self.base:
+            header = _whole_lines(2 * BLOCK * -(-groups // _CHUNK))
+            return [(at, at + codes) for at in range(header, self.block_bytes(groups), codes + BLOCK * _PARTS)]
         places, at = [], 0
         for first in range(0, groups, _CHUNK):
             count = min(_CHUNK, groups - first)
-            places.append((first, count, at, at + count * 128 * self.bits))
-            at = places[-1][3] + self._parameter_bytes(count)
+            end = at + count * codes
+            places += [(at + i * codes, end + i * BLOCK) for i in range(count)]
+            at = end + _whole_lines(count * BLOCK)
         return places
 
     def block_bytes(self, groups: int) -> int:
         """Bytes of 16 rows."""
-        _, count, _, parameters = self.chunks(groups)[-1]
-        return parameters + self._parameter_bytes(count)
+        if self.base:
+            return _whole_lines(2 * BLOCK * -(-groups // _CHUNK)) + groups * (128 * self.bits + BLOCK * _PARTS)
+        whole, rest = divmod(groups, _CHUNK)
+        return groups * 128 * self.bits + whole * _whole_lines(_CHUNK * BLOCK) + _whole_lines(rest * BLOCK)
 
-    def _parameter_bytes(self, groups: int) -> int:
-        return -(-groups * BLOCK * (3 if self.base else 1) // 64) * 64
-
-    def types(self) -> tuple[npt.DTypeLike, ...]:
-        """Of the arrays of parameters that are stored."""
-        return ("<f2", "i1") if self.base else ("u1",)
+    def parameters(self, groups: int) -> tuple[tuple[str, npt.DTypeLike, int, int, int], ...]:
+        """(name, type, how many a row, least, largest) of the arrays of parameters."""
+        if self.base:
+            scales = -(-groups // _CHUNK)
+            return (
+                ("scales", np.float16, scales, 0, 0),
+                ("steps", np.uint8, groups * _PARTS, 0, 15),
+                ("offsets", np.int8, groups * _PARTS, -8, 7),
+            )
+        return ("ratios", np.int8, groups, -8, 7), ("shifts", np.int8, groups, -8, 7)
 
     def planes(self) -> list[int]:
         """Shifts of the planes' bits within this level's part of a code, high bits first."""
@@ -189,32 +207,44 @@ def level_bits(layout: str) -> tuple[int, bool]:
 
 
 def pack_level(
-    layout: str,
-    codes: npt.NDArray[np.uint8],
-    first: npt.NDArray[Any],
-    second: npt.NDArray[np.int8],
+    layout: str, codes: npt.NDArray[np.uint8], parameters: Sequence[npt.NDArray[Any]]
 ) -> npt.NDArray[np.uint8]:
     """The bytes of one level of a nested matrix, a one-dimensional uint8 array of `packed_size` elements.
 
     layout: one of NESTED. codes: uint8 [rows, groups * 64], the d bits of this level only (values below 2^d).
-    first, second: [rows, groups]; scale (float16) and offset (int8) of level 0, ratio and shift (int8, within -8 to 7)
-    of later ones.
+    parameters: of level 0, scales float16 [rows, groups / 4 rounded up], steps uint8 [rows, groups * 4] within 0 to 15
+    and offsets int8 [rows, groups * 4] within -8 to 7; of later levels, ratios and shifts int8 [rows, groups] within -8
+    to 7. Raises TypeError for other types and shapes, ValueError for values beyond these.
     """
     level = _level(layout)
     rows, columns = codes.shape
     blocks, groups = -(-rows // BLOCK), columns // GROUP
-    kind = np.dtype(np.float16 if level.base else np.int8)
-    if codes.dtype != np.uint8 or columns % GROUP or first.dtype != kind or second.dtype != np.int8:
-        raise TypeError(f"layout {layout} takes uint8 codes in whole groups of {GROUP}, {kind} and int8 parameters")
+    if codes.dtype != np.uint8 or columns % GROUP:
+        raise TypeError(f"layout {layout} takes uint8 codes in whole groups of {GROUP}")
     if codes.size and int(codes.max()) >> level.bits:
         raise ValueError(f"layout {layout}: a code of {codes.max()} has more than {level.bits} bits")
-    stored: tuple[npt.NDArray[Any], ...] = (first, second)
-    if not level.base:
-        for values in (first, second):
-            if values.size and (int(values.min()) < -8 or int(values.max()) > 7):
-                raise ValueError(f"layout {layout}: a parameter within {values.min()} to {values.max()}, not -8 to 7")
-        stored = (first.view(np.uint8) << np.uint8(4) | second.view(np.uint8) & np.uint8(15),)
+    known = level.parameters(groups)
+    if len(parameters) != len(known):
+        raise TypeError(f"layout {layout} takes {', '.join(name for name, *_ in known)}, not {len(parameters)} arrays")
+    for values, (name, kind, count, least, largest) in zip(parameters, known, strict=True):
+        if values.dtype != kind or values.shape != (rows, count):
+            found = f"{values.dtype} {list(values.shape)}"
+            raise TypeError(f"layout {layout} takes {name} {np.dtype(kind)} [{rows}, {count}], not {found}")
+        if largest and values.size and (int(values.min()) < least or int(values.max()) > largest):
+            within = f"{values.min()} to {values.max()}, not {least} to {largest}"
+            raise ValueError(f"layout {layout}: {name} within {within}")
     packed = np.zeros((blocks, level.block_bytes(groups)), np.uint8)
+    if level.base:
+        scales, steps, offsets = parameters
+        lanes = _pad_rows(scales.astype("<f2"), blocks).reshape(blocks, BLOCK, -1).transpose(0, 2, 1)
+        header = np.ascontiguousarray(lanes).view(np.uint8).reshape(blocks, -1)
+        packed[:, : header.shape[1]] = header
+        stored = steps | (offsets + np.int8(8)).view(np.uint8) << np.uint8(4)
+    else:
+        ratios, shifts = (values.view(np.uint8) for values in parameters)
+        stored = ratios << np.uint8(4) | shifts & np.uint8(15)
+    # [block, group, row, of the group]
+    bytes_of_row = _pad_rows(stored, blocks).reshape(blocks, BLOCK, groups, -1).transpose(0, 2, 1, 3)
     # [block, group, quad, row, k]
     quads = _pad_rows(codes, blocks).reshape(blocks, BLOCK, groups, 16, 4).transpose(0, 2, 3, 1, 4)
     planes = []
@@ -223,27 +253,18 @@ def pack_level(
         per_byte = 8 // width  # quads in a byte
         split = fields.reshape(blocks, groups, 16 // per_byte, per_byte, BLOCK, 4) << _shifts(width)[:, None, None]
         planes.append(np.bitwise_or.reduce(split, axis=3).reshape(blocks, groups, -1))
-    lanes = [
-        np.ascontiguousarray(
-            _pad_rows(values.astype(kind, copy=False), blocks).reshape(blocks, BLOCK, groups).transpose(0, 2, 1)
-        ).view(np.uint8)
-        for values, kind in zip(stored, level.types(), strict=True)
-    ]
     bytes_of_group = np.concatenate(planes, axis=2)
-    for begin, count, at, parameters in level.chunks(groups):
-        part = slice(begin, begin + count)
-        packed[:, at:parameters] = bytes_of_group[:, part].reshape(blocks, -1)
-        for values in lanes:
-            data = values[:, part].reshape(blocks, -1)
-            packed[:, parameters : parameters + data.shape[1]] = data
-            parameters += data.shape[1]
+    bytes_of_rows = bytes_of_row.reshape(blocks, groups, -1)
+    for group, (at, end) in enumerate(level.places(groups)):
+        packed[:, at : at + bytes_of_group.shape[2]] = bytes_of_group[:, group]
+        packed[:, end : end + bytes_of_rows.shape[2]] = bytes_of_rows[:, group]
     return packed.reshape(-1)
 
 
 def unpack_level(
     layout: str, data: npt.NDArray[np.uint8] | bytes | memoryview, rows: int, columns: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any], npt.NDArray[np.int8]]:
-    """The inverse of `pack_level`: (codes [rows, columns padded to whole groups], first, second [rows, groups])."""
+) -> tuple[npt.NDArray[np.uint8], tuple[npt.NDArray[Any], ...]]:
+    """The inverse of `pack_level`: codes [rows, columns padded to whole groups] and the parameters."""
     level = _level(layout)
     raw = np.frombuffer(data, np.uint8)
     if raw.size != packed_size(layout, rows, columns):
@@ -253,15 +274,10 @@ def unpack_level(
     blocks, groups = -(-rows // BLOCK), -(-columns // GROUP)
     packed = raw.reshape(blocks, -1)
     bytes_of_group = np.empty((blocks, groups, 128 * level.bits), np.uint8)
-    types = level.types()
-    lanes = [np.empty((blocks, groups, BLOCK), kind) for kind in types]
-    for begin, count, at, parameters in level.chunks(groups):
-        part = slice(begin, begin + count)
-        bytes_of_group[:, part] = packed[:, at:parameters].reshape(blocks, count, -1)
-        for values, kind in zip(lanes, types, strict=True):
-            end = parameters + count * BLOCK * np.dtype(kind).itemsize
-            values[:, part] = np.ascontiguousarray(packed[:, parameters:end]).view(kind).reshape(blocks, count, BLOCK)
-            parameters = end
+    bytes_of_row = np.empty((blocks, groups, BLOCK * (_PARTS if level.base else 1)), np.uint8)
+    for group, (at, end) in enumerate(level.places(groups)):
+        bytes_of_group[:, group] = packed[:, at : at + bytes_of_group.shape[2]]
+        bytes_of_row[:, group] = packed[:, end : end + bytes_of_row.shape[2]]
     quads = np.zeros((blocks, groups, 16, BLOCK, 4), np.uint8)
     at = 0
     for shift, width in zip(level.planes(), level.plane_bits(), strict=True):
@@ -271,11 +287,19 @@ def unpack_level(
         quads |= fields.reshape(quads.shape) << np.uint8(shift)
         at += 128 * width
     codes = np.ascontiguousarray(quads.transpose(0, 3, 1, 2, 4)).reshape(blocks * BLOCK, groups * GROUP)
-    by_row = [values.transpose(0, 2, 1).reshape(blocks * BLOCK, groups)[:rows] for values in lanes]
+    stored = bytes_of_row.reshape(blocks, groups, BLOCK, -1).transpose(0, 2, 1, 3).reshape(blocks * BLOCK, -1)[:rows]
     if not level.base:
-        nibbles = by_row[0].view(np.int8)
-        by_row = [nibbles >> np.int8(4), (nibbles << np.int8(4)) >> np.int8(4)]
-    return codes[:rows], by_row[0], by_row[1]
+        nibbles = stored.view(np.int8)
+        return codes[:rows], (nibbles >> np.int8(4), (nibbles << np.int8(4)) >> np.int8(4))
+    count = -(-groups // _CHUNK)
+    halves = np.ascontiguousarray(packed[:, : 2 * BLOCK * count]).view("<f2").reshape(blocks, count, BLOCK)
+    scales = halves.transpose(0, 2, 1).reshape(blocks * BLOCK, count)[:rows].astype(np.float16, copy=False)
+    offsets = (stored >> np.uint8(4)).view(np.int8) - np.int8(8)
+    return codes[:rows], (scales, stored & np.uint8(15), offsets)
+
+
+def _whole_lines(size: int) -> int:
+    return -(-size // _LINE) * _LINE
 
 
 def _shifts(width: int) -> npt.NDArray[np.uint8]:

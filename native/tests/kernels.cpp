@@ -105,14 +105,14 @@ void compare_products(const Kernels& kernels, const Kernels& reference, Random& 
 
 // The first levels of a nested matrix, of any widths that make up at most 8 bits.
 void compare_nested(const Kernels& kernels, const Kernels& reference, Random& random) {
-    const int rows = pick(random, 1, 80), cols = pick(random, 1, 260), tokens = pick(random, 1, 19);
+    const int rows = pick(random, 1, 80), cols = pick(random, 1, 700), tokens = pick(random, 1, 19);
     const int groups = (cols + kGroup - 1) / kGroup;
     Matrix matrix{Layout::nested, rows, cols, nullptr};
     std::vector<Aligned<std::byte>> levels;
     for (int left = pick(random, 1, 8); left > 0;) {
         const int bits = pick(random, 1, left);
         const std::string number = std::to_string(bits),
-                          name = levels.empty() ? "base" + number + "g64" : "refine" + number + "n64";
+                          name = levels.empty() ? "base" + number + "g16" : "refine" + number + "n64";
         levels.push_back(noise(random, stored_bytes(stored_layout(name), rows, cols)));
         // The top bit of exponents off: no infinities, no NaN among the scales.
         for (std::byte& byte : levels.back().span()) byte &= std::byte{0xBF};

@@ -128,25 +128,63 @@ def test_round_trip(rows: int, columns: int, layout: str, seed: int) -> None:
     np.testing.assert_array_equal(unpack(layout, data.tobytes(), rows, columns), expected)
 
 
-def random_level(layout: str, rows: int, groups: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def random_level(layout: str, rows: int, groups: int, seed: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     rng = np.random.default_rng(seed)
     bits, base = level_bits(layout)
     codes = rng.integers(0, 1 << bits, (rows, groups * GROUP), np.uint8)
-    scales = rng.random((rows, groups)).astype(np.float16)
-    limit = 128 if base else 8
-    first, second = rng.integers(-limit, limit, (2, rows, groups), np.int8)
-    return codes, scales if base else first, second
+    if not base:
+        return codes, tuple(rng.integers(-8, 8, (2, rows, groups), np.int8))
+    scales = rng.random((rows, -(-groups // 4))).astype(np.float16)
+    steps = rng.integers(0, 16, (rows, 4 * groups), np.uint8)
+    return codes, (scales, steps, rng.integers(-8, 8, (rows, 4 * groups), np.int8))
 
 
-@pytest.mark.parametrize("layout", ["base2g64", "refine1n64", "base3g64", "refine5n64"])
-def test_level_bytes(layout: str) -> None:
+def stored_code(record: np.ndarray, bits: int, lane: int, column: int) -> int:
+    """The bits of one code out of the planes that `record` begins with."""
+    quad, k = divmod(column, 4)
+    code, plane = 0, record
+    for _ in range(bits // 2):
+        code = code << 2 | int(plane[quad // 4 * 64 + 4 * lane + k]) >> 2 * (quad % 4) & 3
+        plane = plane[256:]
+    if bits % 2:
+        code = code << 1 | int(plane[quad // 8 * 64 + 4 * lane + k]) >> 2 * (quad % 4) + quad // 4 % 2 & 1
+    return code
+
+
+@pytest.mark.parametrize("layout", ["base1g16", "base2g16", "base3g16"])
+@pytest.mark.parametrize("groups", [6, 8, 9])
+def test_base_level_bytes(layout: str, groups: int) -> None:
     """Byte by byte from the words of docs/format.md."""
+    rows = 19
+    codes, (scales, steps, offsets) = random_level(layout, rows, groups, 3)
+    bits, _ = level_bits(layout)
+    data = pack_level(layout, codes, (scales, steps, offsets)).reshape(2, -1)
+    header = {6: 64, 8: 64, 9: 128}[groups]
+    assert data.shape[1] == header + groups * (128 * bits + 64)
+    for row in range(rows):
+        block, lane = data[row // 16], row % 16
+        for scale in range(-(-groups // 4)):
+            place = 32 * scale + 2 * lane
+            assert block[place : place + 2].tobytes() == scales[row, scale].tobytes()
+        for group in range(groups):
+            record = block[header + group * (128 * bits + 64) :]
+            for column in range(GROUP):
+                assert stored_code(record, bits, lane, column) == codes[row, group * GROUP + column]
+            for k in range(4):
+                place = 4 * group + k
+                assert record[128 * bits + 4 * lane + k] == steps[row, place] + 16 * (int(offsets[row, place]) + 8)
+    if groups == 9:
+        assert not data[:, 96:128].any()
+
+
+@pytest.mark.parametrize("layout", ["refine1n64", "refine2n64", "refine5n64"])
+def test_later_level_bytes(layout: str) -> None:
     rows, groups = 19, 6
-    codes, first, second = random_level(layout, rows, groups, 3)
-    bits, base = level_bits(layout)
-    data = pack_level(layout, codes, first, second).reshape(2, -1)
-    whole = 4 * 128 * bits + (192 if base else 64)
-    assert data.shape[1] == whole + 2 * 128 * bits + (128 if base else 64)
+    codes, (ratios, shifts) = random_level(layout, rows, groups, 3)
+    bits, _ = level_bits(layout)
+    data = pack_level(layout, codes, (ratios, shifts)).reshape(2, -1)
+    whole = 4 * 128 * bits + 64
+    assert data.shape[1] == whole + 2 * 128 * bits + 64
     for row in range(rows):
         block, lane = data[row // 16], row % 16
         for group in range(groups):
@@ -154,21 +192,9 @@ def test_level_bytes(layout: str) -> None:
             chunk = block[group // 4 * whole :]
             record = chunk[group % 4 * 128 * bits :]
             for column in range(GROUP):
-                quad, k = divmod(column, 4)
-                code, plane = 0, record
-                for _ in range(bits // 2):
-                    code = code << 2 | int(plane[quad // 4 * 64 + 4 * lane + k]) >> 2 * (quad % 4) & 3
-                    plane = plane[256:]
-                if bits % 2:
-                    code = code << 1 | int(plane[quad // 8 * 64 + 4 * lane + k]) >> 2 * (quad % 4) + quad // 4 % 2 & 1
-                assert code == codes[row, group * GROUP + column]
-            parameters = chunk[together * 128 * bits :]
-            place = group % 4 * 16 + lane
-            if base:
-                assert parameters[2 * place : 2 * place + 2].tobytes() == first[row, group].tobytes()
-                assert parameters[together * 32 + place] == second[row, group].view(np.uint8)
-            else:
-                assert parameters[place] == int(first[row, group]) % 16 * 16 + int(second[row, group]) % 16
+                assert stored_code(record, bits, lane, column) == codes[row, group * GROUP + column]
+            parameter = chunk[together * 128 * bits + group % 4 * 16 + lane]
+            assert parameter == int(ratios[row, group]) % 16 * 16 + int(shifts[row, group]) % 16
 
 
 @settings(max_examples=60, deadline=None)
@@ -178,26 +204,54 @@ def test_level_round_trip(rows: int, columns: int, layout: str, seed: int) -> No
     data = pack_level(layout, *level)
     assert data.dtype == np.uint8 and data.nbytes == packed_size(layout, rows, columns)
     assert data.nbytes % (-(-rows // BLOCK) * 64) == 0  # rows begin at cache lines
-    for got, want in zip(unpack_level(layout, data.tobytes(), rows, columns), level, strict=True):
+    codes, parameters = unpack_level(layout, data.tobytes(), rows, columns)
+    for got, want in zip((codes, *parameters), (level[0], *level[1]), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
 
 
+def test_sizes_of_levels() -> None:
+    """Bits per weight, where columns fill whole lines with scales."""
+    levels = [packed_size(layout, 768, 2048) for layout in ("base2g16", "refine1n64", "refine1n64")]
+    assert [8 * sum(levels[:count]) / (768 * 2048) for count in (1, 2, 3)] == [2.5625, 3.6875, 4.8125]
+
+
 def test_level_refusals() -> None:
-    codes, first, second = random_level("base2g64", 3, 1, 0)
+    codes, base = random_level("base2g16", 3, 5, 0)
+    scales, steps, offsets = base
+    single, refining = random_level("refine1n64", 3, 5, 0)
     with pytest.raises(ValueError, match="a code of 2 has more than 1 bits"):
-        pack_level("base1g64", np.full_like(codes, 2), first, second)
-    with pytest.raises(TypeError, match="layout refine2n64 takes uint8 codes"):
-        pack_level("refine2n64", codes, first, second)
+        pack_level("base1g16", np.full_like(codes, 2), base)
+    with pytest.raises(TypeError, match="layout refine2n64 takes ratios, shifts, not 3 arrays"):
+        pack_level("refine2n64", codes, base)
+    with pytest.raises(TypeError, match="layout base2g16 takes scales, steps, offsets, not 2 arrays"):
+        pack_level("base2g16", codes, refining)
     with pytest.raises(TypeError, match="in whole groups of 64"):
-        pack_level("base2g64", codes[:, :63], first, second)
+        pack_level("base2g16", codes[:, :63], base)
+    with pytest.raises(TypeError, match="takes uint8 codes"):
+        pack_level("base2g16", codes.astype(np.int16), base)
     with pytest.raises(ValueError, match="'q4g64' is not a level of a nested matrix"):
-        pack_level("q4g64", codes, first, second)
-    for first, second, worst in ((8, 0, "8 to 8"), (0, -9, "-9 to -9")):
-        with pytest.raises(ValueError, match=f"layout refine1n64: a parameter within {worst}, not -8 to 7"):
-            pack_level("refine1n64", codes & np.uint8(1), *(np.full((3, 1), x, np.int8) for x in (first, second)))
-    with pytest.raises(ValueError, match="takes 320 bytes, not 319"):
-        unpack_level("base2g64", bytes(319), 3, 64)
+        pack_level("q4g64", codes, base)
+    for wrong, expected in (
+        ((scales.astype(np.float32), steps, offsets), r"scales float16 \[3, 2\], not float32 \[3, 2\]"),
+        ((np.repeat(scales, 4, axis=1)[:, :5], steps, offsets), r"scales float16 \[3, 2\], not float16 \[3, 5\]"),
+        ((scales, steps[:, :5], offsets), r"steps uint8 \[3, 20\], not uint8 \[3, 5\]"),
+        ((scales, steps, offsets.astype(np.int16)), r"offsets int8 \[3, 20\], not int16 \[3, 20\]"),
+    ):
+        with pytest.raises(TypeError, match=f"layout base2g16 takes {expected}"):
+            pack_level("base2g16", codes, wrong)
+    for wrong, expected in (
+        ((scales, np.full_like(steps, 16), offsets), "steps within 16 to 16, not 0 to 15"),
+        ((scales, steps, np.full_like(offsets, 8)), "offsets within 8 to 8, not -8 to 7"),
+        ((scales, steps, np.full_like(offsets, -9)), "offsets within -9 to -9, not -8 to 7"),
+    ):
+        with pytest.raises(ValueError, match=f"layout base2g16: {expected}"):
+            pack_level("base2g16", codes, wrong)
+    for ratio, shift, expected in ((8, 0, "ratios within 8 to 8"), (0, -9, "shifts within -9 to -9")):
+        with pytest.raises(ValueError, match=f"layout refine1n64: {expected}, not -8 to 7"):
+            pack_level("refine1n64", single, tuple(np.full((3, 5), x, np.int8) for x in (ratio, shift)))
+    with pytest.raises(ValueError, match="takes 384 bytes, not 383"):
+        unpack_level("base2g16", bytes(383), 3, 64)
 
 
 def test_records_are_whole_cache_lines() -> None:

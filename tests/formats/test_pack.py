@@ -186,7 +186,7 @@ def delete(*keys: Any) -> Change:
 LEVEL = ("experts", "1", "levels", 0)
 NESTED = [
     {"bits": bits, "parts": {name: [layout, 0, 0] for name in ("gate", "up", "down")}}
-    for bits, layout in ((2, "base2g64"), (3, "refine1n64"), (5, "refine1n64"))
+    for bits, layout in ((2, "base2g16"), (3, "refine1n64"), (5, "refine1n64"))
 ]
 
 
@@ -264,13 +264,13 @@ CHANGES: list[tuple[Change, str]] = [
     (set_at(*LEVEL, "parts", "up", 1, to=1), "layers.1.experts.0.up: extent 1 of 1"),
     (set_at(*LEVEL, "parts", "down", 2, to=1 << 20), "layers.1.experts.0.down: 2880 bytes at 1048576 do not fit"),
     (set_at(*LEVEL, "parts", "up", 0, to="refine4n64"), "level 0: up: layout refine4n64 does not make 4 bits"),
-    (set_at(*LEVEL, "parts", "up", 0, to="base3g64"), "level 0: up: layout base3g64 does not make 4 bits of the 0"),
+    (set_at(*LEVEL, "parts", "up", 0, to="base3g16"), "level 0: up: layout base3g16 does not make 4 bits of the 0"),
     (set_at(*LEVEL, "parts", "up", 0, to="refine1g64"), "level 0: up: unknown layout 'refine1g64'"),
-    (set_at(*LEVEL, "parts", "up", 0, to="base9g64"), "level 0: up: unknown layout 'base9g64'"),
+    (set_at(*LEVEL, "parts", "up", 0, to="base9g16"), "level 0: up: unknown layout 'base9g16'"),
     (set_at("experts", "1", "levels", to=NESTED), "level 2: gate: layout refine1n64 does not make 5 bits of the 3"),
-    (set_at("experts", "1", "levels", to=NESTED[:1] * 2), "level 1: gate: layout base2g64 does not make 2 bits of the"),
+    (set_at("experts", "1", "levels", to=NESTED[:1] * 2), "level 1: gate: layout base2g16 does not make 2 bits of the"),
     (two_levels_of_one_layout, "layer 1, level 0: gate: layout q4g64 is not nested"),
-    (set_at("dense", "embedding", 2, to="base8g64"), "tensor embedding: layout base8g64 is for experts only"),
+    (set_at("dense", "embedding", 2, to="base8g16"), "tensor embedding: layout base8g16 is for experts only"),
     (set_at("experts", "1", "sections", 2, to=[]), "layer 1, expert 2: [] are not 1 to 1 of"),
     (set_at("experts", "1", "sections", to=[[0]] * 4), "sections is not a list of 3 experts"),
     (set_at("experts", "1", "sections", 2, to=[0, 1]), "layer 1, expert 2: [0, 1] are not 1 to 1 of"),

@@ -19,6 +19,7 @@ from edgemoe.formats.layouts import GROUP, pack_level, packed_size
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+LARGEST_SCALE = 0.01
 FAST = [(2,), (2, 3), (2, 3, 4)]
 ladders = st.one_of(
     st.sampled_from([*FAST, (2, 4), (4, 8), (2, 3, 4, 6, 8), (1, 2, 3, 4, 5, 6, 7, 8), (3, 4), (8,), (1, 8)]),
@@ -40,10 +41,14 @@ def random_levels(rng: np.random.Generator, bits: Sequence[int], rows: int, cols
     levels = []
     for level, (name, added) in enumerate(zip(names, steps(bits), strict=True)):
         codes = rng.integers(0, 1 << added, (rows, groups * GROUP), np.uint8)
-        limit = 8 if level else 128
-        first, second = rng.integers(-limit, limit, (2, rows, groups), np.int8)
-        scales = (rng.random((rows, groups)) * 0.1).astype(np.float16)
-        levels.append(pack_level(name, codes, first if level else scales, second))
+        parameters: tuple[Array, ...]
+        if level:
+            parameters = tuple(rng.integers(-8, 8, (2, rows, groups), np.int8))
+        else:
+            scales = (rng.random((rows, -(-groups // 4))) * LARGEST_SCALE).astype(np.float16)
+            table, offsets = (rng.integers(low, low + 16, (rows, groups * 4)) for low in (0, -8))
+            parameters = (scales, table.astype(np.uint8), offsets.astype(np.int8))
+        levels.append(pack_level(name, codes, parameters))
     return levels
 
 
@@ -105,37 +110,69 @@ def test_every_level_against_numpy(bits: tuple[int, ...], seed: int, rows: int, 
     for count in range(1, len(bits) + 1):
         weights = nested.dequantize(bits, levels[:count], rows, cols)
         actual = product("scalar", bits[:count], levels[:count], rows, cols, x)
-        # Every level rounds scale and offset a few times; an offset is at most 8 largest scales times its codes.
-        terms = (
-            np.abs(rounded) @ np.full((rows, cols), 8 * 0.1 * 2.0 ** bits[0]).T + np.abs(rounded) @ np.abs(weights).T
-        )
-        assert (np.abs(actual - rounded @ weights.T) <= (2 * groups + 8 * count) * EPSILON * terms).all()
+        # Every level rounds scale and offset a few times; none of the three terms of a group is larger than the largest
+        # step times the codes of level 0.
+        largest = 15 * LARGEST_SCALE * 2.0 ** bits[0]
+        terms = np.abs(rounded) @ (np.full((rows, cols), 4 * largest) + np.abs(weights)).T
+        assert (np.abs(actual - rounded @ weights.T) <= (3 * groups + 8 * count) * EPSILON * terms).all()
 
 
+@pytest.mark.parametrize("step", [1, 15])
+@pytest.mark.parametrize("offset", [-8, 7])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [*FAST, (2, 4, 6), (8,), (7, 8), (2, 3, 4, 6, 8)])
-def test_largest_codes_do_not_saturate(bits: tuple[int, ...], isa: str) -> None:
-    top_bits = bits[-1]
-    top = 2**top_bits - 1
+def test_largest_codes_do_not_saturate(bits: tuple[int, ...], isa: str, offset: int, step: int) -> None:
+    top = 2 ** bits[-1] - 1
     levels = []
     for level, (name, added) in enumerate(zip(nested.level_names(bits), steps(bits), strict=True)):
         codes = np.full((16, 2 * GROUP), 2**added - 1, np.uint8)
-        first = np.zeros((16, 2), np.int8) if level else np.full((16, 2), 2.0 ** (bits[-1] - bits[0]), np.float16)
-        levels.append(pack_level(name, codes, first, np.zeros((16, 2), np.int8)))
+        parameters: tuple[Array, ...]
+        if level:
+            parameters = tuple(np.zeros((2, 16, 2), np.int8))
+        else:
+            scales = np.full((16, 1), 2.0 ** (bits[-1] - bits[0]), np.float16)
+            parameters = (scales, np.full((16, 8), step, np.uint8), np.full((16, 8), offset, np.int8))
+        levels.append(pack_level(name, codes, parameters))
     x = np.array([np.full(2 * GROUP, 127), np.full(2 * GROUP, -127)], np.float32)
     weight = nested.dequantize(bits, levels, 16, 2 * GROUP)
-    middles = sum((2**added - 1) / 2 * 2 ** (top_bits - width) for added, width in zip(steps(bits), bits, strict=True))
-    assert (weight == top - middles).all()
-    expected = np.broadcast_to(np.array([[1], [-1]]) * 127 * 2 * GROUP * weight[0, 0], (2, 16))
-    np.testing.assert_array_equal(product(isa, bits, levels, 16, 2 * GROUP, x), expected)
+    assert (weight == step * (top / 2 + 2.0 ** bits[-1] * offset / 32)).all()
+    for tokens in (1, 8):
+        expected = np.array([[1], [-1]]) * 127 * 2 * GROUP * np.broadcast_to(weight[0, 0], (2, 16))
+        repeated, found = np.tile(x, (tokens, 1)), np.tile(expected, (tokens, 1))
+        np.testing.assert_allclose(product(isa, bits, levels, 16, 2 * GROUP, repeated), found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [*FAST, (3, 8)])
+def test_every_part_has_its_step_and_offset(bits: tuple[int, ...], isa: str) -> None:
+    """One part of one row has a step, and one code: everything else is zero, whatever its offset says."""
+    rows, groups = 18, 11  # scales that take more than 64 bytes of a row block
+    zeros = [np.zeros((rows, groups * GROUP), np.uint8) for _ in bits]
+    for row, part in ((0, 0), (7, 3), (15, 6), (16, 33), (17, 43)):
+        for step in (5, 15):
+            parameters: list[tuple[Array, ...]] = [tuple(np.zeros((2, rows, groups), np.int8)) for _ in bits]
+            table, offsets = np.zeros((rows, 4 * groups), np.uint8), np.full((rows, 4 * groups), 3, np.int8)
+            table[row, part], offsets[row, part] = step, -5
+            parameters[0] = (np.full((rows, 3), 0.5, np.float16), table, offsets)
+            levels = [pack_level(*each) for each in zip(nested.level_names(bits), zeros, parameters, strict=True)]
+            weights = nested.dequantize(bits, levels, rows, groups * GROUP)
+            weight = step * 0.5 * (2.0 ** bits[0] * -5 / 32 - (2 ** bits[0] - 2.0 ** (bits[0] - bits[-1])) / 2)
+            expected = np.zeros_like(weights)
+            expected[row, part * 16 : part * 16 + 16] = weight
+            np.testing.assert_array_equal(weights, expected)
+            x = np.random.default_rng(part).integers(-126, 127, (9, groups * GROUP)).astype(np.float32)
+            x[:, ::GROUP] = 127
+            for inputs in (x, x[:1]):
+                found = product(isa, bits, levels, rows, groups * GROUP, inputs)
+                np.testing.assert_allclose(found, inputs @ weights.T, rtol=1e-5, atol=1e-3)
 
 
 def test_refusals() -> None:
     x = np.zeros((1, 64), np.float32)
-    with pytest.raises(ValueError, match="level 0 must have 320 bytes, it has 319"):
-        kernels.nested_matmul("scalar", [(2, np.zeros(319, np.uint8))], 16, 64, x)
+    with pytest.raises(ValueError, match="level 0 must have 384 bytes, it has 383"):
+        kernels.nested_matmul("scalar", [(2, np.zeros(383, np.uint8))], 16, 64, x)
     with pytest.raises(ValueError, match="levels have 1 to 8 bits in all"):
-        kernels.nested_matmul("scalar", [(9, np.zeros(320, np.uint8))], 16, 64, x)
+        kernels.nested_matmul("scalar", [(9, np.zeros(384, np.uint8))], 16, 64, x)
 
 
 def test_speed_counts_every_level() -> None:

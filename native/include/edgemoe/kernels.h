@@ -101,11 +101,15 @@ struct Kernels {
     //     blocks of 256 columns, per group of 64, with the integer scales and minimums of its sub-blocks:
     //         acc = fma(d * x_scale, float(sum of scale * dot), acc); with minimums:
     //         acc = fma(-(dmin * x_scale), float(sum of minimum * x_code_sum), acc)
-    // Nested layouts as the quantized ones, with the concatenated bits of their levels as codes and, of level 0 of b
-    // bits: scale = s, offset = s * (o / 32 - (2^b - 1) / 2); of each later level of d bits, in ascending order, with b
-    // the bits of all before it:
+    // Nested layouts, with the concatenated bits of their levels as codes, per group of 64 with the steps and offsets
+    // of its parts of 16 columns; integers are exact, float() rounds half to even:
+    //     acc = fma(scale * x_scale, float(sum of step * dot), acc)
+    //     acc = fma(unit * x_scale, float(sum of step * offset * x_code_sum), acc)
+    //     acc = fma(center * x_scale, float(sum of step * x_code_sum), acc)
+    // Of level 0 of b bits: scale = s, unit = s * 2^b / 32, center = s * -(2^b - 1) / 2; of each later level of d bits,
+    // in ascending order, with b the bits of all before it:
     //     scale = (scale / 2^d) * (1 + ratio / 2^(b + 3))
-    //     offset = fma(scale, 2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2, offset)
+    //     center = fma(scale, 2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2, center)
     void (*matmul)(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,
                    int first_block, int last_block, float* out, ptrdiff_t out_stride);
 
@@ -201,7 +205,7 @@ size_t kv_block_bytes(KvType type, int dim);
 
 // Matrices as files store them: the layouts above as they are, or row after row as in GGUF (`row_major`), which must be
 // interleaved once they are in memory. Names of row-major ones are "ggml.f32", "ggml.f16", "ggml.bf16" (their layouts
-// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4". One level of a nested matrix: "base2g64" is level 0 of 2 bits,
+// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4". One level of a nested matrix: "base2g16" is level 0 of 2 bits,
 // "refine1n64" a later level that adds one.
 struct StoredLayout {
     Layout layout;

@@ -2,7 +2,7 @@
 // in 16 bits, avxvnni.cpp AVX-VNNI's sums of four in 32 bits.
 //
 // A Dot has kQuads: whether it gives add(sum, weights, x), which adds to each int32 lane of sum the four products of
-// unsigned bytes of weights and signed ones of x.
+// unsigned bytes of weights and signed ones of x, and add_pairs, which adds the two products of int16 of both.
 #pragma once
 
 #include <immintrin.h>
@@ -328,6 +328,7 @@ struct Avx2 {
     // --- ggml's formats ---------------------------------------------------------------------------------------------
 
     static constexpr int kSignedOffset = Dot::kQuads ? 128 : 0;
+    static constexpr int kScaledTokens = 0;
 
     static EDGEMOE_INLINE I load_bytes(const std::byte* p) { return {load_256(p), load_256(p + 32)}; }
     static EDGEMOE_INLINE I load_u8(const std::byte* p) {
@@ -381,6 +382,15 @@ struct Avx2 {
     static EDGEMOE_INLINE I madd(I a, I b) {
         return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)};
     }
+    static EDGEMOE_INLINE I mul_16(I a, I b) {
+        return {_mm256_mullo_epi16(a.low, b.low), _mm256_mullo_epi16(a.high, b.high)};
+    }
+    static EDGEMOE_INLINE I add_madd(I sum, I a, I b) {
+        if constexpr (Dot::kQuads)
+            return {Dot::add_pairs(sum.low, a.low, b.low), Dot::add_pairs(sum.high, a.high, b.high)};
+        else
+            return add_i(sum, madd(a, b));
+    }
     static EDGEMOE_INLINE I lookup(const int8_t (&table)[16], I x) {
         const __m256i values = _mm256_broadcastsi128_si256(load_128(table));
         return {_mm256_shuffle_epi8(values, x.low), _mm256_shuffle_epi8(values, x.high)};
@@ -420,14 +430,15 @@ struct Avx2 {
     static EDGEMOE_INLINE void dot_quads(const Weights& weights, const int8_t* codes, const I (&scales)[R],
                                          I (&dots)[R][T]) {
         if constexpr (Dot::kQuads)
-            add_quads<N, Scaled, R, T>(weights, codes, scales, dots);
+            add_quads<Max, N, Scaled, R, T>(weights, codes, scales, dots);
         else if constexpr (Max > 127)
             add_nibbles<N, Scaled, R, T>(weights, codes, scales, dots);
         else
             add_all_pairs<Max, N, Scaled, R, T>(weights, codes, scales, dots);
     }
 
-    template <int N, bool Scaled, int R, int T, class Weights>
+    // Sums within int16 are multiplied by the scale as the low halves of their lanes.
+    template <int Max, int N, bool Scaled, int R, int T, class Weights>
     static EDGEMOE_INLINE void add_quads(const Weights& weights, const int8_t* codes, const I (&scales)[R],
                                          I (&dots)[R][T]) {
         I parts[R][T];
@@ -445,13 +456,20 @@ struct Avx2 {
                 }
             }
         }
+        constexpr bool narrow = Max > 0 && Max * 127 * N * 4 < 1 << 15;
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) {
+            I scale = scales[r];
+            if constexpr (Scaled && narrow) scale = and_i(scale, set1_i(0xFFFF));
             EDGEMOE_UNROLL
             for (int t = 0; t < T; ++t) {
+                if constexpr (Scaled && narrow) {
+                    dots[r][t] = add_madd(dots[r][t], parts[r][t], scale);
+                    continue;
+                }
                 if constexpr (Scaled)
-                    parts[r][t] = {_mm256_mullo_epi32(parts[r][t].low, scales[r].low),
-                                   _mm256_mullo_epi32(parts[r][t].high, scales[r].high)};
+                    parts[r][t] = {_mm256_mullo_epi32(parts[r][t].low, scale.low),
+                                   _mm256_mullo_epi32(parts[r][t].high, scale.high)};
                 dots[r][t] = add_i(dots[r][t], parts[r][t]);
             }
         }
@@ -461,15 +479,14 @@ struct Avx2 {
     template <int N, bool Scaled, int R, int T, class Weights>
     static EDGEMOE_INLINE void add_nibbles(const Weights& weights, const int8_t* codes, const I (&scales)[R],
                                            I (&dots)[R][T]) {
-        static_assert(!Scaled);
         const auto low = [&](int n, int r) __attribute__((always_inline)) { return and_i(weights(n, r), set1_8(15)); };
         const auto high = [&](int n, int r) __attribute__((always_inline)) {
             return and_i(shift_right_16<4>(weights(n, r)), set1_8(15));
         };
         I upper[R][T];
         clear(upper);
-        add_all_pairs<15, N, false, R, T>(low, codes, scales, dots);
-        add_all_pairs<15, N, false, R, T>(high, codes, scales, upper);
+        add_all_pairs<15, N, Scaled, R, T>(low, codes, scales, dots);
+        add_all_pairs<15, N, Scaled, R, T>(high, codes, scales, upper);
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) {
             EDGEMOE_UNROLL

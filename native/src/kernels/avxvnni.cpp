@@ -10,6 +10,9 @@ struct Quads {
     static EDGEMOE_INLINE __m256i add(__m256i sum, __m256i weights, __m256i x) {
         return _mm256_dpbusd_epi32(sum, weights, x);
     }
+    static EDGEMOE_INLINE __m256i add_pairs(__m256i sum, __m256i weights, __m256i x) {
+        return _mm256_dpwssd_epi32(sum, weights, x);
+    }
 };
 
 }  // namespace

@@ -154,7 +154,7 @@ StoredLayout stored_layout(std::string_view name) {
 std::string stored_name(StoredLayout stored) {
     if (stored.layout == Layout::nested)
         return (stored.refines ? "refine" : "base") + std::to_string(stored.level_bits) +
-               (stored.refines ? "n64" : "g64");
+               (stored.refines ? "n64" : "g16");
     return (stored.row_major && !is_ggml(stored.layout) ? "ggml." : "") + std::string(layout_name(stored.layout));
 }
 

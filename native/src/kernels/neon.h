@@ -402,6 +402,7 @@ struct Neon {
     // --- ggml's formats ---------------------------------------------------------------------------------------------
 
     static constexpr int kSignedOffset = 0;
+    static constexpr int kScaledTokens = Dot::kTiles ? 2 : 0;
 
     static EDGEMOE_INLINE I load_bytes(const std::byte* p) {
         const auto* bytes = reinterpret_cast<const uint8_t*>(p);
@@ -487,6 +488,14 @@ struct Neon {
             },
             x, y);
     }
+    static EDGEMOE_INLINE I mul_16(I x, I y) {
+        return integers_of(
+            [](auto p, auto q) {
+                return vreinterpretq_s32_s16(vmulq_s16(vreinterpretq_s16_s32(p), vreinterpretq_s16_s32(q)));
+            },
+            x, y);
+    }
+    static EDGEMOE_INLINE I add_madd(I sum, I x, I y) { return add_i(sum, madd(x, y)); }
     static EDGEMOE_INLINE I lookup(const int8_t (&table)[16], I x) {
         const int8x16_t values = vld1q_s8(table);
         return integers_of([&](auto p) { return vreinterpretq_s32_s8(vqtbl1q_s8(values, vreinterpretq_u8_s32(p))); },
@@ -516,9 +525,19 @@ struct Neon {
     static EDGEMOE_INLINE void dot_quads(const Weights& weights, const int8_t* codes, const I (&scales)[R],
                                          I (&dots)[R][T]) {
         const auto x = [&](int t) __attribute__((always_inline)) { return codes + t * kGroup; };
-        if constexpr (Max > 127 && !Dot::kTiles) {
+        if constexpr (Scaled) {
+            I parts[R][T];
+            clear(parts);
+            dot_quads<Max, N, false, R, T>(weights, codes, scales, parts);
+            EDGEMOE_UNROLL
+            for (int r = 0; r < R; ++r) {
+                EDGEMOE_UNROLL
+                for (int t = 0; t < T; ++t)
+                    dots[r][t] = integers_of([](auto sum, auto p, auto q) { return vmlaq_s32(sum, p, q); }, dots[r][t],
+                                             parts[r][t], scales[r]);
+            }
+        } else if constexpr (Max > 127 && !Dot::kTiles) {
             // As signed bytes codes of 8 bits are too large: the halves of a byte one after the other.
-            static_assert(!Scaled);
             const auto low = [&](int n, int r)
                                  __attribute__((always_inline)) { return and_i(weights(n, r), set1_8(15)); };
             const auto high = [&](int n, int r) __attribute__((always_inline)) {
@@ -533,19 +552,8 @@ struct Neon {
                 EDGEMOE_UNROLL
                 for (int t = 0; t < T; ++t) dots[r][t] = add_i(dots[r][t], shift_left<4>(upper[r][t]));
             }
-        } else if constexpr (!Scaled) {
-            add_quads<Max, N, R, T>(weights, x, dots);
         } else {
-            I parts[R][T];
-            clear(parts);
-            add_quads<Max, N, R, T>(weights, x, parts);
-            EDGEMOE_UNROLL
-            for (int r = 0; r < R; ++r) {
-                EDGEMOE_UNROLL
-                for (int t = 0; t < T; ++t)
-                    dots[r][t] = integers_of([](auto sum, auto p, auto q) { return vmlaq_s32(sum, p, q); }, dots[r][t],
-                                             parts[r][t], scales[r]);
-            }
+            add_quads<Max, N, R, T>(weights, x, dots);
         }
     }
 };

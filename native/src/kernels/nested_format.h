@@ -13,27 +13,38 @@ void nested_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<
 
 namespace {
 
-// Groups whose codes lie together, followed by their parameters: whole cache lines, whatever the level.
+// Groups that share a float16 of level 0, and whose codes lie together in later levels, followed by their parameters.
 constexpr int kNestedChunk = 4;
+
+// Columns that share a scale step and an offset of level 0: a quarter of a group.
+constexpr int kNestedPart = 16;
+
+// Level 0's parameters of a group: a byte per row and part.
+constexpr size_t kNestedParameters = size_t{kRowBlock} * kGroup / kNestedPart;
+
+constexpr size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Bytes of one group's codes with `bits` bits each: planes of two bits, high bits first, and one of one bit if `bits`
 // is odd.
 constexpr size_t nested_codes(int bits) { return size_t{kRowBlock} * kGroup / 8 * static_cast<size_t>(bits); }
 
-// Bytes of the parameters of a chunk of `groups`: float16 and int8 of each row, or a byte of two times 4 bits.
-constexpr size_t nested_parameters(bool base, int groups) {
-    const size_t bytes = size_t{kRowBlock} * (base ? 3 : 1) * static_cast<size_t>(groups);
-    return (bytes + 63) / 64 * 64;
+// Level 0: the scales that a row block begins with, then one group after the other.
+constexpr size_t nested_header(int groups) {
+    return whole_lines(size_t{kRowBlock} * 2 * static_cast<size_t>((groups + kNestedChunk - 1) / kNestedChunk));
 }
+constexpr size_t nested_base_group(int bits) { return nested_codes(bits) + kNestedParameters; }
 
-constexpr size_t nested_chunk_bytes(int bits, bool base, int groups) {
-    return nested_codes(bits) * static_cast<size_t>(groups) + nested_parameters(base, groups);
+// Later levels: a chunk of `groups`, codes and then a byte per group and row.
+constexpr size_t nested_chunk_bytes(int bits, int groups) {
+    return nested_codes(bits) * static_cast<size_t>(groups) +
+           whole_lines(size_t{kRowBlock} * static_cast<size_t>(groups));
 }
 
 [[maybe_unused]] constexpr size_t nested_block_bytes(int bits, bool base, int cols) {
     const int groups = (cols + kGroup - 1) / kGroup, rest = groups % kNestedChunk;
-    return nested_chunk_bytes(bits, base, kNestedChunk) * static_cast<size_t>(groups / kNestedChunk) +
-           (rest ? nested_chunk_bytes(bits, base, rest) : 0);
+    if (base) return nested_header(groups) + nested_base_group(bits) * static_cast<size_t>(groups);
+    return nested_chunk_bytes(bits, kNestedChunk) * static_cast<size_t>(groups / kNestedChunk) +
+           (rest ? nested_chunk_bytes(bits, rest) : 0);
 }
 
 }  // namespace

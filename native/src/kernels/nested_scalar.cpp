@@ -13,22 +13,24 @@ namespace {
 // One group of a level's row block.
 struct Group {
     const std::byte* codes;
-    const std::byte* first;   // the parameters of 16 rows: float16, or a byte of two times 4 bits
-    const std::byte* second;  // int8, of level 0 only
+    const std::byte* parameters;  // a byte: of level 0 [16 rows][4 parts], of later ones [16 rows]
+    const std::byte* scales;      // float16 [16 rows], of level 0 only
     int bits;
 };
 
 Group group_of(const Matrix& matrix, int level, int block, int g) {
     const int bits = matrix.levels.bits[level];
-    const bool base = level == 0;
-    const int groups = (matrix.cols + kGroup - 1) / kGroup, begin = g / kNestedChunk * kNestedChunk;
+    const int groups = (matrix.cols + kGroup - 1) / kGroup, chunk = g / kNestedChunk;
+    const std::byte* data = matrix.levels.data[level] + block * nested_block_bytes(bits, level == 0, matrix.cols);
+    if (level == 0) {
+        const std::byte* codes = data + nested_header(groups) + g * nested_base_group(bits);
+        return {codes, codes + nested_codes(bits), data + chunk * kRowBlock * sizeof(uint16_t), bits};
+    }
+    const int begin = chunk * kNestedChunk;
     const int together = groups - begin < kNestedChunk ? groups - begin : kNestedChunk;
-    const std::byte* chunk = matrix.levels.data[level] + block * nested_block_bytes(bits, base, matrix.cols) +
-                             g / kNestedChunk * nested_chunk_bytes(bits, base, kNestedChunk);
-    const std::byte* parameters = chunk + together * nested_codes(bits);
-    const size_t size = base ? sizeof(uint16_t) : 1;
-    const std::byte* second = base ? parameters + together * kRowBlock * size + (g - begin) * kRowBlock : nullptr;
-    return {chunk + (g - begin) * nested_codes(bits), parameters + (g - begin) * kRowBlock * size, second, bits};
+    data += chunk * nested_chunk_bytes(bits, kNestedChunk);
+    return {data + (g - begin) * nested_codes(bits),
+            data + together * nested_codes(bits) + static_cast<ptrdiff_t>(g - begin) * kRowBlock, nullptr, bits};
 }
 
 int code_of(const Group& group, int row, int column) {
@@ -64,28 +66,39 @@ void nested_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<
                 const int8_t* codes = x.codes + (token + g) * kGroup;
                 for (int row = 0; row < kRowBlock; ++row) {
                     uint16_t half;
-                    std::memcpy(&half, levels[0].first + row * sizeof half, sizeof half);
+                    std::memcpy(&half, levels[0].scales + row * sizeof half, sizeof half);
                     float scale = float_from_half(half);
-                    const float middle = static_cast<float>((1 << levels[0].bits) - 1) / 2;
-                    float offset = scale * (signed_byte(levels[0].second[row]) / 32 - middle);
+                    const float unit = scale * (static_cast<float>(1 << levels[0].bits) / 32);
+                    float center = scale * (static_cast<float>((1 << levels[0].bits) - 1) / -2);
                     int below = levels[0].bits;
                     for (int level = 1; level < matrix.levels.count; ++level) {
                         const Group& fine = levels[level];
-                        const float ratio = ratio_of(fine.first[row]), shift = shift_of(fine.first[row]);
+                        const float ratio = ratio_of(fine.parameters[row]), shift = shift_of(fine.parameters[row]);
                         const float parts = static_cast<float>(1 << fine.bits);
                         scale = scale / parts * (1 + ratio / static_cast<float>(8 << below));
-                        offset = std::fma(scale, parts * (shift / 32 - ratio / 16 - 0.5f) + 0.5f, offset);
+                        center = std::fma(scale, parts * (shift / 32 - ratio / 16 - 0.5f) + 0.5f, center);
                         below += fine.bits;
                     }
-                    int32_t dot = 0;
-                    for (int column = 0; column < kGroup; ++column) {
-                        int code = 0;
-                        for (int level = 0; level < matrix.levels.count; ++level)
-                            code = code << levels[level].bits | code_of(levels[level], row, column);
-                        dot += code * codes[column];
+                    int32_t dots = 0, moved = 0, total = 0;
+                    for (int part = 0; part < kGroup / kNestedPart; ++part) {
+                        const int packed = std::to_integer<int>(levels[0].parameters[4 * row + part]);
+                        const int step = packed & 15, offset = (packed >> 4) - 8;
+                        int32_t dot = 0, sum = 0;
+                        for (int column = part * kNestedPart; column < (part + 1) * kNestedPart; ++column) {
+                            int code = 0;
+                            for (int level = 0; level < matrix.levels.count; ++level)
+                                code = code << levels[level].bits | code_of(levels[level], row, column);
+                            dot += code * codes[column];
+                            sum += codes[column];
+                        }
+                        dots += step * dot;
+                        moved += step * offset * sum;
+                        total += step * sum;
                     }
-                    sums[row] = std::fma(scale * x.scales[token + g], static_cast<float>(dot), sums[row]);
-                    sums[row] = std::fma(offset, x.sums[token + g], sums[row]);
+                    const float x_scale = x.scales[token + g];
+                    sums[row] = std::fma(scale * x_scale, static_cast<float>(dots), sums[row]);
+                    sums[row] = std::fma(unit * x_scale, static_cast<float>(moved), sums[row]);
+                    sums[row] = std::fma(center * x_scale, static_cast<float>(total), sums[row]);
                 }
             }
             for (int row = 0; row < kRowBlock && block * kRowBlock + row < matrix.rows; ++row) {

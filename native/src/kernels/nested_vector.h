@@ -2,15 +2,22 @@
 // is the reference. Beyond what is listed there and in ggml_vector.h the trait V gives
 //
 //   select_bits(mask, a, b)      the bits of a where mask has ones, otherwise those of b
+//   mul_16                       the low half of int16 products
+//   add_madd(sum, a, b)          sum + madd(a, b)
 //   dot_quads<255, ...>          also for unsigned codes of 8 bits
+//   kScaledTokens                tokens of a tile from which on codes are scaled rather than sums; 0: never
 //
 // A row block's levels lie apart in memory, each with its own planes of two bits or one. Planes are put together in
 // registers: two or more of them make bytes of two codes (4 bits each), as a 4-bit layout stores them, with about
 // as many instructions as taking those apart costs. More than 4 bits, and other steps than 2, 2+1 and 2+1+1, take the
 // general way: a byte per code, plane after plane.
 //
-// A call first packs the activations of its tokens tile by tile, so that one address leads to all tokens of a tile; a
-// single token is used as it lies.
+// A group of level 0 has a scale step for each of its four parts of 16 columns, which the sums of the parts' products
+// are multiplied by. A step times a code of up to 4 bits is still an unsigned byte: where dot_quads multiplies such
+// bytes as fast as small ones, many tokens share that product instead.
+//
+// A call first packs the activations of its tokens tile by tile, so that one address leads to all tokens of a tile; of
+// a single token only the sums of its parts are made.
 #pragma once
 
 #include "ggml_formats.h"
@@ -23,9 +30,10 @@ struct NestedKernels {
     using F = typename V::F;
     using I = typename V::I;
 
-    static constexpr int kChunk = 48;                                   // tokens that are packed at a time
-    static constexpr size_t kPackedGroup = kGroup + 2 * sizeof(float);  // bytes of a token's group
-    static constexpr int kNibble = 28;                                  // where 4 bits are the highest of a lane
+    static constexpr int kChunk = 48;  // tokens that are packed at a time
+    static constexpr int kParts = kGroup / kNestedPart;
+    static constexpr size_t kPackedGroup = kGroup + sizeof(float) + kParts * sizeof(int16_t);  // of a token's group
+    static constexpr int kNibble = 28;  // where 4 bits are the highest of a lane
 
     struct Level {
         const std::byte* data;
@@ -46,14 +54,14 @@ struct NestedKernels {
     // The activations of a tile of T tokens.
     template <int T>
     struct Tile {
-        const int8_t* codes;  // [groups][T][kGroup]
-        const float* scales;  // [groups][T]
-        const float* sums;    // [groups][T]
+        const int8_t* codes;   // [groups][T][kGroup]
+        const float* scales;   // [groups][T]
+        const int16_t* parts;  // [groups][T][kParts], from V::sum_parts
 
         static EDGEMOE_INLINE Tile at(const std::byte* packed, int groups) {
             const auto* codes = reinterpret_cast<const int8_t*>(packed);
             const auto* scales = reinterpret_cast<const float*>(codes + groups * T * kGroup);
-            return {codes, scales, scales + groups * T};
+            return {codes, scales, reinterpret_cast<const int16_t*>(scales + groups * T)};
         }
     };
 
@@ -124,8 +132,84 @@ struct NestedKernels {
         return code;
     }
 
-    static EDGEMOE_INLINE F bytes_to_float(const std::byte* p) {
-        return V::load_codes(reinterpret_cast<const int8_t*>(p));
+    // What the sums of the parts are multiplied by, as pairs of int16 in the order of sum_parts: parts (0, 2), (1, 3).
+    struct Factors {
+        I steps[2];
+        I offsets[2];  // times their steps
+
+        explicit EDGEMOE_INLINE Factors(I packed) {
+            const I nibble = V::set1_16(15), middle = V::set1_16(8);
+            steps[0] = V::and_i(packed, nibble);
+            steps[1] = V::and_i(V::template shift_right_16<8>(packed), nibble);
+            const I even = V::and_i(V::template shift_right_16<4>(packed), nibble);
+            offsets[0] = V::mul_16(steps[0], V::sub_16(even, middle));
+            offsets[1] = V::mul_16(steps[1], V::sub_16(V::template shift_right_16<12>(packed), middle));
+        }
+
+        static EDGEMOE_INLINE F sum(const I (&factors)[2], const int16_t* parts) {
+            int32_t pairs[2];
+            __builtin_memcpy(pairs, parts, sizeof pairs);
+            return V::integers_to_float(
+                V::add_madd(V::madd(factors[0], V::set1_i(pairs[0])), factors[1], V::set1_i(pairs[1])));
+        }
+    };
+
+    // The step of part K, an int32 per row.
+    template <int K>
+    static EDGEMOE_INLINE I step(I packed) {
+        if constexpr (K > 0) packed = V::template shift_right<8 * K>(packed);
+        return V::and_i(packed, V::set1_i(15));
+    }
+
+    // dots += step * (codes . activations) of part K.
+    template <class S, int K, int R, int T>
+    static EDGEMOE_INLINE void add_part(const std::byte* const (&codes)[R][S::count], const I (&packed)[R],
+                                        const int8_t* inputs, I (&dots)[R][T]) {
+        I scale[R];
+        EDGEMOE_UNROLL
+        for (int r = 0; r < R; ++r) scale[r] = V::as_scale(step<K>(packed[r]));
+        const auto weights = [&](int n, int r)
+                                 __attribute__((always_inline)) { return fixed_codes<S>(codes[r], 4 * K + n); };
+        V::template dot_quads<(1 << S::total) - 1, 4, true, R, T>(weights, inputs + K * kNestedPart, scale, dots);
+    }
+
+    // The steps of all parts, in both int16 halves of a lane: times the two codes there, whose products are bytes.
+    static EDGEMOE_INLINE void spread_steps(I packed, I (&steps)[kParts]) {
+        const auto both = [](I x) __attribute__((always_inline)) { return V::or_i(x, V::template shift_left<16>(x)); };
+        steps[0] = both(step<0>(packed));
+        steps[1] = both(step<1>(packed));
+        steps[2] = both(step<2>(packed));
+        steps[3] = both(step<3>(packed));
+    }
+
+    template <class S, int R, int T>
+    static EDGEMOE_INLINE void dot_group(const Product& p, const std::byte* const (&codes)[R][S::count],
+                                         const I (&packed)[R], const int8_t* inputs, I (&dots)[R][T]) {
+        if constexpr (S::fixed && V::kScaledTokens && T >= V::kScaledTokens) {
+            static_assert(15 * ((1 << S::total) - 1) < 256);
+            I steps[R][kParts], none[R];
+            EDGEMOE_UNROLL
+            for (int r = 0; r < R; ++r) spread_steps(packed[r], steps[r]);
+            const auto weights = [&](int n, int r) __attribute__((always_inline)) {
+                return V::mul_16(fixed_codes<S>(codes[r], n), steps[r][n / 4]);
+            };
+            V::template dot_quads<255, 16, false, R, T>(weights, inputs, none, dots);
+        } else if constexpr (S::fixed) {
+            add_part<S, 0, R, T>(codes, packed, inputs, dots);
+            add_part<S, 1, R, T>(codes, packed, inputs, dots);
+            add_part<S, 2, R, T>(codes, packed, inputs, dots);
+            add_part<S, 3, R, T>(codes, packed, inputs, dots);
+        } else {
+            for (int k = 0; k < kParts; ++k) {
+                I scale[R];
+                EDGEMOE_UNROLL
+                for (int r = 0; r < R; ++r)
+                    scale[r] = V::as_scale(V::and_i(V::shift_right_32(packed[r], 8 * k), V::set1_i(15)));
+                const auto weights = [&](int n, int r)
+                                         __attribute__((always_inline)) { return any_codes(p, codes[r], k, n); };
+                V::template dot_quads<255, 4, true, R, T>(weights, inputs + k * kNestedPart, scale, dots);
+            }
+        }
     }
 
     template <class S, int R, int T>
@@ -140,85 +224,89 @@ struct NestedKernels {
             EDGEMOE_UNROLL
             for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
         }
-        const std::byte* chunks[S::count];
+        // Level 0: of the next group; later levels: of the chunk.
+        const std::byte* places[S::count];
         EDGEMOE_UNROLL
         for (int level = 0; level < level_count; ++level)
-            chunks[level] = p.levels[level].data + block * p.levels[level].bytes;
+            places[level] = p.levels[level].data + block * p.levels[level].bytes;
+        const auto* scales = reinterpret_cast<const uint16_t*>(places[0]);
+        const size_t header = nested_header(p.groups);
+        if constexpr (T == 1) {
+            for (size_t at = 0; at < header; at += 64) fetch_ahead(places[0] + at, 1, p.levels[0].end);
+        }
+        places[0] += header;
+        const float codes_0 = static_cast<float>(1 << bits_of(0));
         for (int begin = 0; begin < p.groups; begin += kNestedChunk) {
             const int together = p.groups - begin < kNestedChunk ? p.groups - begin : kNestedChunk;
             if constexpr (T == 1) {
                 EDGEMOE_UNROLL
-                for (int level = 0; level < level_count; ++level)
-                    fetch_ahead(chunks[level] + together * nested_codes(bits_of(level)), level == 0 ? 3 : 1,
-                                p.levels[level].end);
+                for (int level = 1; level < level_count; ++level)
+                    fetch_ahead(places[level] + together * nested_codes(bits_of(level)), 1, p.levels[level].end);
             }
+            F scales_0[R];
+            EDGEMOE_UNROLL
+            for (int r = 0; r < R; ++r) scales_0[r] = V::load_half(scales + r * (p.levels[0].bytes / sizeof(uint16_t)));
+            scales += kRowBlock;
             for (int i = 0; i < together; ++i) {
                 const int g = begin + i;
                 const std::byte* codes[R][S::count];
+                I packed[R];
                 EDGEMOE_UNROLL
                 for (int r = 0; r < R; ++r) {
                     EDGEMOE_UNROLL
                     for (int level = 0; level < level_count; ++level) {
-                        codes[r][level] = chunks[level] + r * p.levels[level].bytes + i * nested_codes(bits_of(level));
-                        if constexpr (T == 1) fetch_ahead(codes[r][level], 2 * bits_of(level), p.levels[level].end);
+                        codes[r][level] = places[level] + r * p.levels[level].bytes;
+                        if (level > 0) codes[r][level] += i * nested_codes(bits_of(level));
+                        if constexpr (T == 1)
+                            fetch_ahead(codes[r][level], 2 * bits_of(level) + (level == 0), p.levels[level].end);
                     }
+                    packed[r] = V::load_bytes(codes[r][0] + nested_codes(bits_of(0)));
                 }
+                places[0] += nested_base_group(bits_of(0));
                 I dots[R][T];
                 EDGEMOE_UNROLL
                 for (int r = 0; r < R; ++r) {
                     EDGEMOE_UNROLL
                     for (int t = 0; t < T; ++t) dots[r][t] = V::set1_i(0);
                 }
-                const int8_t* inputs = x.codes + g * T * kGroup;
-                I none[R];
-                if constexpr (S::fixed) {
-                    const auto weights = [&](int n, int r)
-                                             __attribute__((always_inline)) { return fixed_codes<S>(codes[r], n); };
-                    V::template dot_quads<(1 << S::total) - 1, 16, false, R, T>(weights, inputs, none, dots);
-                } else {
-                    for (int k = 0; k < 4; ++k) {
-                        const auto weights = [&](int n, int r) __attribute__((always_inline)) {
-                            return any_codes(p, codes[r], k, n);
-                        };
-                        V::template dot_quads<255, 4, false, R, T>(weights, inputs + k * 16, none, dots);
-                    }
-                }
+                dot_group<S, R, T>(p, codes, packed, x.codes + g * T * kGroup, dots);
                 EDGEMOE_UNROLL
                 for (int r = 0; r < R; ++r) {
-                    const std::byte* base = chunks[0] + r * p.levels[0].bytes + together * nested_codes(bits_of(0));
-                    F scale = V::load_half(reinterpret_cast<const uint16_t*>(base) + i * kRowBlock);
-                    const float middle = static_cast<float>((1 << bits_of(0)) - 1) * 0.5f;
-                    F offset = V::mul(scale, V::fma(bytes_to_float(base + (2 * together + i) * kRowBlock),
-                                                    V::set1(1.0f / 32), V::set1(-middle)));
+                    F scale = scales_0[r];
+                    const F unit = V::mul(scale, V::set1(codes_0 / 32));
+                    F center = V::mul(scale, V::set1((codes_0 - 1) / -2));
                     int below = bits_of(0);
                     EDGEMOE_UNROLL
                     for (int level = 1; level < level_count; ++level) {
                         const int bits = bits_of(level);
                         const std::byte* fine =
-                            chunks[level] + r * p.levels[level].bytes + together * nested_codes(bits);
+                            places[level] + r * p.levels[level].bytes + together * nested_codes(bits);
                         // 4 bits at the top of a lane have their sign, and are 2^28 times as much.
                         const I stored = V::load_u8(fine + i * kRowBlock);
                         const F ratio = V::integers_to_float(
                             V::and_i(V::template shift_left<24>(stored), V::set1_i(-(1 << kNibble))));
                         const F shift = V::integers_to_float(V::template shift_left<kNibble>(stored));
-                        const float parts = static_cast<float>(1 << bits), unit = 1.0f / (1 << kNibble);
+                        const float parts = static_cast<float>(1 << bits), part = 1.0f / (1 << kNibble);
                         scale = V::mul(V::mul(scale, V::set1(1.0f / parts)),
-                                       V::fma(ratio, V::set1(unit / static_cast<float>(8 << below)), V::set1(1.0f)));
-                        const F moved = V::fma(shift, V::set1(unit * parts / 32), V::set1((1.0f - parts) * 0.5f));
-                        offset = V::fma(scale, V::fma(ratio, V::set1(unit * parts / -16), moved), offset);
+                                       V::fma(ratio, V::set1(part / static_cast<float>(8 << below)), V::set1(1.0f)));
+                        const F moved = V::fma(shift, V::set1(part * parts / 32), V::set1((1.0f - parts) * 0.5f));
+                        center = V::fma(scale, V::fma(ratio, V::set1(part * parts / -16), moved), center);
                         below += bits;
                     }
+                    const Factors factors(packed[r]);
                     EDGEMOE_UNROLL
                     for (int t = 0; t < T; ++t) {
-                        const F factor = V::mul(scale, V::set1(x.scales[g * T + t]));
-                        const F sum = V::fma(factor, V::integers_to_float(dots[r][t]), sums[r][t]);
-                        sums[r][t] = V::fma(offset, V::set1(x.sums[g * T + t]), sum);
+                        const F x_scale = V::set1(x.scales[g * T + t]);
+                        const int16_t* parts = x.parts + (g * T + t) * kParts;
+                        F sum = V::fma(V::mul(scale, x_scale), V::integers_to_float(dots[r][t]), sums[r][t]);
+                        sum = V::fma(V::mul(unit, x_scale), Factors::sum(factors.offsets, parts), sum);
+                        sums[r][t] = V::fma(V::mul(center, x_scale), Factors::sum(factors.steps, parts), sum);
                     }
                 }
             }
             EDGEMOE_UNROLL
-            for (int level = 0; level < level_count; ++level)
-                chunks[level] += nested_chunk_bytes(bits_of(level), level == 0, kNestedChunk);
+            for (int level = 1; level < level_count; ++level)
+                places[level] += nested_chunk_bytes(bits_of(level), kNestedChunk);
         }
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -235,8 +323,12 @@ struct NestedKernels {
         }
     }
 
-    // The sizes of tiles that a number of tokens is cut into: the largest, 4, 2, 1.
+    // The sizes of tiles that a number of tokens is cut into: those of ggml's products, and of single row blocks twice
+    // the largest of them where there are registers for two row blocks. A row block's codes are put together and scaled
+    // for all tokens of a tile, which takes longer than what two row blocks can share.
+    static constexpr int kLongTile = V::kGgmlBlocks > 1 ? V::kGgmlBlocks * V::kGgmlTokens : 0;
     static EDGEMOE_INLINE int tile_size(int tokens) {
+        if (kLongTile && tokens >= kLongTile) return kLongTile;
         return tokens >= V::kGgmlTokens ? V::kGgmlTokens : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
     }
 
@@ -245,6 +337,14 @@ struct NestedKernels {
         for (int first = 0; first < count;) {
             const int size = tile_size(count - first);
             const std::byte* place = packed + first * p.groups * kPackedGroup;
+            if constexpr (kLongTile) {
+                if (size == kLongTile) {
+                    for (int r = 0; r < R; ++r)
+                        tile<S, 1, kLongTile>(p, Tile<kLongTile>::at(place, p.groups), block + r, first);
+                    first += size;
+                    continue;
+                }
+            }
             if (size == V::kGgmlTokens)
                 tile<S, R, V::kGgmlTokens>(p, Tile<V::kGgmlTokens>::at(place, p.groups), block, first);
             else if (size == 4)
@@ -279,15 +379,16 @@ struct NestedKernels {
             const int size = tile_size(count - start);
             auto* codes = reinterpret_cast<int8_t*>(packed + start * groups * kPackedGroup);
             auto* scales = reinterpret_cast<float*>(codes + groups * size * kGroup);
-            float* sums = scales + groups * size;
+            auto* parts = reinterpret_cast<int16_t*>(scales + groups * size);
             for (int t = 0; t < size; ++t) {
                 const int i = first + start + t;
                 const ptrdiff_t token = static_cast<ptrdiff_t>(tokens ? tokens[i] : i) * groups;
                 for (int g = 0; g < groups; ++g) {
                     const int place = g * size + t;
-                    __builtin_memcpy(codes + place * kGroup, x.codes + (token + g) * kGroup, kGroup);
+                    const int8_t* source = x.codes + (token + g) * kGroup;
+                    __builtin_memcpy(codes + place * kGroup, source, kGroup);
                     scales[place] = x.scales[token + g];
-                    sums[place] = x.sums[token + g];
+                    V::sum_parts(source, parts + place * kParts);
                 }
             }
             start += size;
@@ -299,8 +400,10 @@ struct NestedKernels {
                              int last_block) {
         if (count == 1) {
             const ptrdiff_t token = static_cast<ptrdiff_t>(tokens ? tokens[0] : 0) * p.groups;
-            return matmul_token<S>(p, {x.codes + token * kGroup, x.scales + token, x.sums + token}, first_block,
-                                   last_block);
+            const int8_t* codes = x.codes + token * kGroup;
+            auto* parts = reinterpret_cast<int16_t*>(packed_scratch(p.groups * kParts * sizeof(int16_t)));
+            for (int g = 0; g < p.groups; ++g) V::sum_parts(codes + g * kGroup, parts + g * kParts);
+            return matmul_token<S>(p, {codes, x.scales + token, parts}, first_block, last_block);
         }
         std::byte* packed = packed_scratch((count < kChunk ? count : kChunk) * p.groups * kPackedGroup);
         for (int first = 0; first < count; first += kChunk) {
