@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.formats.layouts import GROUP, PART, SCALED, pack_level, packed_size, unpack, unpack_level
+from edgemoe.formats.layouts import GROUP, STEPS, SUB_GROUP, SUPER_GROUP, pack_level, packed_size, unpack, unpack_level
 from edgemoe.formats.pack import (
     ALIGNMENT,
     PARTS,
@@ -26,7 +26,7 @@ from edgemoe.formats.pack import (
 
 Parameters = list[tuple[NDArray[Any], ...]]
 """Of every level, as `pack_level` takes them."""
-PARTS_OF_GROUP = GROUP // PART
+SUB_GROUPS = GROUP // SUB_GROUP
 
 
 def level_names(bits: Sequence[int]) -> list[str]:
@@ -49,15 +49,18 @@ def affine(bits: Sequence[int], parameters: Parameters) -> list[tuple[NDArray[np
     for level, values in enumerate(parameters):
         codes = 2.0 ** (bits[level] - (bits[level - 1] if level else 0))
         if level == 0:
-            scales, steps, offsets = values
-            of_256 = np.repeat(scales.astype(np.float64), SCALED // PART, axis=1)[:, : steps.shape[1]]
+            scales, numbers, offsets = values
+            steps, even = np.array(STEPS)[numbers], offsets // 2 * 2
+            # The lowest bit is level 0's own.
+            moved = np.where(offsets % 2, even + 1, even - 1)
+            of_256 = np.repeat(scales.astype(np.float64), SUPER_GROUP // SUB_GROUP, axis=1)[:, : numbers.shape[1]]
             scale, center = of_256, of_256 * (1 - codes) / 2
-            unit = of_256 * codes / 32
+            unit = of_256 * codes / 64
         else:
-            ratio, shift = (np.repeat(array.astype(np.float64), PARTS_OF_GROUP, axis=1) for array in values)
+            ratio, shift = (np.repeat(array.astype(np.float64), SUB_GROUPS, axis=1) for array in values)
             scale = scale / codes * (1 + ratio / 2.0 ** (bits[level - 1] + 3))
             center = center + scale * (codes * (shift / 32 - ratio / 16 - 0.5) + 0.5)
-        found.append((steps * scale, steps * (unit * offsets + center)))
+        found.append((steps * scale, steps * (unit * (even if level else moved) + center)))
     return found
 
 
@@ -65,7 +68,7 @@ def quantize(weights: NDArray[np.float32], bits: Sequence[int]) -> tuple[NDArray
     """Codes uint8 [rows, groups * 64] of bits[-1] bits and every level's parameters."""
     rows, columns = weights.shape
     groups, top = -(-columns // GROUP), bits[-1]
-    padded = np.pad(weights, ((0, 0), (0, groups * GROUP - columns)), mode="edge").reshape(rows, -1, PART)
+    padded = np.pad(weights, ((0, 0), (0, groups * GROUP - columns)), mode="edge").reshape(rows, -1, SUB_GROUP)
     low, high = padded.min(2).astype(np.float64), padded.max(2).astype(np.float64)
     # What a step of the finest level would be in every part, if nothing but its codes were stored.
     spacing = np.maximum((high - low) / (2**top - 1), 1e-4)
@@ -75,18 +78,21 @@ def quantize(weights: NDArray[np.float32], bits: Sequence[int]) -> tuple[NDArray
         target = low + spacing * (2 ** (top - width) - 1) / 2
         if level == 0:
             wanted = spacing * 2.0 ** (top - width)
-            chunks = np.pad(wanted, ((0, 0), (0, -wanted.shape[1] % (SCALED // PART)))).reshape(
-                rows, -1, SCALED // PART
+            chunks = np.pad(wanted, ((0, 0), (0, -wanted.shape[1] % (SUPER_GROUP // SUB_GROUP)))).reshape(
+                rows, -1, SUPER_GROUP // SUB_GROUP
             )
             scales = (chunks.max(2) / 15).astype(np.float16)
-            of_256 = np.repeat(scales.astype(np.float64), SCALED // PART, axis=1)[:, : wanted.shape[1]]
-            steps = np.clip(np.ceil(wanted / of_256), 1, 15)
-            offsets = np.rint((target / (steps * of_256) + (2.0**added - 1) / 2) * 32 / 2.0**added)
-            parameters.append((scales, steps.astype(np.uint8), np.clip(offsets, -8, 7).astype(np.int8)))
+            of_256 = np.repeat(scales.astype(np.float64), SUPER_GROUP // SUB_GROUP, axis=1)[:, : wanted.shape[1]]
+            numbers = np.minimum(np.searchsorted(STEPS, wanted / of_256), len(STEPS) - 1)
+            offsets = (target / (np.array(STEPS)[numbers] * of_256) + (2.0**added - 1) / 2) * 64 / 2.0**added
+            nearest = np.clip(np.rint(offsets / 2), -8, 7)
+            parameters.append(
+                (scales, numbers.astype(np.uint8), (2 * nearest + (offsets > 2 * nearest)).astype(np.int8))
+            )
         else:
             scale, offset = affine(bits[:level], parameters)[-1]
             moved = ((target - offset) * 2.0**added / scale + (2.0**added - 1) / 2) * 32 / 2.0**added
-            shifts = np.rint(moved.reshape(rows, groups, PARTS_OF_GROUP).mean(2))
+            shifts = np.rint(moved.reshape(rows, groups, SUB_GROUPS).mean(2))
             zeros = np.zeros((rows, groups), np.int8)
             parameters.append((zeros, np.clip(shifts, -8, 7).astype(np.int8)))
     scale, offset = affine(bits, parameters)[-1]
@@ -105,7 +111,7 @@ def dequantize(
         codes = codes << (bits[level] - (bits[level - 1] if level else 0)) | part
         parameters.append(values)
     scale, offset = affine(bits[: len(levels)], parameters)[-1]
-    weights = codes.reshape(rows, -1, PART) * scale[:, :, None] + offset[:, :, None]
+    weights = codes.reshape(rows, -1, SUB_GROUP) * scale[:, :, None] + offset[:, :, None]
     return weights.reshape(rows, -1)[:, :columns]
 
 

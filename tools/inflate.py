@@ -36,7 +36,7 @@ from edgemoe.formats.layouts import (
     BLOCK,
     GROUP,
     QUANTIZED,
-    SCALED,
+    SUPER_GROUP,
     bf16_to_f32,
     pack,
     pack_level,
@@ -128,13 +128,13 @@ class InflatedModel:
         codes, (first, *rest) = unpack_level(place.layout, data, *place.shape)
         rows, columns = (hidden_times, ffn_times) if part == "down" else (ffn_times, hidden_times)
         width = place.shape[1]
-        if columns > 1 and (width % GROUP or (SCALED % width and width % SCALED)):
+        if columns > 1 and (width % GROUP or (SUPER_GROUP % width and width % SUPER_GROUP)):
             raise OptionError(f"{name}: {width} columns, repeated, do not share scales as they do alone")
         wide = np.tile(first, (rows, columns))
         if level == 0:
             if part == "down":  # offsets and the later levels' parameters are relative to the scale
                 wide = (wide / np.float16(ffn_times)).astype(np.float16)
-            wide = wide[:, : -(-columns * width // SCALED)]  # several narrow copies share one
+            wide = wide[:, : -(-columns * width // SUPER_GROUP)]  # several narrow copies share one
         return pack_level(
             place.layout,
             np.tile(codes, (rows, columns)),

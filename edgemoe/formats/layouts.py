@@ -26,13 +26,15 @@ QUANTIZED = {"q8g64": 8, "q4g64": 4}
 
 NESTED = tuple(f"{kind}{bits}{form}" for kind, form in (("base", "g16"), ("refine", "n64")) for bits in range(1, 9))
 """Layouts of one level of a nested matrix: "base2g16" is level 0 of 2 bits, "refine1n64" a later one that adds one."""
-PART = 16
+SUB_GROUP = 16
 """Columns that share a scale step and an offset of level 0 of a nested matrix."""
-SCALED = 256
+STEPS = (4, 6, 8, 9, 10, 11, 13, 15)
+"""The scale steps that a level 0 can have, in the order of their numbers."""
+SUPER_GROUP = 256
 """Columns that share a float16 scale of level 0 of a nested matrix."""
-_CHUNK = SCALED // GROUP  # in later levels the codes of so many groups lie together, followed by their parameters
+_CHUNK = SUPER_GROUP // GROUP  # in later levels the codes of so many groups lie together, followed by their parameters
 _LINE = 64  # bytes that headers and parameters are filled up to
-_PARTS = GROUP // PART
+_SUB_GROUPS = GROUP // SUB_GROUP
 
 _PLAIN: dict[str, npt.DTypeLike] = {"f32": "<f4", "bf16": "<u2", "f16": "<f2"}
 
@@ -166,7 +168,7 @@ class _Level(NamedTuple):
         codes = 128 * self.bits
         if self.base:
             header = _whole_lines(2 * BLOCK * -(-groups // _CHUNK))
-            return [(at, at + codes) for at in range(header, self.block_bytes(groups), codes + BLOCK * _PARTS)]
+            return [(at, at + codes) for at in range(header, self.block_bytes(groups), codes + BLOCK * _SUB_GROUPS)]
         places, at = [], 0
         for first in range(0, groups, _CHUNK):
             count = min(_CHUNK, groups - first)
@@ -178,7 +180,7 @@ class _Level(NamedTuple):
     def block_bytes(self, groups: int) -> int:
         """Bytes of 16 rows."""
         if self.base:
-            return _whole_lines(2 * BLOCK * -(-groups // _CHUNK)) + groups * (128 * self.bits + BLOCK * _PARTS)
+            return _whole_lines(2 * BLOCK * -(-groups // _CHUNK)) + groups * (128 * self.bits + BLOCK * _SUB_GROUPS)
         whole, rest = divmod(groups, _CHUNK)
         return groups * 128 * self.bits + whole * _whole_lines(_CHUNK * BLOCK) + _whole_lines(rest * BLOCK)
 
@@ -188,8 +190,8 @@ class _Level(NamedTuple):
             scales = -(-groups // _CHUNK)
             return (
                 ("scales", np.float16, scales, 0, 0),
-                ("steps", np.uint8, groups * _PARTS, 0, 15),
-                ("offsets", np.int8, groups * _PARTS, -8, 7),
+                ("steps", np.uint8, groups * _SUB_GROUPS, 0, len(STEPS) - 1),
+                ("offsets", np.int8, groups * _SUB_GROUPS, -16, 15),
             )
         return ("ratios", np.int8, groups, -8, 7), ("shifts", np.int8, groups, -8, 7)
 
@@ -212,9 +214,10 @@ def pack_level(
     """The bytes of one level of a nested matrix, a one-dimensional uint8 array of `packed_size` elements.
 
     layout: one of NESTED. codes: uint8 [rows, groups * 64], the d bits of this level only (values below 2^d).
-    parameters: of level 0, scales float16 [rows, groups / 4 rounded up], steps uint8 [rows, groups * 4] within 0 to 15
-    and offsets int8 [rows, groups * 4] within -8 to 7; of later levels, ratios and shifts int8 [rows, groups] within -8
-    to 7. Raises TypeError for other types and shapes, ValueError for values beyond these.
+    parameters: of level 0, scales float16 [rows, groups / 4 rounded up], steps uint8 [rows, groups * 4], numbers of
+    `STEPS`, and offsets int8 [rows, groups * 4] within -16 to 15, the lowest bit being level 0's own; of later levels,
+    ratios and shifts int8 [rows, groups] within -8 to 7. Raises TypeError for other types and shapes, ValueError for
+    values beyond these.
     """
     level = _level(layout)
     rows, columns = codes.shape
@@ -239,7 +242,7 @@ def pack_level(
         lanes = _pad_rows(scales.astype("<f2"), blocks).reshape(blocks, BLOCK, -1).transpose(0, 2, 1)
         header = np.ascontiguousarray(lanes).view(np.uint8).reshape(blocks, -1)
         packed[:, : header.shape[1]] = header
-        stored = steps | (offsets + np.int8(8)).view(np.uint8) << np.uint8(4)
+        stored = steps | offsets.view(np.uint8) << np.uint8(3)
     else:
         ratios, shifts = (values.view(np.uint8) for values in parameters)
         stored = ratios << np.uint8(4) | shifts & np.uint8(15)
@@ -274,7 +277,7 @@ def unpack_level(
     blocks, groups = -(-rows // BLOCK), -(-columns // GROUP)
     packed = raw.reshape(blocks, -1)
     bytes_of_group = np.empty((blocks, groups, 128 * level.bits), np.uint8)
-    bytes_of_row = np.empty((blocks, groups, BLOCK * (_PARTS if level.base else 1)), np.uint8)
+    bytes_of_row = np.empty((blocks, groups, BLOCK * (_SUB_GROUPS if level.base else 1)), np.uint8)
     for group, (at, end) in enumerate(level.places(groups)):
         bytes_of_group[:, group] = packed[:, at : at + bytes_of_group.shape[2]]
         bytes_of_row[:, group] = packed[:, end : end + bytes_of_row.shape[2]]
@@ -294,8 +297,7 @@ def unpack_level(
     count = -(-groups // _CHUNK)
     halves = np.ascontiguousarray(packed[:, : 2 * BLOCK * count]).view("<f2").reshape(blocks, count, BLOCK)
     scales = halves.transpose(0, 2, 1).reshape(blocks * BLOCK, count)[:rows].astype(np.float16, copy=False)
-    offsets = (stored >> np.uint8(4)).view(np.int8) - np.int8(8)
-    return codes[:rows], (scales, stored & np.uint8(15), offsets)
+    return codes[:rows], (scales, stored & np.uint8(7), stored.view(np.int8) >> np.int8(3))
 
 
 def _whole_lines(size: int) -> int:

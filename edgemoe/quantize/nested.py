@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.formats.layouts import GROUP
+from edgemoe.formats.layouts import GROUP, STEPS, SUB_GROUP, SUPER_GROUP
 
 Floats = npt.NDArray[np.float32]
 
@@ -45,11 +45,6 @@ DAMPING = 0.01
 SWEEPS = 2
 """Over the groups of a row, in which lines and codes are chosen by turns."""
 
-SUB_GROUP = 16
-"""Columns that share a step and an offset."""
-SUPER_GROUP = 256
-"""Columns that share a scale."""
-STEPS = (4, 6, 8, 9, 10, 11, 13, 15)
 _SUBS = GROUP // SUB_GROUP
 _STEPS = np.array(STEPS, np.float32)
 # Where the nearest step changes.

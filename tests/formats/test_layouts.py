@@ -135,8 +135,8 @@ def random_level(layout: str, rows: int, groups: int, seed: int) -> tuple[np.nda
     if not base:
         return codes, tuple(rng.integers(-8, 8, (2, rows, groups), np.int8))
     scales = rng.random((rows, -(-groups // 4))).astype(np.float16)
-    steps = rng.integers(0, 16, (rows, 4 * groups), np.uint8)
-    return codes, (scales, steps, rng.integers(-8, 8, (rows, 4 * groups), np.int8))
+    steps = rng.integers(0, 8, (rows, 4 * groups), np.uint8)
+    return codes, (scales, steps, rng.integers(-16, 16, (rows, 4 * groups), np.int8))
 
 
 def stored_code(record: np.ndarray, bits: int, lane: int, column: int) -> int:
@@ -172,7 +172,7 @@ def test_base_level_bytes(layout: str, groups: int) -> None:
                 assert stored_code(record, bits, lane, column) == codes[row, group * GROUP + column]
             for k in range(4):
                 place = 4 * group + k
-                assert record[128 * bits + 4 * lane + k] == steps[row, place] + 16 * (int(offsets[row, place]) + 8)
+                assert record[128 * bits + 4 * lane + k] == steps[row, place] + 8 * (int(offsets[row, place]) % 32)
     if groups == 9:
         assert not data[:, 96:128].any()
 
@@ -241,9 +241,9 @@ def test_level_refusals() -> None:
         with pytest.raises(TypeError, match=f"layout base2g16 takes {expected}"):
             pack_level("base2g16", codes, wrong)
     for wrong, expected in (
-        ((scales, np.full_like(steps, 16), offsets), "steps within 16 to 16, not 0 to 15"),
-        ((scales, steps, np.full_like(offsets, 8)), "offsets within 8 to 8, not -8 to 7"),
-        ((scales, steps, np.full_like(offsets, -9)), "offsets within -9 to -9, not -8 to 7"),
+        ((scales, np.full_like(steps, 8), offsets), "steps within 8 to 8, not 0 to 7"),
+        ((scales, steps, np.full_like(offsets, 16)), "offsets within 16 to 16, not -16 to 15"),
+        ((scales, steps, np.full_like(offsets, -17)), "offsets within -17 to -17, not -16 to 15"),
     ):
         with pytest.raises(ValueError, match=f"layout base2g16: {expected}"):
             pack_level("base2g16", codes, wrong)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_kernels import EPSILON, ISAS, VECTOR_ISAS, check_nan_bits, floats, same_bytes, seeds, sizes
 
 from edgemoe._core import kernels
-from edgemoe.formats.layouts import GROUP, pack_level, packed_size
+from edgemoe.formats.layouts import GROUP, STEPS, pack_level, packed_size
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -46,8 +46,8 @@ def random_levels(rng: np.random.Generator, bits: Sequence[int], rows: int, cols
             parameters = tuple(rng.integers(-8, 8, (2, rows, groups), np.int8))
         else:
             scales = (rng.random((rows, -(-groups // 4))) * LARGEST_SCALE).astype(np.float16)
-            table, offsets = (rng.integers(low, low + 16, (rows, groups * 4)) for low in (0, -8))
-            parameters = (scales, table.astype(np.uint8), offsets.astype(np.int8))
+            numbers = rng.integers(0, 8, (rows, groups * 4), np.uint8)
+            parameters = (scales, numbers, rng.integers(-16, 16, (rows, groups * 4), np.int8))
         levels.append(pack_level(name, codes, parameters))
     return levels
 
@@ -117,11 +117,11 @@ def test_every_level_against_numpy(bits: tuple[int, ...], seed: int, rows: int, 
         assert (np.abs(actual - rounded @ weights.T) <= (3 * groups + 8 * count) * EPSILON * terms).all()
 
 
-@pytest.mark.parametrize("step", [1, 15])
-@pytest.mark.parametrize("offset", [-8, 7])
+@pytest.mark.parametrize("number", [0, 7])
+@pytest.mark.parametrize("offset", [-16, 15])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [*FAST, (2, 4, 6), (8,), (7, 8), (2, 3, 4, 6, 8)])
-def test_largest_codes_do_not_saturate(bits: tuple[int, ...], isa: str, offset: int, step: int) -> None:
+def test_largest_codes_do_not_saturate(bits: tuple[int, ...], isa: str, offset: int, number: int) -> None:
     top = 2 ** bits[-1] - 1
     levels = []
     for level, (name, added) in enumerate(zip(nested.level_names(bits), steps(bits), strict=True)):
@@ -131,11 +131,12 @@ def test_largest_codes_do_not_saturate(bits: tuple[int, ...], isa: str, offset: 
             parameters = tuple(np.zeros((2, 16, 2), np.int8))
         else:
             scales = np.full((16, 1), 2.0 ** (bits[-1] - bits[0]), np.float16)
-            parameters = (scales, np.full((16, 8), step, np.uint8), np.full((16, 8), offset, np.int8))
+            parameters = (scales, np.full((16, 8), number, np.uint8), np.full((16, 8), offset, np.int8))
         levels.append(pack_level(name, codes, parameters))
     x = np.array([np.full(2 * GROUP, 127), np.full(2 * GROUP, -127)], np.float32)
     weight = nested.dequantize(bits, levels, 16, 2 * GROUP)
-    assert (weight == step * (top / 2 + 2.0 ** bits[-1] * offset / 32)).all()
+    moved = offset // 2 * 2 + (2 * (offset % 2) - 1 if len(bits) == 1 else 0)
+    assert (weight == STEPS[number] * (top / 2 + 2.0 ** bits[-1] * moved / 64)).all()
     for tokens in (1, 8):
         expected = np.array([[1], [-1]]) * 127 * 2 * GROUP * np.broadcast_to(weight[0, 0], (2, 16))
         repeated, found = np.tile(x, (tokens, 1)), np.tile(expected, (tokens, 1))
@@ -145,19 +146,21 @@ def test_largest_codes_do_not_saturate(bits: tuple[int, ...], isa: str, offset: 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [*FAST, (3, 8)])
 def test_every_part_has_its_step_and_offset(bits: tuple[int, ...], isa: str) -> None:
-    """One part of one row has a step, and one code: everything else is zero, whatever its offset says."""
+    """One sub-group of one row differs from all others."""
     rows, groups = 18, 11  # scales that take more than 64 bytes of a row block
     zeros = [np.zeros((rows, groups * GROUP), np.uint8) for _ in bits]
     for row, part in ((0, 0), (7, 3), (15, 6), (16, 33), (17, 43)):
-        for step in (5, 15):
+        for number in (2, 7):
             parameters: list[tuple[Array, ...]] = [tuple(np.zeros((2, rows, groups), np.int8)) for _ in bits]
-            table, offsets = np.zeros((rows, 4 * groups), np.uint8), np.full((rows, 4 * groups), 3, np.int8)
-            table[row, part], offsets[row, part] = step, -5
-            parameters[0] = (np.full((rows, 3), 0.5, np.float16), table, offsets)
+            numbers, offsets = np.zeros((rows, 4 * groups), np.uint8), np.full((rows, 4 * groups), 6, np.int8)
+            numbers[row, part], offsets[row, part] = number, -9
+            parameters[0] = (np.full((rows, 3), 0.5, np.float16), numbers, offsets)
             levels = [pack_level(*each) for each in zip(nested.level_names(bits), zeros, parameters, strict=True)]
             weights = nested.dequantize(bits, levels, rows, groups * GROUP)
-            weight = step * 0.5 * (2.0 ** bits[0] * -5 / 32 - (2 ** bits[0] - 2.0 ** (bits[0] - bits[-1])) / 2)
-            expected = np.zeros_like(weights)
+            lowest = (2 ** bits[0] - 2.0 ** (bits[0] - bits[-1])) / 2
+            other, own = (5, -9) if len(bits) == 1 else (6, -10)
+            expected = np.full_like(weights, STEPS[0] * 0.5 * (2.0 ** bits[0] * other / 64 - lowest))
+            weight = STEPS[number] * 0.5 * (2.0 ** bits[0] * own / 64 - lowest)
             expected[row, part * 16 : part * 16 + 16] = weight
             np.testing.assert_array_equal(weights, expected)
             x = np.random.default_rng(part).integers(-126, 127, (9, groups * GROUP)).astype(np.float32)

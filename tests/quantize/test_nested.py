@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgemoe.formats.layouts import GROUP
+from edgemoe.formats.layouts import GROUP, STEPS, SUB_GROUP
 from edgemoe.quantize import nested
 from edgemoe.quantize.nested import Hessian, Nested, quantize
 
@@ -41,7 +41,7 @@ def output_error(weights: npt.NDArray[np.float32], found: npt.NDArray[np.float32
 
 def lines_of(rounding: nested._Rounding, columns: int) -> tuple[Floats, Floats]:
     """(A, B) of every level and column, [levels, columns, rows]."""
-    pairs = [rounding.lines.of(column // nested.SUB_GROUP) for column in range(columns)]
+    pairs = [rounding.lines.of(column // SUB_GROUP) for column in range(columns)]
     return tuple(np.stack([pair[part] for pair in pairs], axis=1).astype(np.float64) for part in range(2))
 
 
@@ -131,10 +131,10 @@ def test_lines_are_better_than_all_that_differ_in_one(columns: int, bits: tuple[
     def no_worse() -> bool:
         return bool((weighed_error(rounding, weights, hessian, bits) >= least * (1 - 1e-4)).all())
 
-    for sub in range(0, -(-columns // nested.SUB_GROUP), 3):
+    for sub in range(0, -(-columns // SUB_GROUP), 3):
         stored = lines.steps, lines.offsets, lines.nudges
         kept = [values[sub].copy() for values in stored]
-        for step in nested.STEPS:
+        for step in STEPS:
             for offset in range(-16, 16, 2):
                 lines.steps[sub], lines.offsets[sub] = step, offset
                 # The nudge is chosen after the others.
@@ -161,7 +161,7 @@ def test_the_first_line_of_a_sub_group_is_nearly_the_best() -> None:
     rounding = nested._Rounding(weights, Hessian(None, 256), BITS)
     lines = rounding.lines
     for sub in range(0, 16, 5):
-        values = rounding._target[sub * nested.SUB_GROUP : (sub + 1) * nested.SUB_GROUP]
+        values = rounding._target[sub * SUB_GROUP : (sub + 1) * SUB_GROUP]
 
         def error(values: npt.NDArray[np.float32] = values, sub: int = sub) -> Floats:
             nearest = nested._Nearest(*lines.of(sub), rounding._slices, np.array([0, 0, 1], np.float32), BITS[-1])
@@ -171,7 +171,7 @@ def test_the_first_line_of_a_sub_group_is_nearly_the_best() -> None:
 
         nested._choose_line(lines, sub, values, BITS)
         chosen, least = error(), np.full(40, np.inf)
-        for step in nested.STEPS:
+        for step in STEPS:
             for offset in range(-16, 16, 2):
                 for nudge in (-1, 1):
                     lines.steps[sub], lines.offsets[sub], lines.nudges[sub] = step, offset, nudge
@@ -193,7 +193,7 @@ def test_order_of_the_schemes() -> None:
         assert ours < (0.97, 0.97, 0.98)[level] * output_error(weights, unfitted.weights(level, 512), inputs)
         if level < 2:
             dropped = 2 - level
-            sliced = (one.codes >> dropped << dropped).reshape(*scale.shape, nested.SUB_GROUP)
+            sliced = (one.codes >> dropped << dropped).reshape(*scale.shape, SUB_GROUP)
             naive = (sliced * scale[:, :, None] + offset[:, :, None]).reshape(128, -1)
             assert ours < 0.55 * output_error(weights, naive.astype(np.float32), inputs)
 

@@ -106,8 +106,9 @@ struct Kernels {
     //     acc = fma(scale * x_scale, float(sum of step * dot), acc)
     //     acc = fma(unit * x_scale, float(sum of step * offset * x_code_sum), acc)
     //     acc = fma(center * x_scale, float(sum of step * x_code_sum), acc)
-    // Of level 0 of b bits: scale = s, unit = s * 2^b / 32, center = s * -(2^b - 1) / 2; of each later level of d bits,
-    // in ascending order, with b the bits of all before it:
+    // Of level 0 of b bits: scale = s, unit = s * 2^b / 64, center = s * -(2^b - 1) / 2, and offset is odd if there is
+    // no other level, even otherwise (docs/format.md); of each later level of d bits, in ascending order, with b the
+    // bits of all before it:
     //     scale = (scale / 2^d) * (1 + ratio / 2^(b + 3))
     //     center = fma(scale, 2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2, center)
     void (*matmul)(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,

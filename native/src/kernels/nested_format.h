@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "edgemoe/kernels.h"
 
@@ -18,6 +19,9 @@ constexpr int kNestedChunk = 4;
 
 // Columns that share a scale step and an offset of level 0: a quarter of a group.
 constexpr int kNestedPart = 16;
+
+// The steps that a part can have.
+alignas(16) constexpr int8_t kNestedSteps[16] = {4, 6, 8, 9, 10, 11, 13, 15};
 
 // Level 0's parameters of a group: a byte per row and part.
 constexpr size_t kNestedParameters = size_t{kRowBlock} * kGroup / kNestedPart;

@@ -68,7 +68,7 @@ void nested_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<
                     uint16_t half;
                     std::memcpy(&half, levels[0].scales + row * sizeof half, sizeof half);
                     float scale = float_from_half(half);
-                    const float unit = scale * (static_cast<float>(1 << levels[0].bits) / 32);
+                    const float unit = scale * (static_cast<float>(1 << levels[0].bits) / 64);
                     float center = scale * (static_cast<float>((1 << levels[0].bits) - 1) / -2);
                     int below = levels[0].bits;
                     for (int level = 1; level < matrix.levels.count; ++level) {
@@ -81,8 +81,10 @@ void nested_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<
                     }
                     int32_t dots = 0, moved = 0, total = 0;
                     for (int part = 0; part < kGroup / kNestedPart; ++part) {
-                        const int packed = std::to_integer<int>(levels[0].parameters[4 * row + part]);
-                        const int step = packed & 15, offset = (packed >> 4) - 8;
+                        const int packed = static_cast<int8_t>(levels[0].parameters[4 * row + part]);
+                        const int step = kNestedSteps[packed & 7], own = (packed >> 3) & 1;
+                        int offset = (packed >> 4) * 2;
+                        if (matrix.levels.count == 1) offset += own ? 1 : -1;
                         int32_t dot = 0, sum = 0;
                         for (int column = part * kNestedPart; column < (part + 1) * kNestedPart; ++column) {
                             int code = 0;

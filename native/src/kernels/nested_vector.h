@@ -12,7 +12,7 @@
 // as many instructions as taking those apart costs. More than 4 bits, and other steps than 2, 2+1 and 2+1+1, take the
 // general way: a byte per code, plane after plane.
 //
-// A group of level 0 has a scale step for each of its four parts of 16 columns, which the sums of the parts' products
+// A group of level 0 has a step for each of its four parts of 16 columns, which the sums of the parts' products
 // are multiplied by. A step times a code of up to 4 bits is still an unsigned byte: where dot_quads multiplies such
 // bytes as fast as small ones, many tokens share that product instead.
 //
@@ -132,18 +132,28 @@ struct NestedKernels {
         return code;
     }
 
+    // The steps of all parts, a byte each, of a group's parameters.
+    static EDGEMOE_INLINE I steps_of(I packed) { return V::lookup(kNestedSteps, V::and_i(packed, V::set1_8(7))); }
+
+    // The offset of 5 bits at the top of every int16; its lowest bit is level 0's own: one more or one less.
+    static EDGEMOE_INLINE I offset_of(I packed, bool alone) {
+        const I even = V::and_i(V::template shift_right_16_signed<11>(packed), V::set1_16(-2));
+        if (!alone) return even;
+        const I own = V::and_i(V::template shift_right_16<10>(packed), V::set1_16(2));
+        return V::sub_16(V::add_16(even, own), V::set1_16(1));
+    }
+
     // What the sums of the parts are multiplied by, as pairs of int16 in the order of sum_parts: parts (0, 2), (1, 3).
     struct Factors {
         I steps[2];
         I offsets[2];  // times their steps
 
-        explicit EDGEMOE_INLINE Factors(I packed) {
-            const I nibble = V::set1_16(15), middle = V::set1_16(8);
-            steps[0] = V::and_i(packed, nibble);
-            steps[1] = V::and_i(V::template shift_right_16<8>(packed), nibble);
-            const I even = V::and_i(V::template shift_right_16<4>(packed), nibble);
-            offsets[0] = V::mul_16(steps[0], V::sub_16(even, middle));
-            offsets[1] = V::mul_16(steps[1], V::sub_16(V::template shift_right_16<12>(packed), middle));
+        // bytes: from steps_of; alone: whether there is no other level than 0.
+        EDGEMOE_INLINE Factors(I packed, I bytes, bool alone) {
+            steps[0] = V::and_i(bytes, V::set1_16(15));
+            steps[1] = V::template shift_right_16<8>(bytes);
+            offsets[0] = V::mul_16(steps[0], offset_of(V::template shift_left_16<8>(packed), alone));
+            offsets[1] = V::mul_16(steps[1], offset_of(packed, alone));
         }
 
         static EDGEMOE_INLINE F sum(const I (&factors)[2], const int16_t* parts) {
@@ -156,55 +166,55 @@ struct NestedKernels {
 
     // The step of part K, an int32 per row.
     template <int K>
-    static EDGEMOE_INLINE I step(I packed) {
-        if constexpr (K > 0) packed = V::template shift_right<8 * K>(packed);
-        return V::and_i(packed, V::set1_i(15));
+    static EDGEMOE_INLINE I step(I steps) {
+        if constexpr (K > 0) steps = V::template shift_right<8 * K>(steps);
+        return V::and_i(steps, V::set1_i(15));
     }
 
     // dots += step * (codes . activations) of part K.
     template <class S, int K, int R, int T>
-    static EDGEMOE_INLINE void add_part(const std::byte* const (&codes)[R][S::count], const I (&packed)[R],
+    static EDGEMOE_INLINE void add_part(const std::byte* const (&codes)[R][S::count], const I (&steps)[R],
                                         const int8_t* inputs, I (&dots)[R][T]) {
         I scale[R];
         EDGEMOE_UNROLL
-        for (int r = 0; r < R; ++r) scale[r] = V::as_scale(step<K>(packed[r]));
+        for (int r = 0; r < R; ++r) scale[r] = V::as_scale(step<K>(steps[r]));
         const auto weights = [&](int n, int r)
                                  __attribute__((always_inline)) { return fixed_codes<S>(codes[r], 4 * K + n); };
         V::template dot_quads<(1 << S::total) - 1, 4, true, R, T>(weights, inputs + K * kNestedPart, scale, dots);
     }
 
     // The steps of all parts, in both int16 halves of a lane: times the two codes there, whose products are bytes.
-    static EDGEMOE_INLINE void spread_steps(I packed, I (&steps)[kParts]) {
+    static EDGEMOE_INLINE void spread_steps(I bytes, I (&steps)[kParts]) {
         const auto both = [](I x) __attribute__((always_inline)) { return V::or_i(x, V::template shift_left<16>(x)); };
-        steps[0] = both(step<0>(packed));
-        steps[1] = both(step<1>(packed));
-        steps[2] = both(step<2>(packed));
-        steps[3] = both(step<3>(packed));
+        steps[0] = both(step<0>(bytes));
+        steps[1] = both(step<1>(bytes));
+        steps[2] = both(step<2>(bytes));
+        steps[3] = both(step<3>(bytes));
     }
 
     template <class S, int R, int T>
     static EDGEMOE_INLINE void dot_group(const Product& p, const std::byte* const (&codes)[R][S::count],
-                                         const I (&packed)[R], const int8_t* inputs, I (&dots)[R][T]) {
+                                         const I (&steps)[R], const int8_t* inputs, I (&dots)[R][T]) {
         if constexpr (S::fixed && V::kScaledTokens && T >= V::kScaledTokens) {
             static_assert(15 * ((1 << S::total) - 1) < 256);
-            I steps[R][kParts], none[R];
+            I spread[R][kParts], none[R];
             EDGEMOE_UNROLL
-            for (int r = 0; r < R; ++r) spread_steps(packed[r], steps[r]);
+            for (int r = 0; r < R; ++r) spread_steps(steps[r], spread[r]);
             const auto weights = [&](int n, int r) __attribute__((always_inline)) {
-                return V::mul_16(fixed_codes<S>(codes[r], n), steps[r][n / 4]);
+                return V::mul_16(fixed_codes<S>(codes[r], n), spread[r][n / 4]);
             };
             V::template dot_quads<255, 16, false, R, T>(weights, inputs, none, dots);
         } else if constexpr (S::fixed) {
-            add_part<S, 0, R, T>(codes, packed, inputs, dots);
-            add_part<S, 1, R, T>(codes, packed, inputs, dots);
-            add_part<S, 2, R, T>(codes, packed, inputs, dots);
-            add_part<S, 3, R, T>(codes, packed, inputs, dots);
+            add_part<S, 0, R, T>(codes, steps, inputs, dots);
+            add_part<S, 1, R, T>(codes, steps, inputs, dots);
+            add_part<S, 2, R, T>(codes, steps, inputs, dots);
+            add_part<S, 3, R, T>(codes, steps, inputs, dots);
         } else {
             for (int k = 0; k < kParts; ++k) {
                 I scale[R];
                 EDGEMOE_UNROLL
                 for (int r = 0; r < R; ++r)
-                    scale[r] = V::as_scale(V::and_i(V::shift_right_32(packed[r], 8 * k), V::set1_i(15)));
+                    scale[r] = V::as_scale(V::and_i(V::shift_right_32(steps[r], 8 * k), V::set1_i(15)));
                 const auto weights = [&](int n, int r)
                                          __attribute__((always_inline)) { return any_codes(p, codes[r], k, n); };
                 V::template dot_quads<255, 4, true, R, T>(weights, inputs + k * kNestedPart, scale, dots);
@@ -250,7 +260,7 @@ struct NestedKernels {
             for (int i = 0; i < together; ++i) {
                 const int g = begin + i;
                 const std::byte* codes[R][S::count];
-                I packed[R];
+                I packed[R], steps[R];
                 EDGEMOE_UNROLL
                 for (int r = 0; r < R; ++r) {
                     EDGEMOE_UNROLL
@@ -261,6 +271,7 @@ struct NestedKernels {
                             fetch_ahead(codes[r][level], 2 * bits_of(level) + (level == 0), p.levels[level].end);
                     }
                     packed[r] = V::load_bytes(codes[r][0] + nested_codes(bits_of(0)));
+                    steps[r] = steps_of(packed[r]);
                 }
                 places[0] += nested_base_group(bits_of(0));
                 I dots[R][T];
@@ -269,11 +280,11 @@ struct NestedKernels {
                     EDGEMOE_UNROLL
                     for (int t = 0; t < T; ++t) dots[r][t] = V::set1_i(0);
                 }
-                dot_group<S, R, T>(p, codes, packed, x.codes + g * T * kGroup, dots);
+                dot_group<S, R, T>(p, codes, steps, x.codes + g * T * kGroup, dots);
                 EDGEMOE_UNROLL
                 for (int r = 0; r < R; ++r) {
                     F scale = scales_0[r];
-                    const F unit = V::mul(scale, V::set1(codes_0 / 32));
+                    const F unit = V::mul(scale, V::set1(codes_0 / 64));
                     F center = V::mul(scale, V::set1((codes_0 - 1) / -2));
                     int below = bits_of(0);
                     EDGEMOE_UNROLL
@@ -293,7 +304,7 @@ struct NestedKernels {
                         center = V::fma(scale, V::fma(ratio, V::set1(part * parts / -16), moved), center);
                         below += bits;
                     }
-                    const Factors factors(packed[r]);
+                    const Factors factors(packed[r], steps[r], level_count == 1);
                     EDGEMOE_UNROLL
                     for (int t = 0; t < T; ++t) {
                         const F x_scale = V::set1(x.scales[g * T + t]);
