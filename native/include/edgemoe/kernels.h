@@ -103,9 +103,10 @@ struct Kernels {
     //         acc = fma(-(dmin * x_scale), float(sum of minimum * x_code_sum), acc)
     // Nested layouts, with the concatenated bits of their levels as codes, per group of 64 with the steps and offsets
     // of its parts of 16 columns; integers are exact, float() rounds half to even:
-    //     acc = fma(scale * x_scale, float(sum of step * dot), acc)
-    //     acc = fma(unit * x_scale, float(sum of step * offset * x_code_sum), acc)
-    //     acc = fma(center * x_scale, float(sum of step * x_code_sum), acc)
+    //     sum = scale * float(sum of step * dot)
+    //     sum = fma(unit, float(sum of step * offset * x_code_sum), sum)
+    //     sum = fma(center, float(sum of step * x_code_sum), sum)
+    //     acc = fma(sum, x_scale, acc)
     // Of level 0 of b bits: scale = s, unit = s * 2^b / 64, center = s * -(2^b - 1) / 2, and offset is odd if there is
     // no other level, even otherwise (docs/format.md); of each later level of d bits, in ascending order, with b the
     // bits of all before it:

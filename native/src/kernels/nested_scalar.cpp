@@ -97,10 +97,10 @@ void nested_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<
                         moved += step * offset * sum;
                         total += step * sum;
                     }
-                    const float x_scale = x.scales[token + g];
-                    sums[row] = std::fma(scale * x_scale, static_cast<float>(dots), sums[row]);
-                    sums[row] = std::fma(unit * x_scale, static_cast<float>(moved), sums[row]);
-                    sums[row] = std::fma(center * x_scale, static_cast<float>(total), sums[row]);
+                    float sum = scale * static_cast<float>(dots);
+                    sum = std::fma(unit, static_cast<float>(moved), sum);
+                    sum = std::fma(center, static_cast<float>(total), sum);
+                    sums[row] = std::fma(sum, x.scales[token + g], sums[row]);
                 }
             }
             for (int row = 0; row < kRowBlock && block * kRowBlock + row < matrix.rows; ++row) {

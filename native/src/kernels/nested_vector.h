@@ -309,9 +309,10 @@ struct NestedKernels {
                     for (int t = 0; t < T; ++t) {
                         const F x_scale = V::set1(x.scales[g * T + t]);
                         const int16_t* parts = x.parts + (g * T + t) * kParts;
-                        F sum = V::fma(V::mul(scale, x_scale), V::integers_to_float(dots[r][t]), sums[r][t]);
-                        sum = V::fma(V::mul(unit, x_scale), Factors::sum(factors.offsets, parts), sum);
-                        sums[r][t] = V::fma(V::mul(center, x_scale), Factors::sum(factors.steps, parts), sum);
+                        F sum = V::mul(scale, V::integers_to_float(dots[r][t]));
+                        sum = V::fma(unit, Factors::sum(factors.offsets, parts), sum);
+                        sum = V::fma(center, Factors::sum(factors.steps, parts), sum);
+                        sums[r][t] = V::fma(sum, x_scale, sums[r][t]);
                     }
                 }
             }
