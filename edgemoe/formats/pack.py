@@ -833,8 +833,9 @@ class _Checker:
 
     def _tensor_size(self, name: str, layout: Any, shape: tuple[int, ...]) -> int:
         if not isinstance(layout, str) or layout not in (*LAYOUTS, *NESTED, *ROW_MAJOR):
-            known = ", ".join((*LAYOUTS, *NESTED, *ROW_MAJOR))
-            raise self._error(f"tensor {name}: unknown layout {_short(layout)} (known: {known})")
+            raise self._error(
+                f"tensor {name}: unknown layout {_short(layout)} (made by another edgemoe? convert the model anew)"
+            )
         if (layout == "vector") != (len(shape) == 1):
             raise self._error(f"tensor {name}: layout {layout} for shape {list(shape)}")
         try:
