@@ -28,7 +28,7 @@ NESTED = tuple(f"{kind}{bits}{form}" for kind, form in (("base", "g16"), ("refin
 """Layouts of one level of a nested matrix: "base2g16" is level 0 of 2 bits, "refine1n64" a later one that adds one."""
 SUB_GROUP = 16
 """Columns that share a scale step and an offset of level 0 of a nested matrix."""
-STEPS = (4, 6, 8, 9, 10, 11, 13, 15)
+STEPS = (2, 4, 7, 9, 10, 11, 13, 15)
 """The scale steps that a level 0 can have, in the order of their numbers."""
 SUPER_GROUP = 256
 """Columns that share a float16 scale of level 0 of a nested matrix."""

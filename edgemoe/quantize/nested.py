@@ -1,16 +1,11 @@
 """Slice-refit: one code per weight that serves several widths, and lines of its own for every width.
 
 A level's codes are the high bits of one code. What makes them good weights is that every level has its own line, which
-turns codes into weights, fitted by least squares under the Hessian and stored relative to the level before
-(docs/format.md). Level 0 has a scale S for 256 columns, and a step s of 3 bits and an offset of 5 for 16 columns; later
-ones have a ratio and a shift of 4 bits each for 64. A weight is s (a code + u o + c), with 2^b codes of level 0
-
-    level 0:    a = S,   c = -S (2^b - 1) / 2,   u = S 2^b / 64 on all levels
-    level l:    a' = a 2^-d (1 + ratio / 2^(b + 3)),   c' = c + a' (2^d (shift / 32 - ratio / 16 - 1/2) + 1/2)
-
-and with b bits of the level before and d more of level l. `ratio` turns the line of the weights about the middle of the
-codes, `shift` moves it. o is the offset without its lowest bit, which is level 0's own: there o is one more or less.
-What the errors of a sub-group add up to matters most, so that level 0 loses much by an offset that was chosen for all.
+turns codes into weights, fitted by least squares under the Hessian and stored relative to the level before. A weight is
+step (scale code + unit offset + center): a step and an offset for 16 columns; scale, unit and center follow from a
+number for 256 columns at level 0, later from a ratio and a shift for 64 (docs/format.md). The offset's lowest bit is
+level 0's own, a nudge one way or the other: what the errors of 16 columns add up to matters most, so that level 0 would
+lose much by an offset that was chosen for all levels.
 
 GPTQ is Frantar et al. (2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"), in
 the form of Chee et al. (2023, "QuIP: 2-Bit Quantization of Large Language Models With Guarantees": LDLQ, proved there
@@ -39,7 +34,7 @@ from edgemoe.formats.layouts import GROUP, STEPS, SUB_GROUP, SUPER_GROUP
 Floats = npt.NDArray[np.float32]
 
 LARGEST = 65504.0
-"""The largest float16: weights beyond it have no scale."""
+"""The largest float16: larger weights are refused."""
 DAMPING = 0.01
 """Of the mean diagonal element, added to a Hessian's diagonal."""
 SWEEPS = 2
@@ -50,11 +45,16 @@ _STEPS = np.array(STEPS, np.float32)
 # Where the nearest step changes.
 _EDGES = (_STEPS[1:] + _STEPS[:-1]) / 2
 # Parts of a sub-group's range that the codes of the largest width are spread over.
-_CLIP_RATIOS = np.linspace(1.0, 0.5, 9, dtype=np.float32)
+_CLIP_RATIOS = tuple(np.linspace(1.0, 0.5, 9, dtype=np.float32))
+# More than all of it, for the steps and offsets that there are: many codes lose more by what is cut off than by steps.
+_WIDER_RATIOS = tuple(np.array([1.3, 1.15], np.float32))
 # What a ratio or a shift can be, [16, 1].
 _NIBBLES = np.arange(-8, 8, dtype=np.float32)[:, None]
 # Codes that are weighed against each other where several levels matter.
 _CANDIDATES = 5
+# How far offsets move the middle of level 0's codes at least, in parts of what the codes span.
+_REACH = 13 / 64
+_LEAST_HALF = np.float32(2.0**-24)
 # The least scale that is not none.
 _POSITIVE = 1e-30
 # Rows worked on together: enough that NumPy computes for most of the time, not calls.
@@ -91,18 +91,18 @@ class Nested:
         return self.ratios[level - 1], self.shifts[level - 1]
 
     def lines(self, level: int) -> tuple[Floats, Floats]:
-        """(A, B) of a level, float32 [rows, groups * 4]: a weight is A * code + B."""
+        """(A, B) of a level, float32 [rows, groups * 4]: a weight is A code + B."""
         groups = self.steps.shape[1] // _SUBS
         scale = np.repeat(self.scales.astype(np.float32), SUPER_GROUP // GROUP, axis=1)[:, :groups]
         unit = scale * np.float32(2 ** self.bits[0] / 64)
-        rise, start = scale, scale * np.float32((1 - 2 ** self.bits[0]) / 2)
+        rise, center = scale, scale * np.float32((1 - 2 ** self.bits[0]) / 2)
         for finer in range(1, level + 1):
             ratio, shift = (each[finer - 1].astype(np.float32) for each in (self.ratios, self.shifts))
-            rise, start = _refined(rise, start, ratio, shift, self.bits[finer - 1], self.bits[finer])
-        rise, start, unit = (np.repeat(each, _SUBS, axis=1) for each in (rise, start, unit))
+            rise, center = _refined(rise, center, ratio, shift, self.bits[finer - 1], self.bits[finer])
+        rise, center, unit = (np.repeat(each, _SUBS, axis=1) for each in (rise, center, unit))
         steps = _STEPS[self.steps]
         offsets = self.offsets & ~1 if level else (self.offsets & ~1) + 2 * (self.offsets & 1) - 1
-        return steps * rise, steps * (unit * offsets.astype(np.float32) + start)
+        return steps * rise, steps * (unit * offsets.astype(np.float32) + center)
 
     def weights(self, level: int, columns: int) -> Floats:
         """float32 [rows, columns]: what the level stands for."""
@@ -209,38 +209,39 @@ def quantize(weights: Floats, hessian: Hessian, bits: Sequence[int]) -> Nested:
 class _Lines:
     """The lines of some rows. scales: [super groups, rows]; steps (their values), offsets (even numbers) and nudges
     (what is added to them on level 0: 1 or -1), [sub-groups, rows]; ratios and shifts [levels - 1, groups, rows]; what
-    follows from them, all float32: unit (u) [super groups, rows], rise (a) and start (c) [levels, groups, rows]."""
+    follows from them, all float32: units [super groups, rows], rises (the format's scale of each level) and centers
+    [levels, groups, rows]."""
 
     def __init__(self, bits: tuple[int, ...], scales: Floats, groups: int) -> None:
         self._bits = bits
         rows = scales.shape[1]
         self.scales = scales
-        self.unit = scales * np.float32(2 ** bits[0] / 64)
+        self.units = scales * np.float32(2 ** bits[0] / 64)
         self.steps, self.offsets, self.nudges = (np.zeros((groups * _SUBS, rows), np.float32) for _ in range(3))
         self.ratios, self.shifts = (np.zeros((len(bits) - 1, groups, rows), np.float32) for _ in range(2))
-        self.rise, self.start = (np.empty((len(bits), groups, rows), np.float32) for _ in range(2))
-        self.rise[0] = np.repeat(scales, SUPER_GROUP // GROUP, axis=0)[:groups]
-        self.start[0] = self.rise[0] * np.float32((1 - 2 ** bits[0]) / 2)
+        self.rises, self.centers = (np.empty((len(bits), groups, rows), np.float32) for _ in range(2))
+        self.rises[0] = np.repeat(scales, SUPER_GROUP // GROUP, axis=0)[:groups]
+        self.centers[0] = self.rises[0] * np.float32((1 - 2 ** bits[0]) / 2)
         for level in range(1, len(bits)):
             nothing = self.ratios[level - 1]
-            self.rise[level], self.start[level] = self.refined(level, slice(None), nothing, nothing)
+            self.rises[level], self.centers[level] = self.refined(level, slice(None), nothing, nothing)
 
     def refined(self, level: int, group: int | slice, ratio: Floats, shift: Floats) -> tuple[Floats, Floats]:
-        """(a, c) of a level with this ratio and shift, from those of the level before."""
-        coarser = self.rise[level - 1, group], self.start[level - 1, group]
+        """(rise, center) of a level with this ratio and shift, from those of the level before."""
+        coarser = self.rises[level - 1, group], self.centers[level - 1, group]
         return _refined(*coarser, ratio, shift, self._bits[level - 1], self._bits[level])
 
     def unit_of(self, sub: int) -> Floats:
-        found: Floats = self.unit[sub * SUB_GROUP // SUPER_GROUP]
+        found: Floats = self.units[sub * SUB_GROUP // SUPER_GROUP]
         return found
 
     def of(self, sub: int) -> tuple[Floats, Floats]:
         """(A, B) of a sub-group, [levels, rows]."""
         steps, unit = self.steps[sub], self.unit_of(sub)
-        start = self.start[:, sub // _SUBS] + unit * self.offsets[sub]
+        start = self.centers[:, sub // _SUBS] + unit * self.offsets[sub]
         start[0] += unit * self.nudges[sub]
         start *= steps
-        return steps * self.rise[:, sub // _SUBS], start
+        return steps * self.rises[:, sub // _SUBS], start
 
 
 # -- codes ----------------------------------------------------------------------------------------------------------
@@ -269,7 +270,6 @@ class _Rounding:
         """What is stored."""
         lines = self.lines
         stored = np.ascontiguousarray(self.codes.T.astype(np.uint8))
-        stored[:, self._hessian.columns :] = 0
 
         def rows(values: npt.NDArray[Any], kind: npt.DTypeLike) -> npt.NDArray[Any]:
             return np.ascontiguousarray(values.T.astype(kind))
@@ -380,7 +380,7 @@ class _Rounding:
         inner = block[part]
         step, offset, unit = lines.steps[sub], lines.offsets[sub], lines.unit_of(sub)
         p, q = step, step * offset * unit
-        v = u * lines.rise[:, group, None] + lines.start[:, group, None]
+        v = u * lines.rises[:, group, None] + lines.centers[:, group, None]
         v[0] += unit * lines.nudges[sub]
         ones = inner.sum(axis=1)
         total = ones.sum()
@@ -428,26 +428,26 @@ class _Rounding:
         aa = np.einsum("ij,ij->j", turned, along)
         ag = np.einsum("ij,ij->j", turned, gradient)
         cg = np.einsum("ij,ij->j", ones, gradient)
-        rise, start = lines.rise[level, group], lines.start[level, group]
+        rise, center = lines.rises[level, group], lines.centers[level, group]
         below, width = self._bits[level - 1], self._bits[level]
-        coarser = lines.start[level - 1, group]
+        coarser = lines.centers[level - 1, group]
         zero = np.zeros_like(_NIBBLES)
         rises, _ = lines.refined(level, group, _NIBBLES, zero)
         da = rises - rise
-        wanted = start + _quotient(cg - da * ac, np.broadcast_to(cc, da.shape), _POSITIVE)
+        wanted = center + _quotient(cg - da * ac, np.broadcast_to(cc, da.shape), _POSITIVE)
         shifts = _nearest_shift(_quotient(wanted - coarser, rises, _POSITIVE), _NIBBLES, width - below)
         shifts = np.minimum(np.maximum(shifts, -8), 7)
-        _, starts = lines.refined(level, group, _NIBBLES, shifts)
-        dc = starts - start
+        _, centers = lines.refined(level, group, _NIBBLES, shifts)
+        dc = centers - center
         error = da * (da * aa + 2 * dc * ac - 2 * ag) + dc * (dc * cc - 2 * cg)
         best = error.argmin(axis=0)[None]
         ratio, shift = _NIBBLES[best[0], 0], np.take_along_axis(shifts, best, 0)[0]
         lines.ratios[level - 1, group], lines.shifts[level - 1, group] = ratio, shift
-        new_rise, new_start = lines.refined(level, group, ratio, shift)
-        moved = turned * (new_rise - rise) + ones * (new_start - start)
+        new_rise, new_center = lines.refined(level, group, ratio, shift)
+        moved = turned * (new_rise - rise) + ones * (new_center - center)
         self._errors[level, columns] -= moved
         gradient -= block @ moved
-        lines.rise[level, group], lines.start[level, group] = new_rise, new_start
+        lines.rises[level, group], lines.centers[level, group] = new_rise, new_center
 
 
 class _Nearest:
@@ -496,34 +496,38 @@ def _scales(values: Floats, bits: tuple[int, ...]) -> Floats:
     columns, rows = values.shape
     subs = -(-columns // SUB_GROUP)
     wanted = np.zeros((subs, rows), np.float32)
+    merged = np.float32(2 ** (bits[-1] - bits[0]))  # codes of the finest level that are one of level 0
     for sub in range(subs):
         part = values[sub * SUB_GROUP : (sub + 1) * SUB_GROUP]
         low, high = part.min(axis=0), part.max(axis=0)
         middle, spread = (low + high) * np.float32(0.5), (high - low) / np.float32(2 ** bits[-1] - 1)
         best = np.full(rows, np.inf, np.float32)
-        for ratio in _CLIP_RATIOS:
-            scale = spread * ratio
-            lost = _rounding_error(part - middle, scale, bits)
+        for scale in (*(spread * ratio for ratio in _CLIP_RATIOS), _least(part, bits) / merged):
+            reach = scale * merged * np.float32(_REACH * 2 ** bits[0])
+            lost = _rounding_error(part - np.minimum(np.maximum(middle, -reach), reach), scale, bits)
             better = lost < best
             np.copyto(best, lost, where=better)
-            np.copyto(wanted[sub], scale * np.float32(2 ** (bits[-1] - bits[0])), where=better)
-        np.maximum(wanted[sub], _least(part, bits), out=wanted[sub])
+            np.copyto(wanted[sub], scale * merged, where=better)
     wide = SUPER_GROUP // SUB_GROUP
     largest = np.array([wanted[begin : begin + wide].max(axis=0) for begin in range(0, subs, wide)], np.float32)
-    return (largest / np.float32(STEPS[-1])).astype(np.float16).astype(np.float32)
+    scales = largest / np.float32(STEPS[-1])
+    # Near the least float16 rather too large a scale than none, unless zero is nearer.
+    few = (scales < 32 * _LEAST_HALF) & (largest > STEPS[0] * _LEAST_HALF / 2)
+    scales = np.where(few, np.ceil(scales / _LEAST_HALF) * _LEAST_HALF, scales)
+    return scales.astype(np.float16).astype(np.float32)
 
 
 def _least(values: Floats, bits: tuple[int, ...]) -> Floats:
     """The least A of level 0 with which the largest of values [columns, rows] is within the codes' reach."""
     codes = 2 ** bits[0]
-    found: Floats = np.abs(values).max(axis=0) / np.float32((codes - 1) / 2 + 13 * codes / 64)
+    found: Floats = np.abs(values).max(axis=0) / np.float32((codes - 1) / 2 + _REACH * codes)
     return found
 
 
-def _rounding_error(centred: Floats, scale: Floats, bits: tuple[int, ...]) -> Floats:
+def _rounding_error(centered: Floats, scale: Floats, bits: tuple[int, ...]) -> Floats:
     """Weighed over the levels, [rows]."""
     top = np.float32(2 ** bits[-1] - 1)
-    codes = centred * _quotient(np.ones_like(scale), scale, _POSITIVE)
+    codes = centered * _quotient(np.ones_like(scale), scale, _POSITIVE)
     codes += top / 2
     np.rint(codes, out=codes)
     np.minimum(np.maximum(codes, 0, out=codes), top, out=codes)
@@ -531,34 +535,34 @@ def _rounding_error(centred: Floats, scale: Floats, bits: tuple[int, ...]) -> Fl
     for width, weight in zip(bits, level_weights(bits), strict=True):
         merged = np.float32(2 ** (bits[-1] - width))
         used = codes if merged == 1 else np.floor(codes / merged) * merged + (merged - 1) / 2
-        lost = (used - top / 2) * scale - centred
+        lost = (used - top / 2) * scale - centered
         total += np.float32(weight) * np.einsum("ij,ij->j", lost, lost)
     return total
 
 
 def _choose_line(lines: _Lines, sub: int, values: Floats, bits: tuple[int, ...]) -> None:
     """Step, offset and nudge of a sub-group whose weights should be `values` [columns, rows]."""
-    rise, start = lines.rise[:, sub // _SUBS], lines.start[:, sub // _SUBS]
+    rise, center = lines.rises[:, sub // _SUBS], lines.centers[:, sub // _SUBS]
     unit = lines.unit_of(sub)
     top = np.float32(2 ** bits[-1] - 1)
     low, high = values.min(axis=0), values.max(axis=0)
     middle = (low + high) * np.float32(0.5)
     full = _quotient(high - low, rise[-1] * top, _POSITIVE)
     least = np.searchsorted(_STEPS, 0.999 * _quotient(_least(values, bits), rise[0], _POSITIVE))
-    least = np.minimum(least, len(_STEPS) - 1)
-    centre = rise[-1] * top / 2 + start[-1]
+    ratios = _CLIP_RATIOS if bits[-1] <= 4 else (*_WIDER_RATIOS, *_CLIP_RATIOS)
+    middle_code = rise[-1] * top / 2 + center[-1]
     best = np.full(len(middle), np.inf, np.float32)
-    for ratio in _CLIP_RATIOS:
-        step = _STEPS[np.maximum(np.searchsorted(_EDGES, full * ratio), least)]
-        offset = _even(_quotient(middle / step - centre, unit, _POSITIVE))
+    for number in (*(np.searchsorted(_EDGES, full * ratio) for ratio in ratios), np.minimum(least, len(_STEPS) - 1)):
+        step = _STEPS[number]
+        offset = _even(_quotient(middle / step - middle_code, unit, _POSITIVE))
         moved = unit * offset
-        codes = (values - step * (moved + start[-1])) * _quotient(np.ones_like(step), step * rise[-1], _POSITIVE)
+        codes = (values - step * (moved + center[-1])) * _quotient(np.ones_like(step), step * rise[-1], _POSITIVE)
         np.rint(codes, out=codes)
         np.minimum(np.maximum(codes, 0, out=codes), top, out=codes)
         lost, missing = np.zeros_like(step), np.zeros_like(step)
         for level, weight in enumerate(level_weights(bits)):
             used = codes if bits[level] == bits[-1] else np.floor(codes * np.float32(2 ** (bits[level] - bits[-1])))
-            off = values - step * (moved + start[level]) - used * (step * rise[level])
+            off = values - step * (moved + center[level]) - used * (step * rise[level])
             if level == 0:
                 missing = off.sum(axis=0)
             lost += np.float32(weight) * np.einsum("ij,ij->j", off, off)
@@ -585,18 +589,18 @@ def _quotient(numerator: Floats, denominator: Floats, least: float = 0) -> Float
 
 
 def _nearest_shift(step: Floats, ratio: Floats, added: int) -> Floats:
-    """The whole shift, of any size, for which (c' - c) / a' comes nearest to `step`."""
+    """The whole shift, of any size, for which the change of center over the new rise comes nearest to `step`."""
     moved = (step - np.float32(0.5)) * np.float32(0.5**added) + np.float32(0.5)
     rounded: Floats = np.rint(32 * moved + 2 * ratio)
     return rounded
 
 
 def _refined(
-    rise: Floats, start: Floats, ratio: Floats, shift: Floats, below: int, width: int
+    rise: Floats, center: Floats, ratio: Floats, shift: Floats, below: int, width: int
 ) -> tuple[Floats, Floats]:
-    """(a', c') of the level after (a, c). c' is rounded once: the product is exact in float64."""
+    """(rise, center) of the level after. The center is rounded once: the product is exact in float64."""
     added = width - below
     finer = rise * np.float32(0.5**added) * (np.float32(1) + ratio * np.float32(0.125 * 0.5**below))
     moved = shift * np.float32(1 / 32) - ratio * np.float32(1 / 16) - np.float32(0.5)
     step = (moved * np.float32(2**added) + np.float32(0.5)).astype(np.float64)
-    return finer, (finer * step + start).astype(np.float32)
+    return finer, (finer * step + center).astype(np.float32)

@@ -154,14 +154,15 @@ def test_every_part_has_its_step_and_offset(bits: tuple[int, ...], isa: str) -> 
             parameters: list[tuple[Array, ...]] = [tuple(np.zeros((2, rows, groups), np.int8)) for _ in bits]
             numbers, offsets = np.zeros((rows, 4 * groups), np.uint8), np.full((rows, 4 * groups), 6, np.int8)
             numbers[row, part], offsets[row, part] = number, -9
-            parameters[0] = (np.full((rows, 3), 0.5, np.float16), numbers, offsets)
+            scales = np.array([0.5, 0.25, 1])
+            parameters[0] = (np.tile(scales.astype(np.float16), (rows, 1)), numbers, offsets)
             levels = [pack_level(*each) for each in zip(nested.level_names(bits), zeros, parameters, strict=True)]
             weights = nested.dequantize(bits, levels, rows, groups * GROUP)
             lowest = (2 ** bits[0] - 2.0 ** (bits[0] - bits[-1])) / 2
             other, own = (5, -9) if len(bits) == 1 else (6, -10)
-            expected = np.full_like(weights, STEPS[0] * 0.5 * (2.0 ** bits[0] * other / 64 - lowest))
-            weight = STEPS[number] * 0.5 * (2.0 ** bits[0] * own / 64 - lowest)
-            expected[row, part * 16 : part * 16 + 16] = weight
+            expected = np.full((rows, 4 * groups), STEPS[0] * (2.0 ** bits[0] * other / 64 - lowest))
+            expected[row, part] = STEPS[number] * (2.0 ** bits[0] * own / 64 - lowest)
+            expected = np.repeat(expected * np.repeat(scales, 16)[: 4 * groups], 16, axis=1)
             np.testing.assert_array_equal(weights, expected)
             x = np.random.default_rng(part).integers(-126, 127, (9, groups * GROUP)).astype(np.float32)
             x[:, ::GROUP] = 127

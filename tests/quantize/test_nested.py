@@ -147,13 +147,13 @@ def test_lines_are_better_than_all_that_differ_in_one(columns: int, bits: tuple[
             values[sub] = before
     last = len(bits) - 1
     for group in range(-(-columns // GROUP) if last else 0):
-        kept = [lines.rise[last, group].copy(), lines.start[last, group].copy()]
+        kept = [lines.rises[last, group].copy(), lines.centers[last, group].copy()]
         for ratio in range(-8, 8):
             for shift in range(-8, 8):
                 pair = np.float32(ratio), np.float32(shift)
-                lines.rise[last, group], lines.start[last, group] = lines.refined(last, group, *pair)
+                lines.rises[last, group], lines.centers[last, group] = lines.refined(last, group, *pair)
                 assert no_worse()
-        lines.rise[last, group], lines.start[last, group] = kept
+        lines.rises[last, group], lines.centers[last, group] = kept
 
 
 def test_the_first_line_of_a_sub_group_is_nearly_the_best() -> None:
@@ -224,25 +224,25 @@ def test_lines_are_the_format_s() -> None:
     )
     a, b = made.lines(0)
     unit, start = 0.5 * 4 / 64, 0.5 * -1.5
-    assert a[0].tolist() == [2, 3, 4, 7.5]
+    assert a[0].tolist() == [1, 2, 3.5, 7.5]
     assert b[0].tolist() == [
-        4 * (5 * unit + start),
-        6 * (-17 * unit + start),
-        8 * (-unit + start),
+        2 * (5 * unit + start),
+        4 * (-17 * unit + start),
+        7 * (-unit + start),
         15 * (7 * unit + start),
     ]
     a1 = 0.25 * (1 + 7 / 32)
     c1 = start + a1 * (2 * (-8 / 32 - 7 / 16) - 0.5)
     a, b = made.lines(1)
-    assert a[0].tolist() == [step * a1 for step in (4, 6, 8, 15)]
+    assert a[0].tolist() == [step * a1 for step in (2, 4, 7, 15)]
     assert b[0].tolist() == [
-        step * (offset * unit + c1) for step, offset in zip((4, 6, 8, 15), (4, -16, -2, 8), strict=True)
+        step * (offset * unit + c1) for step, offset in zip((2, 4, 7, 15), (4, -16, -2, 8), strict=True)
     ]
     a2 = a1 / 4 * (1 - 8 / 64)
     c2 = c1 + a2 * (4 * (4 / 32 + 8 / 16) - 1.5)
-    assert made.lines(2)[0][0].tolist() == [step * a2 for step in (4, 6, 8, 15)]
-    assert made.weights(2, 10)[0, 0] == np.float32(4 * a2 * 0b11010 + 4 * (4 * unit + c2))
-    assert made.weights(0, 20)[0, 19] == np.float32(3 * 0b11 + 6 * (-17 * unit + start))
+    assert made.lines(2)[0][0].tolist() == [step * a2 for step in (2, 4, 7, 15)]
+    assert made.weights(2, 10)[0, 0] == np.float32(2 * a2 * 0b11010 + 2 * (4 * unit + c2))
+    assert made.weights(0, 20)[0, 19] == np.float32(2 * 0b11 + 4 * (-17 * unit + start))
     assert [made.level_codes(level)[0, 0] for level in range(3)] == [0b11, 0, 0b10]
     assert [len(made.level_parameters(level)) for level in range(3)] == [3, 2, 2]
 
@@ -263,6 +263,63 @@ def test_a_range_far_from_zero_is_within_reach_of_the_offset() -> None:
     for level in range(3):
         # The least step of level 0 is 1 / 2.3.
         assert np.abs(made.weights(level, 128) - weights).max() < 0.23 / 2**level
+
+
+def test_a_sub_group_s_line_is_fitted_in_one_step() -> None:
+    rng = np.random.default_rng(7)
+    # Inputs with a large mean: what the weights of a sub-group add up to matters most.
+    inputs = rng.standard_normal((400, GROUP)) + 2
+    weights = (0.02 * rng.standard_normal((30, GROUP))).astype(np.float32)
+    hessian = Hessian((inputs.T @ inputs).astype(np.float32), GROUP)
+    rounding = nested._Rounding(weights, hessian, BITS)
+    lines = rounding.lines
+    kept = [values[1].copy() for values in (lines.steps, lines.offsets, lines.nudges)]
+    least = np.full(30, np.inf)
+    for step in STEPS:
+        for offset in range(-16, 16, 2):
+            lines.steps[1], lines.offsets[1] = step, offset
+            least = np.minimum(least, weighed_error(rounding, weights, hessian, BITS))
+    # From far away, so that looking around where it begins is not enough.
+    lines.steps[1], lines.offsets[1] = STEPS[0], -16
+    columns = slice(SUB_GROUP, 2 * SUB_GROUP)
+    rises, starts = lines_of(rounding, GROUP)
+    sliced = np.floor(rounding.codes[columns] * rounding._slices[:, None, None])
+    rounding._errors[:, columns] = weights.T[columns] - sliced * rises[:, columns] - starts[:, columns]
+    before = weighed_error(rounding, weights, hessian, BITS)
+    u = np.floor(rounding.codes[:GROUP] * rounding._slices[:, None, None])
+    rounding._fit_sub_group(
+        0, 1, slice(SUB_GROUP, 2 * SUB_GROUP), u[:, SUB_GROUP : 2 * SUB_GROUP], rounding._gradient(0)
+    )
+    after = weighed_error(rounding, weights, hessian, BITS)
+    turned = lines.nudges[1] != kept[2]
+    np.testing.assert_allclose(after[~turned], least[~turned], rtol=1e-4)
+    assert (after[turned] < least[turned]).all() and turned.any() and (least < 0.9 * before).any()
+
+
+@pytest.mark.parametrize(("bits", "most"), [((8,), 0.008), ((4,), 0.1), (BITS, 0.11)])
+def test_error_of_rounding_gaussian_weights(bits: tuple[int, ...], most: float) -> None:
+    weights, _, _ = layer(9, 64, 512)
+    found = quantize(weights, Hessian(None, 512), bits).weights(len(bits) - 1, 512)
+    assert np.linalg.norm(found - weights) < most * np.linalg.norm(weights)
+
+
+@pytest.mark.parametrize(("deviation", "bits"), [(1e-6, (4,)), (1e-5, (8,)), (3e-7, BITS), (1e-9, BITS)])
+def test_weights_near_the_least_float16_are_not_lost(deviation: float, bits: tuple[int, ...]) -> None:
+    weights = (deviation * np.random.default_rng(0).standard_normal((16, 256))).astype(np.float32)
+    made = quantize(weights, Hessian(None, 256), bits)
+    for level in range(len(bits)):
+        error = np.linalg.norm(made.weights(level, 256) - weights) / np.linalg.norm(weights)
+        assert error < 0.4 if deviation > 1e-8 else error == 1
+
+
+def test_an_outlier_spoils_no_other_sub_group_of_its_scale() -> None:
+    weights, _, _ = layer(11, 64, 256)
+    weights[:, 40] *= 10
+    made = quantize(weights, Hessian(None, 256), BITS)
+    others = np.r_[0:32, 48:256]
+    for level, most in enumerate((0.65, 0.3, 0.15)):
+        lost = (made.weights(level, 256) - weights)[:, others]
+        assert np.linalg.norm(lost) < most * np.linalg.norm(weights[:, others])
 
 
 @pytest.mark.parametrize("broken", [np.zeros((64, 64)), np.full((64, 64), np.nan), np.full((64, 64), 1.0)])

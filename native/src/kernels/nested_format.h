@@ -21,7 +21,7 @@ constexpr int kNestedChunk = 4;
 constexpr int kNestedPart = 16;
 
 // The steps that a part can have.
-alignas(16) constexpr int8_t kNestedSteps[16] = {4, 6, 8, 9, 10, 11, 13, 15};
+alignas(16) constexpr int8_t kNestedSteps[16] = {2, 4, 7, 9, 10, 11, 13, 15};
 
 // Level 0's parameters of a group: a byte per row and part.
 constexpr size_t kNestedParameters = size_t{kRowBlock} * kGroup / kNestedPart;
