@@ -108,8 +108,8 @@ struct Kernels {
     //     sum = fma(center, float(sum of step * x_code_sum), sum)
     //     acc = fma(sum, x_scale, acc)
     // Of level 0 of b bits: scale = s, unit = s * 2^b / 64, center = s * -(2^b - 1) / 2, and offset is odd if the
-    // product is with level 0 alone, even otherwise (docs/format.md); of each later level of d bits, in ascending order, with b the
-    // bits of all before it:
+    // product is with level 0 alone, even otherwise (docs/format.md); of each later level of d bits, in ascending
+    // order, with b the bits of all before it:
     //     scale = (scale / 2^d) * (1 + ratio / 2^(b + 3))
     //     center = fma(scale, 2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2, center)
     void (*matmul)(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,
