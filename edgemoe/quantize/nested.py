@@ -55,6 +55,8 @@ _CANDIDATES = 5
 # How far offsets move the middle of level 0's codes at least, in parts of what the codes span.
 _REACH = 13 / 64
 _LEAST_HALF = np.float32(2.0**-24)
+# What levels are thought to have lost of their size at most.
+_MOST_SHRUNK = 0.2
 # The least scale that is not none.
 _POSITIVE = 1e-30
 # Rows worked on together: enough that NumPy computes for most of the time, not calls.
@@ -200,7 +202,9 @@ def quantize(weights: Floats, hessian: Hessian, bits: Sequence[int]) -> Nested:
     parts = []
     for begin in range(0, rows, _ROWS):
         rounding = _Rounding(weights[begin : begin + _ROWS], hessian, levels)
-        for _ in range(SWEEPS):
+        for number in range(SWEEPS):
+            if number == 1:
+                rounding.unshrink()
             rounding.sweep()
         parts.append(rounding.nested())
     return parts[0] if len(parts) == 1 else Nested.stacked(parts)
@@ -230,6 +234,18 @@ class _Lines:
         """(rise, center) of a level with this ratio and shift, from those of the level before."""
         coarser = self.rises[level - 1, group], self.centers[level - 1, group]
         return _refined(*coarser, ratio, shift, self._bits[level - 1], self._bits[level])
+
+    def grow(self, factors: Floats) -> None:
+        """Makes the scales so many times larger. Later levels stay where they are until they are fitted again."""
+        grown = (self.scales * factors).astype(np.float16).astype(np.float32)
+        grown = np.where(np.isfinite(grown), grown, self.scales)
+        by = _quotient(grown, self.scales)
+        self.scales = grown
+        self.units *= by
+        groups = self.rises.shape[1]
+        by = np.repeat(by, SUPER_GROUP // GROUP, axis=0)[:groups]
+        self.rises[0] *= by
+        self.centers[0] *= by
 
     def unit_of(self, sub: int) -> Floats:
         found: Floats = self.units[sub * SUB_GROUP // SUPER_GROUP]
@@ -261,7 +277,9 @@ class _Rounding:
         self._target[: hessian.columns] = weights.T
         self.codes = np.zeros_like(self._target)
         self.lines = _Lines(bits, _scales(self._target[: hessian.columns], bits), size // GROUP)
-        # target - (A u + B) of each level.
+        # What the levels' weights should be, in units of the target.
+        self._growth = np.ones((len(bits), rows), np.float32)
+        # growth * target - (A u + B) of each level.
         self._errors = np.zeros((len(bits), *self._target.shape), np.float32)
         for group in range(size // GROUP):
             self._gptq(group)
@@ -297,7 +315,7 @@ class _Rounding:
     def _gptq(self, group: int) -> None:
         """Codes and lines of a group, from what all levels' errors in the groups before it leave to make up for."""
         columns, feedback = self._columns(group), self._hessian.feedback
-        adjusted = np.repeat(self._target[None, columns], len(self._bits), axis=0)
+        adjusted = self._wanted(columns)
         if feedback is None:
             factors = None
         else:
@@ -320,6 +338,32 @@ class _Rounding:
             self._descend(group, gradient)
             self._fit(group, gradient)
 
+    def _wanted(self, columns: slice) -> Floats:
+        """What the levels' weights should be, [levels, columns, rows]."""
+        found: Floats = self._growth[:, None] * self._target[columns]
+        return found
+
+    def unshrink(self) -> None:
+        """Lets the levels aim further, and level 0 reach further, so that products with a row keep their size.
+
+        Weights with the least squared error are too small by about its share: they are means of what is rounded to the
+        same code. A few percent, but in all experts of all layers, change a model's logits more than larger errors of
+        either sign do.
+        """
+        real = self._hessian.columns
+        target = self._target[:real]
+        along = target if self._hessian.feedback is None else self._hessian.matrix[:real, :real] @ target
+        signal = np.einsum("ij,ij->j", along, target)
+        lost = np.einsum("ij,lij->lj", along, self._errors[:, :real])
+        share = np.divide(lost, signal, out=np.zeros_like(lost), where=signal > _POSITIVE)
+        self._growth = 1 / (1 - np.minimum(np.maximum(share, 0), np.float32(_MOST_SHRUNK)))
+        self.lines.grow(self._growth[0])
+        for sub in range(-(-real // SUB_GROUP)):
+            columns = slice(sub * SUB_GROUP, min((sub + 1) * SUB_GROUP, real))
+            rise, start = self.lines.of(sub)
+            u = np.floor(self.codes[columns] * self._slices[:, None, None])
+            self._errors[:, columns] = self._wanted(columns) - u * rise[:, None] - start[:, None]
+
     def _gradient(self, group: int) -> Floats:
         """H times the errors of all levels, for a group's columns: [levels, columns, rows]."""
         columns, real = self._columns(group), self._hessian.columns
@@ -335,12 +379,12 @@ class _Rounding:
         errors = self._errors[:, columns]
         before = errors.copy()
         if self._hessian.feedback is None:
-            self._round(group, np.repeat(self._target[None, columns], len(self._bits), axis=0), None)
+            self._round(group, self._wanted(columns), None)
             gradient += errors - before
         else:
             diagonal = np.einsum("ii->i", block)
             adjusted = gradient / diagonal[:, None]
-            adjusted += self._target[columns] - errors
+            adjusted += self._wanted(columns) - errors
             self._round(group, adjusted, block / diagonal)
             gradient += block @ (errors - before)
 
@@ -348,14 +392,14 @@ class _Rounding:
         """Chooses a group's codes, one column after the other: those whose slices come nearest to `adjusted` [levels,
         columns, rows], which changes by `factors` [columns, later columns] times what an error changes by."""
         columns = self._columns(group)
-        target, codes, errors = self._target[columns], self.codes[columns], self._errors[:, columns]
-        size = len(target)
+        wanted, codes, errors = self._wanted(columns), self.codes[columns], self._errors[:, columns]
+        size = len(codes)
         for sub, part in self._sub_groups(group):
             nearest = _Nearest(*self.lines.of(sub), self._slices, self._weights, self._bits[-1])
             before = errors[:, part].copy()
             for column in range(part.start, part.stop):
                 codes[column], values = nearest(adjusted[:, column])
-                np.subtract(target[column], values, out=errors[:, column])
+                np.subtract(wanted[:, column], values, out=errors[:, column])
                 if factors is not None and column + 1 < part.stop:
                     change = errors[:, column] - before[:, column - part.start]
                     adjusted[:, column + 1 : part.stop] += (
@@ -549,10 +593,11 @@ def _choose_line(lines: _Lines, sub: int, values: Floats, bits: tuple[int, ...])
     middle = (low + high) * np.float32(0.5)
     full = _quotient(high - low, rise[-1] * top, _POSITIVE)
     least = np.searchsorted(_STEPS, 0.999 * _quotient(_least(values, bits), rise[0], _POSITIVE))
+    least = np.minimum(least, len(_STEPS) - 1)
     ratios = _CLIP_RATIOS if bits[-1] <= 4 else (*_WIDER_RATIOS, *_CLIP_RATIOS)
     middle_code = rise[-1] * top / 2 + center[-1]
     best = np.full(len(middle), np.inf, np.float32)
-    for number in (*(np.searchsorted(_EDGES, full * ratio) for ratio in ratios), np.minimum(least, len(_STEPS) - 1)):
+    for number in (*(np.searchsorted(_EDGES, full * ratio) for ratio in ratios), least):
         step = _STEPS[number]
         offset = _even(_quotient(middle / step - middle_code, unit, _POSITIVE))
         moved = unit * offset
