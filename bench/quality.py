@@ -14,9 +14,13 @@ edgemoe, so the weights make the difference and nothing else: llama.cpp's blocks
 llama.cpp's types are made from the same weights by its own functions, without an importance matrix, in the mixture that
 llama-quantize has for the experts of each file type; matrices without whole blocks of 256 get what it falls back to.
 The dense part has 8 bits everywhere (Q8_0 there, q8g64 here), routers are float32. Bits per weight are those of the
-routed experts' tensors with scales, and with the padding of sections.
+routed experts' tensors with scales, and with the padding of a pack's sections and of a GGUF's tensors.
 
-PYTHON: an interpreter with `pip install xllamacpp`; without it there are no rows of llama.cpp.
+After each of llama.cpp's types comes a pack of the same bits per weight (`edgemoe convert --target-bpw`): finer levels
+only for the experts that need them most, in as many bytes as the type takes. Where that is more than all levels of all
+experts, the row of the largest level is that pack.
+
+PYTHON: an interpreter with `pip install xllamacpp`; without it there are no rows of llama.cpp, nor of their sizes.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.formats.ggml_blocks import TYPES  # noqa: E402
 from edgemoe.formats.gguf import GgufModel  # noqa: E402
 from edgemoe.formats.gguf_index import GgufSource, build_index  # noqa: E402
-from edgemoe.formats.pack import Pack  # noqa: E402
+from edgemoe.formats.pack import Pack, align  # noqa: E402
 from edgemoe.memory import automatic_budget, used_now  # noqa: E402
 from edgemoe.model import _engine_index  # noqa: E402
 from edgemoe.quantize.calibration import HELD_OUT, WINDOW, windows  # noqa: E402
@@ -58,6 +62,7 @@ from tools.inflate import InflatedModel  # noqa: E402
 from tools.model_files import write_gguf  # noqa: E402
 
 PEER = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q8_0")
+_GGUF_ALIGNMENT = 32
 _BASE = {"Q2_K": "q2_k", "Q3_K_M": "q3_k", "Q4_K_M": "q4_k", "Q8_0": "q8_0"}
 _FALLBACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
@@ -142,7 +147,7 @@ class Bench:
         return Pack.open(target)
 
     def stored_bits(self, pack: Pack, level: int) -> float:
-        """Of an expert up to this level, padding included."""
+        """Bits per weight of the experts up to this level, padding included."""
         sizes = [
             pack.sections[number].length
             for layer in pack.experts.values()
@@ -150,6 +155,12 @@ class Bench:
             for number in sections[: level + 1]
         ]
         return 8 * sum(sizes) / self.weights()
+
+    def peer_bits(self, path: Path) -> float:
+        """Bits per weight of the experts in a GGUF, padding included."""
+        tensors = GgufModel.open(path).tensors
+        size = sum(align(info.nbytes, _GGUF_ALIGNMENT) for name, info in tensors.items() if "_exps" in name)
+        return 8 * size / self.weights()
 
 
 def run(options: argparse.Namespace, levels: tuple[int, ...], work: Path) -> list[str]:
@@ -160,7 +171,7 @@ def run(options: argparse.Namespace, levels: tuple[int, ...], work: Path) -> lis
     bench.print("")
     bench.print("| | bits per weight | perplexity | change | KL divergence |")
     bench.print("|---|---|---|---|---|")
-    settings = {"calibration": options.calibration, "threads": options.threads}
+    settings: dict[str, Any] = {"calibration": options.calibration, "threads": options.threads}
     nested = bench.pack("nested.emoe", NestedOptions(levels, quality_text=HELD_OUT, **settings))
     index = _engine_index(nested)
     for level, bits in enumerate(levels):
@@ -172,11 +183,18 @@ def run(options: argparse.Namespace, levels: tuple[int, ...], work: Path) -> lis
         what = f"nested, mode {name} ({mode['mean_bits']:.2f} of {levels[-1]} bits used)"
         bench.row(what, bench.stored_bits(nested, len(levels) - 1), index, thresholds=mode["thresholds"])
     if options.peer_python is not None:
-        peer_rows(bench, options)
+        largest = bench.stored_bits(nested, len(levels) - 1)
+        for target in peer_rows(bench, options):
+            if target < largest:
+                sized = bench.pack("sized.emoe", NestedOptions(levels, target_bits=target, **settings))
+                stored = bench.stored_bits(sized, len(levels) - 1)
+                bench.row(f"nested, --target-bpw {target:.3f}", stored, _engine_index(sized))
+                sized.path.unlink()
     return bench.rows
 
 
-def peer_rows(bench: Bench, options: argparse.Namespace) -> None:
+def peer_rows(bench: Bench, options: argparse.Namespace) -> Iterator[float]:
+    """Prints the row of each of llama.cpp's types, and gives the bits per weight that its experts take."""
     plain, target = bench.work / "plain.gguf", bench.work / "peer.gguf"
     write_gguf(InflatedModel(options.folder, 1, 1), plain, 32, 32)
     with peer_quantizer(options.peer_python) as quantizer:
@@ -193,10 +211,9 @@ def peer_rows(bench: Bench, options: argparse.Namespace) -> None:
                 return kind
 
             rewrite_gguf(plain, target, choose, quantizer)
-            tensors = GgufModel.open(target).tensors
-            size = sum(info.nbytes for name, info in tensors.items() if "_exps" in name)
-            name = f"llama.cpp {file_type} ({', '.join(sorted(used))})"
-            bench.row(name, 8 * size / bench.weights(), _engine_index(build_index(GgufSource.open(target))))
+            name, bits = f"llama.cpp {file_type} ({', '.join(sorted(used))})", bench.peer_bits(target)
+            bench.row(name, bits, _engine_index(build_index(GgufSource.open(target))))
+            yield bits
 
 
 def main(argv: Sequence[str] | None = None) -> None:

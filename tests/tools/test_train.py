@@ -13,7 +13,9 @@ pytest.importorskip("safetensors")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from tools.train import card, data, routing  # noqa: E402
+from edgemoe.convert import convert  # noqa: E402
+from edgemoe.quantize.nested_experts import NestedOptions  # noqa: E402
+from tools.train import card, data, routing, unpack  # noqa: E402
 from tools.train import model as model_module  # noqa: E402
 from tools.train import train as loop  # noqa: E402
 from tools.train.export import export, load_checkpoint  # noqa: E402
@@ -206,7 +208,7 @@ def tiny_folder(prepared: Path, out: Path) -> Model:
             # Wide enough that a mistaken norm, rotation or router would show.
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if "norm" in name else 0.0))
             parameter.copy_(parameter.bfloat16().float())
-    export(model, prepared / "tokenizer.json", out)
+    export(model, (prepared / "tokenizer.json").read_bytes(), out)
     return model
 
 
@@ -230,11 +232,49 @@ def test_exported_folder_equals_transformers(prepared: Path, tmp_path: Path) -> 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+def test_training_starts_from_a_folder(prepared: Path, tmp_path: Path) -> None:
+    model = tiny_folder(prepared, tmp_path / "hf")
+    start = ["--start", str(tmp_path / "hf")]
+    last = loop.train(arguments(prepared, tmp_path, *start, "--steps", "1", "--muon-lr", "0", "--adam-lr", "0"))
+    trained, _ = load_checkpoint(last)
+    assert (trained.config.num_hidden_layers, trained.config.hidden_size) == (2, 32)  # not the preset's
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), parameter, rtol=0, atol=0)
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "data.json").write_text('{"vocab_size": 310}')
+    with pytest.raises(SystemExit, match="310"):
+        loop.train(arguments(tmp_path / "other", tmp_path, *start, "--steps", "1"))
+
+
+def test_unpacked_weights_are_those_of_the_pack(prepared: Path, tmp_path: Path) -> None:
+    model = tiny_folder(prepared, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "whole.emoe", 16)
+    unpack.main(["--pack", str(tmp_path / "whole.emoe"), "--out", str(tmp_path / "whole")])
+    again = from_hf(tmp_path / "whole")
+    assert again.config == model.config
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), parameter, rtol=0, atol=0)
+    assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+
+    # A step of 3 bits is about twice that of 4.
+    for levels, least, most in (((2, 3), 0.1, 0.17), ((2, 3, 4), 0.05, 0.085)):
+        path = tmp_path / f"{len(levels)}.emoe"
+        convert(tmp_path / "hf", path, nested=NestedOptions(levels, calibrate=False))
+        nested = unpack.read_model(unpack.Pack.open(path))
+        for name, parameter in model.named_parameters():
+            error = float((nested.get_parameter(name) - parameter).detach().norm() / parameter.detach().norm())
+            if name.endswith(("gate_up", "down")):
+                assert least < error < most, (levels, name)
+            else:  # 8 bits, or exact
+                assert error < (0.01 if parameter.ndim > 1 else 1e-6), name
+
+
 def test_card_of_a_trained_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = loop.train(arguments(prepared, tmp_path, "--steps", "2"))
     model, told = load_checkpoint(last)
     assert told == {"step": 2, "tokens_seen": 2 * 4 * 32}
-    export(model, prepared / "tokenizer.json", tmp_path / "hf")
+    export(model, (prepared / "tokenizer.json").read_bytes(), tmp_path / "hf")
     common = ["--data", str(prepared), "--text", str(tmp_path), "--window", "32", "--sample-tokens", "4"]
     folder = str(tmp_path / "hf")
     card.main(["--model", folder, "--baseline", folder, "--log", str(tmp_path / "log.jsonl"), *common])

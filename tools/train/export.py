@@ -1,10 +1,9 @@
-"""Write the Hugging Face folder of a checkpoint: weights in bfloat16, configuration, tokenizer."""
+"""Write the Hugging Face folder of a checkpoint: weights, configuration, tokenizer."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,17 @@ def load_checkpoint(path: Path) -> tuple[Model, dict[str, Any]]:
     return model, {"step": state["step"], "tokens_seen": state["tokens_seen"]}
 
 
-def export(model: Model, tokenizer: Path, out: Path) -> None:
-    """Write ``config.json``, ``generation_config.json``, the tokenizer's two files and ``model.safetensors``."""
+def export(model: Model, tokenizer: bytes, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write ``config.json``, ``generation_config.json``, the tokenizer's two files and ``model.safetensors``.
+
+    ``tokenizer``: the content of ``tokenizer.json``; ``dtype``: of the weights.
+    """
     out.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, content: dict[str, Any]) -> None:
         (out / name).write_text(json.dumps(content, indent=1) + "\n")
 
-    write("config.json", model.config.to_hf())
+    write("config.json", model.config.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")})
     write(
         "generation_config.json",
         {"bos_token_id": 0, "eos_token_id": 0, "do_sample": True, "temperature": 0.8, "top_p": 0.95},
@@ -47,8 +49,8 @@ def export(model: Model, tokenizer: Path, out: Path) -> None:
             "model_max_length": model.config.max_position_embeddings,
         },
     )
-    shutil.copyfile(tokenizer, out / "tokenizer.json")
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in to_hf_state(model).items()}
+    (out / "tokenizer.json").write_bytes(tokenizer)
+    weights = {name: tensor.to(dtype) for name, tensor in to_hf_state(model).items()}
     save_file(weights, out / "model.safetensors", {"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read it
 
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     model, told = load_checkpoint(args.checkpoint)
-    export(model, args.data / "tokenizer.json", args.out)
+    export(model, (args.data / "tokenizer.json").read_bytes(), args.out)
     print(f"{args.out}: step {told['step']}, {told['tokens_seen']:,} tokens seen")
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tools.train.data import DOMAINS
-from tools.train.model import Config, Model
+from tools.train.model import Config, Model, from_hf
 from tools.train.optim import make_optimizers
 from tools.train.routing import shares, srp
 
@@ -174,13 +174,18 @@ def train(args: argparse.Namespace) -> Path:
     torch.set_num_threads(1)
     sizes, sequences = PRESETS[args.preset]
     meta = json.loads((args.data / "data.json").read_text()) if (args.data / "data.json").is_file() else {}
-    config = Config(**{"vocab_size": meta.get("vocab_size", 8192), **sizes})
+    start = from_hf(args.start) if args.start else None
+    config = start.config if start else Config(**{"vocab_size": meta.get("vocab_size", 8192), **sizes})
+    if meta.get("vocab_size", config.vocab_size) != config.vocab_size:
+        raise SystemExit(
+            f"{args.data} has a vocabulary of {meta['vocab_size']}, {args.start} one of {config.vocab_size}"
+        )
     if args.balance is not None:
         config.router_aux_loss_coef = args.balance
     sequences = args.sequences or sequences
     batches = Batches(args.data, args.context, args.weights, args.seed)
     texts = held_out(args.data, args.held_out_tokens)
-    model = Model(config, args.seed).to(device)
+    model = (start or Model(config, args.seed)).to(device)
     optimizers = make_optimizers(model, args.muon_lr, args.adam_lr, args.weight_decay, pool, half)
     args.out.mkdir(parents=True, exist_ok=True)
     last: Path = args.out / "last.pt"
@@ -300,6 +305,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m tools.train.train", description=__doc__)
     p.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    p.add_argument("--start", type=Path, help="Hugging Face folder of the first weights and the sizes (else random)")
     p.add_argument("--data", type=Path, required=True, help="folder written by tools.train.data prepare")
     p.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and the log")
     p.add_argument("--steps", type=int, required=True, help="the step at which the rate reaches 0")
