@@ -76,14 +76,14 @@ def _expert(pack: Pack, layer: int, expert: int, name: str) -> Floats:
     ]
     if places[0].layout not in NESTED:
         return unpack(places[0].layout, stored[0], rows, columns)
-    bits, firsts, seconds, codes = [0], [], [], np.zeros((), np.uint8)
+    bits, parameters, codes = [0], [], np.zeros((), np.uint8)
     for place, data in zip(places, stored, strict=True):
-        level, first, second = unpack_level(place.layout, data, rows, columns)
+        level, own = unpack_level(place.layout, data, rows, columns)
         bits.append(bits[-1] + level_bits(place.layout)[0])
         codes = codes << np.uint8(bits[-1] - bits[-2]) | level
-        firsts.append(first)
-        seconds.append(second)
-    return Nested(tuple(bits[1:]), codes, tuple(firsts), tuple(seconds)).weights(len(numbers) - 1, columns)
+        parameters.append(own)
+    ratios, shifts = (tuple(own[part] for own in parameters[1:]) for part in range(2))
+    return Nested(tuple(bits[1:]), codes, *parameters[0], ratios, shifts).weights(len(numbers) - 1, columns)
 
 
 def read_model(pack: Pack) -> Model:
