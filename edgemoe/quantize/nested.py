@@ -202,9 +202,8 @@ def quantize(weights: Floats, hessian: Hessian, bits: Sequence[int]) -> Nested:
     parts = []
     for begin in range(0, rows, _ROWS):
         rounding = _Rounding(weights[begin : begin + _ROWS], hessian, levels)
-        for number in range(SWEEPS):
-            if number == 1:
-                rounding.unshrink()
+        for _ in range(SWEEPS):
+            rounding.unshrink()
             rounding.sweep()
         parts.append(rounding.nested())
     return parts[0] if len(parts) == 1 else Nested.stacked(parts)
@@ -356,8 +355,10 @@ class _Rounding:
         signal = np.einsum("ij,ij->j", along, target)
         lost = np.einsum("ij,lij->lj", along, self._errors[:, :real])
         share = np.divide(lost, signal, out=np.zeros_like(lost), where=signal > _POSITIVE)
-        self._growth = 1 / (1 - np.minimum(np.maximum(share, 0), np.float32(_MOST_SHRUNK)))
-        self.lines.grow(self._growth[0])
+        share += 1 - self._growth
+        growth = 1 / (1 - np.minimum(np.maximum(share, -np.float32(_MOST_SHRUNK)), np.float32(_MOST_SHRUNK)))
+        self._growth *= growth
+        self.lines.grow(growth[0])
         for sub in range(-(-real // SUB_GROUP)):
             columns = slice(sub * SUB_GROUP, min((sub + 1) * SUB_GROUP, real))
             rise, start = self.lines.of(sub)
