@@ -14,7 +14,7 @@ it times R[:k, k] / R[k, k]. So one Cholesky factorization is all that is needed
 Here every level carries its own errors along, and a column gets the code whose slices together come nearest to what the
 levels then want (cf. MatGPTQ, 2026, arXiv 2602.03537, which feeds back the mean of the levels' errors): what the high
 bits of a code that was made for the largest width alone lose is mostly that feedback. Sweeps of coordinate descent over
-lines and codes follow, by turns.
+lines and codes follow, by turns; what they aim at is a little more than the weights, so that products keep their size.
 
 Everything is float32, and arrays are worked on as [columns, rows]: a column of the weights is contiguous then.
 """
