@@ -274,6 +274,11 @@ class _Rounding:
         self._slices = np.array([0.5 ** (bits[-1] - width) for width in bits], np.float32)
         self._target = np.zeros((size, rows), np.float32)
         self._target[: hessian.columns] = weights.T
+        real = hessian.columns
+        # H times the target.
+        self._along = self._target[:real]
+        if hessian.feedback is not None:
+            self._along = hessian.matrix[:real, :real] @ self._along
         self.codes = np.zeros_like(self._target)
         self.lines = _Lines(bits, _scales(self._target[: hessian.columns], bits), size // GROUP)
         # What the levels' weights should be, in units of the target.
@@ -350,10 +355,8 @@ class _Rounding:
         either sign do.
         """
         real = self._hessian.columns
-        target = self._target[:real]
-        along = target if self._hessian.feedback is None else self._hessian.matrix[:real, :real] @ target
-        signal = np.einsum("ij,ij->j", along, target)
-        lost = np.einsum("ij,lij->lj", along, self._errors[:, :real])
+        signal = np.einsum("ij,ij->j", self._along, self._target[:real])
+        lost = np.einsum("ij,lij->lj", self._along, self._errors[:, :real])
         share = np.divide(lost, signal, out=np.zeros_like(lost), where=signal > _POSITIVE)
         share += 1 - self._growth
         growth = 1 / (1 - np.minimum(np.maximum(share, -np.float32(_MOST_SHRUNK)), np.float32(_MOST_SHRUNK)))

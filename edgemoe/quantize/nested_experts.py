@@ -340,9 +340,9 @@ class NestedExperts:
         """Experts quantized at a time: as many as there are threads and memory for."""
         columns = max(self._model.spec.hidden_size, self._model.spec.layers[layer].ffn_dim)
         weights = sum(rows * size for rows, size in self._model.spec.expert_tensors(layer).values())
-        # A Hessian summed up, mixed, damped, factorized, and its feedback; weights, codes, the errors of every level; a
-        # batch of tokens.
-        each = 4 * (6 * columns * columns + (4 + len(self._options.levels)) * weights + 3 * 2048 * columns)
+        # A Hessian summed up, mixed, damped, factorized, and its feedback; weights, their products with it, codes, the
+        # errors of every level; a batch of tokens.
+        each = 4 * (6 * columns * columns + (5 + len(self._options.levels)) * weights + 3 * 2048 * columns)
         free = self._free() - 2 * 4 * columns * columns
         if free < each:
             raise MemoryBudgetError(
