@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from edgemoe.convert import SourceModel, convert  # noqa: E402
-from edgemoe.errors import EdgemoeError  # noqa: E402
+from edgemoe.errors import EdgemoeError, OptionError  # noqa: E402
 from edgemoe.formats.ggml_blocks import TYPES  # noqa: E402
 from edgemoe.formats.gguf import GgufModel  # noqa: E402
 from edgemoe.formats.gguf_index import GgufSource, build_index  # noqa: E402
@@ -186,7 +186,11 @@ def run(options: argparse.Namespace, levels: tuple[int, ...], work: Path) -> lis
         largest = bench.stored_bits(nested, len(levels) - 1)
         for target in peer_rows(bench, options):
             if target < largest:
-                sized = bench.pack("sized.emoe", NestedOptions(levels, target_bits=target, **settings))
+                try:
+                    sized = bench.pack("sized.emoe", NestedOptions(levels, target_bits=target, **settings))
+                except OptionError as error:  # level 0 with its padding takes more
+                    bench.print(f"| nested, --target-bpw {target:.3f}: {error} | - | - | - | - |")
+                    continue
                 stored = bench.stored_bits(sized, len(levels) - 1)
                 bench.row(f"nested, --target-bpw {target:.3f}", stored, _engine_index(sized))
                 sized.path.unlink()

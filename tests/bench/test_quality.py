@@ -59,8 +59,9 @@ def test_rewritten_file_holds_what_was_chosen(tmp_path: Path) -> None:
 def test_packs_of_the_same_bits_follow_the_types(
     tiny_qwen3_moe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Sections of 4096 bytes: 2.667 bits per weight a level. Rows of 64, for which llama.cpp has its fallback types.
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "max_position_embeddings": 64}
+    # Sections of 12288, 4096 and 4096 bytes: 4, 5.333 and 6.667 bits per weight. Rows of 64 and 128:
+    # llama.cpp has fallback types for them.
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "max_position_embeddings": 64}
     folder, text = tiny_qwen3_moe(**sizes, num_experts=12, tie_word_embeddings=True), tmp_path / "text.txt"
     text.write_text("The ship went down the river, and the men sang of home. " * 40)
     monkeypatch.setattr(quality, "peer_quantizer", lambda python: contextlib.nullcontext(quantize))
@@ -69,14 +70,14 @@ def test_packs_of_the_same_bits_follow_the_types(
     rows = quality.run(options, (2, 3, 4), tmp_path)
     cells = [row.strip("| ").split(" | ") for row in rows[rows.index("|---|---|---|---|---|") + 1 :]]
     bits = {name: float(value) for name, value, *_ in cells}
-    assert bits["nested, level of 4 bits"] == pytest.approx(8, abs=1e-3)
+    assert bits["nested, level of 4 bits"] == pytest.approx(6.667, abs=1e-3)
     peers = [row[0] for row in cells[10:]]
     assert peers[0] == "llama.cpp Q2_K (iq4_nl)" and bits[peers[0]] == 4.5
     assert peers[1] == "nested, --target-bpw 4.500"
     assert peers[2] == "llama.cpp Q3_K_M (iq4_nl, q5_0)"
     assert peers[3].startswith("nested, --target-bpw ")
-    # A step of an expert is 2.667 / 12 bits per weight: as near as that, and never above.
+    # A step of an expert is 1.333 / 12 bits per weight: as near as that, and never above.
     for peer, ours in zip(peers[:6:2], peers[1:6:2], strict=True):
-        assert bits[peer] - 2.667 / 12 <= bits[ours] <= bits[peer]
+        assert bits[peer] - 1.334 / 12 <= bits[ours] <= bits[peer]
     # Every level of all experts takes less than Q8_0: its row has no rival.
     assert peers[6:] == ["llama.cpp Q8_0 (q8_0)"]
