@@ -54,6 +54,7 @@ _NIBBLES = np.arange(-8, 8, dtype=np.float32)[:, None]
 _CANDIDATES = 5
 # How far offsets move the middle of level 0's codes at least, in parts of what the codes span.
 _REACH = 13 / 64
+# The least float16 above zero, and the distance of the small ones.
 _LEAST_HALF = np.float32(2.0**-24)
 # What levels are thought to have lost of their size at most.
 _MOST_SHRUNK = 0.2
@@ -112,6 +113,18 @@ class Nested:
         sliced = (self.codes >> np.uint8(self.bits[-1] - self.bits[level])).astype(np.float32)
         values = sliced.reshape(*rise.shape, SUB_GROUP) * rise[:, :, None] + start[:, :, None]
         return np.ascontiguousarray(values.reshape(len(sliced), -1)[:, :columns])
+
+    @classmethod
+    def of_levels(
+        cls, bits: Sequence[int], levels: Sequence[tuple[npt.NDArray[np.uint8], tuple[npt.NDArray[Any], ...]]]
+    ) -> Nested:
+        """Of what `layouts.unpack_level` gives for each level, coarse to fine, of `bits` in all, ascending."""
+        codes = levels[0][0]
+        for (below, width), (added, _) in zip(itertools.pairwise(bits), levels[1:], strict=True):
+            codes = codes << np.uint8(width - below) | added
+        ratios, shifts = (tuple(parameters[part] for _, parameters in levels[1:]) for part in range(2))
+        scales, steps, offsets = levels[0][1]
+        return cls(tuple(bits), codes, scales, steps, offsets, ratios, shifts)
 
     @classmethod
     def stacked(cls, parts: Sequence[Nested]) -> Nested:

@@ -192,6 +192,19 @@ def test_products_keep_their_size(bits: tuple[int, ...]) -> None:
             assert abs((found * exact).sum() / (exact * exact).sum() - 1) < 0.02
 
 
+@pytest.mark.parametrize(("columns", "bits"), [(300, BITS), (150, (1, 8)), (40, (3,))])
+def test_errors_are_those_of_what_is_stored(columns: int, bits: tuple[int, ...]) -> None:
+    weights, hessian, _ = layer(columns, 5, columns)
+    rounding = nested._Rounding(weights, Hessian(hessian.astype(np.float32), columns), bits)
+    for _ in range(2):
+        rounding.unshrink()
+        rounding.sweep()
+    made = rounding.nested()
+    for level in range(len(bits)):
+        lost = rounding._growth[level] * weights.T - made.weights(level, columns).T
+        np.testing.assert_allclose(rounding._errors[level, :columns], lost, atol=1e-6)
+
+
 def test_order_of_the_schemes() -> None:
     weights, hessian, inputs = layer(1, 128, 512)
     shared = Hessian(hessian.astype(np.float32), 512)

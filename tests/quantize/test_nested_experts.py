@@ -40,19 +40,14 @@ def expert_weights(pack: Pack, layer: int, expert: int, part: str) -> Floats:
     """What the highest stored level stands for."""
     stored = pack.experts[layer]
     numbers = stored.sections[expert]
-    bits: list[int] = []
-    codes, parameters = None, []
+    bits, levels = [], []
     for level, number in zip(stored.levels, numbers, strict=False):
         place = level.parts[part]
         size = packed_size(place.layout, *place.shape)
         data = pack.read_section(number)[place.offset : place.offset + size]
-        added, own = unpack_level(place.layout, data, *place.shape)
-        codes = added if codes is None else codes << (level.bits - bits[-1]) | added
+        levels.append(unpack_level(place.layout, data, *place.shape))
         bits.append(level.bits)
-        parameters.append(own)
-    assert codes is not None
-    ratios, shifts = (tuple(own[part] for own in parameters[1:]) for part in range(2))
-    return Nested(tuple(bits), codes, *parameters[0], ratios, shifts).weights(len(bits) - 1, place.shape[1])
+    return Nested.of_levels(bits, levels).weights(len(bits) - 1, place.shape[1])
 
 
 def relative_error(source: Path, target: Path) -> float:

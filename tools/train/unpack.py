@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgemoe.formats.layouts import NESTED, level_bits, packed_size, unpack, unpack_level
+from edgemoe.formats.layouts import NESTED, packed_size, unpack, unpack_level
 from edgemoe.formats.pack import PARTS, DenseTensor, Pack
 from edgemoe.quantize.nested import Nested
 from edgemoe.spec import ModelSpec
@@ -76,14 +76,9 @@ def _expert(pack: Pack, layer: int, expert: int, name: str) -> Floats:
     ]
     if places[0].layout not in NESTED:
         return unpack(places[0].layout, stored[0], rows, columns)
-    bits, parameters, codes = [0], [], np.zeros((), np.uint8)
-    for place, data in zip(places, stored, strict=True):
-        level, own = unpack_level(place.layout, data, rows, columns)
-        bits.append(bits[-1] + level_bits(place.layout)[0])
-        codes = codes << np.uint8(bits[-1] - bits[-2]) | level
-        parameters.append(own)
-    ratios, shifts = (tuple(own[part] for own in parameters[1:]) for part in range(2))
-    return Nested(tuple(bits[1:]), codes, *parameters[0], ratios, shifts).weights(len(numbers) - 1, columns)
+    bits = [level.bits for level in pack.experts[layer].levels[: len(numbers)]]
+    levels = [unpack_level(place.layout, data, rows, columns) for place, data in zip(places, stored, strict=True)]
+    return Nested.of_levels(bits, levels).weights(len(numbers) - 1, columns)
 
 
 def read_model(pack: Pack) -> Model:
