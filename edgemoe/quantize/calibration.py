@@ -130,11 +130,15 @@ class ExpertStatistics:
         values: Floats = getattr(self.layer, part)
         total = np.zeros((values.shape[-1],) * 2, np.float32)
         weights = self.weights
+        places: tuple[npt.NDArray[np.intp], ...] = (self.tokens, self.slots)
+        if part == "inputs":  # one for all experts of a token
+            of_tokens: npt.NDArray[np.float64] = np.bincount(self.tokens, weights).astype(np.float64, copy=False)
+            places = np.nonzero(of_tokens)
+            weights = of_tokens[places]
         roots = np.sqrt(weights / max(weights.sum(), 1e-30)).astype(np.float32)
         for begin in range(0, len(roots), _TOKENS):
             pairs = slice(begin, begin + _TOKENS)
-            rows = values[self.tokens[pairs]] if part == "inputs" else values[self.tokens[pairs], self.slots[pairs]]
-            rows = rows * roots[pairs, None]
+            rows = values[tuple(place[pairs] for place in places)] * roots[pairs, None]
             total += rows.T @ rows
         return total
 
