@@ -41,7 +41,7 @@ from tools.model_files import write_gguf  # noqa: E402
 from tools.synthesize import SyntheticModel  # noqa: E402
 
 # The levels of a nested matrix are joined by +: 2, 3 and 4 bits.
-NESTED = ("base2g16", "base2g16+refine1n64", "base2g16+refine1n64+refine1n64")
+NESTED = ("base2r2", "base2r2+refine1", "base2r2+refine1+refine1")
 GGML = tuple(f"ggml.{name}" for name in ("q4_0", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4"))
 LAYOUTS = ("q4g64", "q8g64", *GGML, *NESTED, "bf16", "f32")
 FLOATS = ("f32", "bf16", "f16")

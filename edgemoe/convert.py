@@ -393,12 +393,13 @@ def _plan(source: Path, bits: int | None, dense_bits: int | None, nested: Nested
     for number, layer in enumerate(model.spec.layers):
         if layer.experts and nested is None:
             _plan_experts(plan, number, model.sources, bits)
+    experts = None
     if nested is not None:
         experts = _nested_experts(model, nested)
         plan.size += experts.size()
         plan.temporary = experts.temporary_size()
         plan.unwritten = experts.unwritten()
-    plan.fingerprint = _fingerprint(plan)
+    plan.fingerprint = _fingerprint(plan, experts)
     return plan
 
 
@@ -566,13 +567,15 @@ def _generation(config: Mapping[str, Any], generation: Mapping[str, Any], folder
     return result
 
 
-def _fingerprint(plan: _Plan) -> str:
+def _fingerprint(plan: _Plan, experts: NestedExperts | None) -> str:
     """Of everything the bytes depend on, the contents of the tensors aside: for those stands the files' time."""
     contents = plan.contents
     digest = hashlib.sha256(plan.folder.fingerprint().encode())
     digest.update(json.dumps([contents.spec.to_dict(), contents.generation, contents.provenance]).encode())
     for section in plan.sections:
         digest.update(section if isinstance(section, bytes) else repr(section).encode())
+    if experts is not None:
+        digest.update(repr([experts.levels(number) for number in experts.routed()]).encode())
     return digest.hexdigest()
 
 

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.formats.layouts import GROUP, STEPS, SUB_GROUP, SUPER_GROUP, pack_level, packed_size, unpack, unpack_level
+from edgemoe.formats.layouts import (
+    GROUP,
+    OFFSET_UNIT,
+    STEPS,
+    SUB_GROUP,
+    SUPER_GROUP,
+    pack_level,
+    packed_size,
+    unpack,
+    unpack_level,
+)
 from edgemoe.formats.pack import (
     ALIGNMENT,
     PARTS,
@@ -24,15 +34,17 @@ from edgemoe.formats.pack import (
     align,
 )
 
-Parameters = list[tuple[NDArray[Any], ...]]
-"""Of every level, as `pack_level` takes them."""
-SUB_GROUPS = GROUP // SUB_GROUP
+Parameters = tuple[NDArray[Any], ...]
+"""Of level 0, as `pack_level` takes them; later levels have none."""
+SUB_GROUPS = SUPER_GROUP // SUB_GROUP
+"""Of a super group."""
 
 
 def level_names(bits: Sequence[int]) -> list[str]:
     """The layouts of levels of these widths."""
     return [
-        f"base{width}g16" if level == 0 else f"refine{width - bits[level - 1]}n64" for level, width in enumerate(bits)
+        f"base{width}r{len(bits) - 1}" if level == 0 else f"refine{width - bits[level - 1]}"
+        for level, width in enumerate(bits)
     ]
 
 
@@ -45,56 +57,60 @@ def level_codes(codes: NDArray[np.uint8], bits: Sequence[int], level: int) -> ND
 
 def affine(bits: Sequence[int], parameters: Parameters) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """(scale, offset) float64 [rows, groups * 4] of every level: a weight is scale * code + offset."""
-    found = []
-    for level, values in enumerate(parameters):
-        codes = 2.0 ** (bits[level] - (bits[level - 1] if level else 0))
-        if level == 0:
-            scales, numbers, offsets = values
-            steps, even = np.array(STEPS)[numbers], offsets // 2 * 2
-            # The lowest bit is level 0's own.
-            moved = np.where(offsets % 2, even + 1, even - 1)
-            of_256 = np.repeat(scales.astype(np.float64), SUPER_GROUP // SUB_GROUP, axis=1)[:, : numbers.shape[1]]
-            scale, center = of_256, of_256 * (1 - codes) / 2
-            unit = of_256 * codes / 64
-        else:
-            ratio, shift = (np.repeat(array.astype(np.float64), SUB_GROUPS, axis=1) for array in values)
-            scale = scale / codes * (1 + ratio / 2.0 ** (bits[level - 1] + 3))
-            center = center + scale * (codes * (shift / 32 - ratio / 16 - 0.5) + 0.5)
-        found.append((steps * scale, steps * (unit * (even if level else moved) + center)))
+    scales, numbers, offsets, ratios, shifts = parameters
+
+    def of_sub_groups(values: NDArray[Any]) -> NDArray[np.float64]:
+        return np.repeat(values.astype(np.float64), SUB_GROUPS, axis=1)[:, : numbers.shape[1]]
+
+    steps, moved = 3.0 + numbers, offsets // 2 * 8.0
+    # The lowest bit is level 0's own.
+    own = np.where(offsets % 2, moved + 3, moved - 3)
+    scale = of_sub_groups(scales)
+    unit, center = scale * 2.0 ** bits[0] / 128, scale * (1 - 2.0 ** bits[0]) / 2
+    found = [(steps * scale, steps * (unit * own + center))]
+    for level in range(1, len(bits)):
+        ratio, shift = (of_sub_groups(values[level - 1]) for values in (ratios, shifts))
+        codes = 2.0 ** (bits[level] - bits[level - 1])
+        scale = scale / codes * (1 + ratio / 2.0 ** (bits[level - 1] + 3))
+        center = center + scale * (codes * (shift / 32 - ratio / 16 - 0.5) + 0.5)
+        found.append((steps * scale, steps * (unit * moved + center)))
     return found
 
 
 def quantize(weights: NDArray[np.float32], bits: Sequence[int]) -> tuple[NDArray[np.uint8], Parameters]:
-    """Codes uint8 [rows, groups * 64] of bits[-1] bits and every level's parameters."""
+    """Codes uint8 [rows, groups * 64] of bits[-1] bits and the parameters."""
     rows, columns = weights.shape
     groups, top = -(-columns // GROUP), bits[-1]
     padded = np.pad(weights, ((0, 0), (0, groups * GROUP - columns)), mode="edge").reshape(rows, -1, SUB_GROUP)
     low, high = padded.min(2).astype(np.float64), padded.max(2).astype(np.float64)
     # What a step of the finest level would be in every part, if nothing but its codes were stored.
     spacing = np.maximum((high - low) / (2**top - 1), 1e-4)
-    parameters: Parameters = []
-    for level, width in enumerate(bits):
-        added = width - (bits[level - 1] if level else 0)
-        target = low + spacing * (2 ** (top - width) - 1) / 2
-        if level == 0:
-            wanted = spacing * 2.0 ** (top - width)
-            chunks = np.pad(wanted, ((0, 0), (0, -wanted.shape[1] % (SUPER_GROUP // SUB_GROUP)))).reshape(
-                rows, -1, SUPER_GROUP // SUB_GROUP
-            )
-            scales = (chunks.max(2) / 15).astype(np.float16)
-            of_256 = np.repeat(scales.astype(np.float64), SUPER_GROUP // SUB_GROUP, axis=1)[:, : wanted.shape[1]]
-            numbers = np.minimum(np.searchsorted(STEPS, wanted / of_256), len(STEPS) - 1)
-            offsets = (target / (np.array(STEPS)[numbers] * of_256) + (2.0**added - 1) / 2) * 64 / 2.0**added
-            nearest = np.clip(np.rint(offsets / 2), -8, 7)
-            parameters.append(
-                (scales, numbers.astype(np.uint8), (2 * nearest + (offsets > 2 * nearest)).astype(np.int8))
-            )
-        else:
-            scale, offset = affine(bits[:level], parameters)[-1]
-            moved = ((target - offset) * 2.0**added / scale + (2.0**added - 1) / 2) * 32 / 2.0**added
-            shifts = np.rint(moved.reshape(rows, groups, SUB_GROUPS).mean(2))
-            zeros = np.zeros((rows, groups), np.int8)
-            parameters.append((zeros, np.clip(shifts, -8, 7).astype(np.int8)))
+
+    def by_super_group(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        missing = -values.shape[1] % SUB_GROUPS
+        filled = np.pad(values, ((0, 0), (0, missing)), constant_values=np.nan)
+        return filled.reshape(rows, -1, SUB_GROUPS)
+
+    def target(width: int) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = low + spacing * (2 ** (top - width) - 1) / 2
+        return found
+
+    first = 2.0 ** bits[0]
+    wanted = spacing * 2.0 ** (top - bits[0])
+    scales = (np.nanmax(by_super_group(wanted), axis=2) / STEPS[-1]).astype(np.float16)
+    of_256 = np.repeat(scales.astype(np.float64), SUB_GROUPS, axis=1)[:, : wanted.shape[1]]
+    numbers = np.minimum(np.searchsorted(STEPS, wanted / of_256), len(STEPS) - 1).astype(np.uint8)
+    moved = (target(bits[0]) / (np.array(STEPS)[numbers] * of_256) + (first - 1) / 2) * 128 / first
+    nearest = np.clip(np.rint(moved / OFFSET_UNIT), -4, 3)
+    offsets = (2 * nearest + (moved > OFFSET_UNIT * nearest)).astype(np.int8)
+    ratios, shifts = np.zeros((2, len(bits) - 1, *scales.shape), np.int8)
+    parameters = (scales, numbers, offsets, ratios, shifts)
+    for level in range(1, len(bits)):
+        scale, offset = affine(bits[: level + 1], parameters)[-1]
+        # In 32nds of the level before's scale, which is that of this level times its codes.
+        missing = (target(bits[level]) - offset) * 32 / (scale * 2.0 ** (bits[level] - bits[level - 1]))
+        of_weights = by_super_group(missing[:, : -(-columns // SUB_GROUP)])  # not of padding
+        shifts[level - 1] = np.clip(np.rint(np.nanmean(of_weights, axis=2)), -8, 7)
     scale, offset = affine(bits, parameters)[-1]
     codes = np.clip(np.rint((padded - offset[:, :, None]) / scale[:, :, None]), 0, 2**top - 1)
     return codes.astype(np.uint8).reshape(rows, -1), parameters
@@ -103,13 +119,12 @@ def quantize(weights: NDArray[np.float32], bits: Sequence[int]) -> tuple[NDArray
 def dequantize(
     bits: Sequence[int], levels: Sequence[NDArray[np.uint8]], rows: int, columns: int
 ) -> NDArray[np.float64]:
-    """float64 [rows, columns]: the weights that the first len(levels) packed levels stand for."""
-    codes = np.zeros((rows, -(-columns // GROUP) * GROUP), np.int64)
-    parameters: Parameters = []
-    for level, (layout, data) in enumerate(zip(level_names(bits), levels, strict=False)):
-        part, values = unpack_level(layout, data, rows, columns)
-        codes = codes << (bits[level] - (bits[level - 1] if level else 0)) | part
-        parameters.append(values)
+    """float64 [rows, columns]: the weights that the first len(levels) packed levels of those of `bits` stand for."""
+    names = level_names(bits)
+    codes, parameters = unpack_level(names[0], levels[0], rows, columns)
+    for level in range(1, len(levels)):
+        part, _ = unpack_level(names[level], levels[level], rows, columns)
+        codes = codes << np.uint8(bits[level] - bits[level - 1]) | part
     scale, offset = affine(bits[: len(levels)], parameters)[-1]
     weights = codes.reshape(rows, -1, SUB_GROUP) * scale[:, :, None] + offset[:, :, None]
     return weights.reshape(rows, -1)[:, :columns]
@@ -174,8 +189,9 @@ def write_nested_pack(
                     body = bytearray()
                     for name in PARTS:
                         codes, parameters = quantized[name]
+                        added = level_codes(codes, bits, level), () if level else parameters
                         body += bytes(levels[level].parts[name].offset - len(body))
-                        body += pack_level(names[level], level_codes(codes, bits, level), parameters[level]).tobytes()
+                        body += pack_level(names[level], *added).tobytes()
                     mine.append(writer.add([bytes(body)]))
                 sections.append(tuple(mine))
             contents.experts[number] = ExpertLayer(tuple(levels), tuple(sections))

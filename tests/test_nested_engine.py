@@ -326,6 +326,33 @@ def test_refusals(pack: Path, floats: Path) -> None:
             Model(pack, level_cap=cap)
 
 
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("base2r1", "refine1", "refine1"),  # parameters of one later level only
+        ("base2r3", "refine1", "refine1"),
+        ("base2r2", "refine1", "base1r0"),
+        ("refine2", "refine1", "refine1"),
+        ("base2r2", "refine1", "q4g64"),
+        ("base3r2", "refine3", "refine3"),
+    ],
+)
+def test_levels_that_do_not_go_together_are_refused(
+    layouts: Sequence[str], pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = _core.Engine
+
+    def engine(spec: Any, index: Any, chosen: dict[str, Any]) -> _core.Engine:
+        levels = index["experts"][1]["levels"]
+        for number, (layout, (bits, parts)) in enumerate(zip(layouts, levels, strict=True)):
+            levels[number] = (bits, [(layout, *rest) for _, *rest in parts])
+        return real(spec, index, chosen)
+
+    monkeypatch.setattr(_core, "Engine", engine)
+    with pytest.raises(OptionError, match="an expert of layer 1 has levels that are not nested"):
+        Model(pack)
+
+
 def test_modes_are_the_packs_thresholds(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = {"exact": {"thresholds": []}, "high": {"thresholds": [0.7]}, "fast": {"thresholds": [-1.0, 0.3]}}
     monkeypatch.setattr(edgemoe.model, "_measured_modes", lambda opened: modes if opened.path == pack else {})

@@ -125,21 +125,19 @@ class InflatedModel:
         place = experts.levels[level].parts[part]
         section = nested.read_section(experts.sections[int(expert)][level])
         data = section[place.offset : place.offset + packed_size(place.layout, *place.shape)]
-        codes, (first, *rest) = unpack_level(place.layout, data, *place.shape)
+        codes, parameters = unpack_level(place.layout, data, *place.shape)
         rows, columns = (hidden_times, ffn_times) if part == "down" else (ffn_times, hidden_times)
         width = place.shape[1]
         if columns > 1 and (width % GROUP or (SUPER_GROUP % width and width % SUPER_GROUP)):
             raise OptionError(f"{name}: {width} columns, repeated, do not share scales as they do alone")
-        wide = np.tile(first, (rows, columns))
+        wide = [np.tile(values, (rows, columns)) for values in parameters]
         if level == 0:
-            if part == "down":  # offsets and the later levels' parameters are relative to the scale
-                wide = (wide / np.float16(ffn_times)).astype(np.float16)
-            wide = wide[:, : -(-columns * width // SUPER_GROUP)]  # several narrow copies share one
-        return pack_level(
-            place.layout,
-            np.tile(codes, (rows, columns)),
-            (wide, *(np.tile(values, (rows, columns)) for values in rest)),
-        )
+            scales, steps, offsets, ratios, shifts = wide
+            if part == "down":  # the other parameters are relative to the scales
+                scales = (scales / np.float16(ffn_times)).astype(np.float16)
+            kept = np.s_[..., : -(-columns * width // SUPER_GROUP)]  # several narrow copies share one super group
+            wide = [scales[kept], steps, offsets, ratios[kept], shifts[kept]]
+        return pack_level(place.layout, np.tile(codes, (rows, columns)), wide)
 
     def blocks(self, name: str, kind: str) -> Iterator[Bytes]:
         import gguf

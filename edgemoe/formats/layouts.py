@@ -24,16 +24,25 @@ LAYOUTS = ("vector", "f32", "bf16", "f16", "q8g64", "q4g64")
 QUANTIZED = {"q8g64": 8, "q4g64": 4}
 """Layout -> bits per code, for the layouts that have codes, scales and offsets."""
 
-NESTED = tuple(f"{kind}{bits}{form}" for kind, form in (("base", "g16"), ("refine", "n64")) for bits in range(1, 9))
-"""Layouts of one level of a nested matrix: "base2g16" is level 0 of 2 bits, "refine1n64" a later one that adds one."""
+_MAX_BITS = 8
+NESTED = (
+    *(f"base{bits}r{later}" for bits in range(1, _MAX_BITS + 1) for later in range(_MAX_BITS + 1 - bits)),
+    *(f"refine{bits}" for bits in range(1, _MAX_BITS)),
+)
+"""Layouts of one level of a nested matrix: "base2r1" is level 0 of 2 bits with one later level, "refine1" a later one
+that adds one bit."""
 SUB_GROUP = 16
-"""Columns that share a scale step and an offset of level 0 of a nested matrix."""
-STEPS = (2, 4, 7, 9, 10, 11, 13, 15)
-"""The scale steps that a level 0 can have, in the order of their numbers."""
+"""Columns that share a step and an offset of a nested matrix."""
+STEPS = (3, 4, 5, 6)
+"""The steps that a sub-group can have, in the order of their numbers."""
+OFFSET_UNIT = 8
+"""What offsets of a nested matrix are multiples of."""
+OWN_OFFSET = 3
+"""What they are more or less in products with level 0 alone."""
 SUPER_GROUP = 256
-"""Columns that share a float16 scale of level 0 of a nested matrix."""
-_CHUNK = SUPER_GROUP // GROUP  # in later levels the codes of so many groups lie together, followed by their parameters
-_LINE = 64  # bytes that headers and parameters are filled up to
+"""Columns that share scales of a nested matrix's levels."""
+_CHUNK = SUPER_GROUP // GROUP
+_LINE = 64  # bytes: one for every row and sub-group of a group
 _SUB_GROUPS = GROUP // SUB_GROUP
 
 _PLAIN: dict[str, npt.DTypeLike] = {"f32": "<f4", "bf16": "<u2", "f16": "<f2"}
@@ -158,42 +167,37 @@ def unpack_codes(
 
 
 class _Level(NamedTuple):
-    """A level of a nested matrix: the bits it adds to a code; whether it is level 0."""
+    """A level of a nested matrix: the bits it adds to a code; whether it is level 0, with parameters, and how many
+    later levels these speak of."""
 
     bits: int
     base: bool
+    later: int
 
-    def places(self, groups: int) -> list[tuple[int, int]]:
-        """Offsets of every group's codes and parameters in the row block."""
-        codes = 128 * self.bits
-        if self.base:
-            header = _whole_lines(2 * BLOCK * -(-groups // _CHUNK))
-            return [(at, at + codes) for at in range(header, self.block_bytes(groups), codes + BLOCK * _SUB_GROUPS)]
-        places, at = [], 0
-        for first in range(0, groups, _CHUNK):
-            count = min(_CHUNK, groups - first)
-            end = at + count * codes
-            places += [(at + i * codes, end + i * BLOCK) for i in range(count)]
-            at = end + _whole_lines(count * BLOCK)
-        return places
+    def lines(self) -> int:
+        """64 bytes of parameters that a chunk has."""
+        return _CHUNK + -(-max(self.later - 2, 0) // 4) if self.base else 0
+
+    def places(self, groups: int) -> list[int]:
+        """Offsets of the codes of every group in the row block."""
+        return [group * 128 * self.bits + (group // _CHUNK + 1) * self.lines() * _LINE for group in range(groups)]
 
     def block_bytes(self, groups: int) -> int:
         """Bytes of 16 rows."""
-        if self.base:
-            return _whole_lines(2 * BLOCK * -(-groups // _CHUNK)) + groups * (128 * self.bits + BLOCK * _SUB_GROUPS)
-        whole, rest = divmod(groups, _CHUNK)
-        return groups * 128 * self.bits + whole * _whole_lines(_CHUNK * BLOCK) + _whole_lines(rest * BLOCK)
+        return groups * 128 * self.bits + -(-groups // _CHUNK) * self.lines() * _LINE
 
-    def parameters(self, groups: int) -> tuple[tuple[str, npt.DTypeLike, int, int, int], ...]:
-        """(name, type, how many a row, least, largest) of the arrays of parameters."""
-        if self.base:
-            scales = -(-groups // _CHUNK)
-            return (
-                ("scales", np.float16, scales, 0, 0),
-                ("steps", np.uint8, groups * _SUB_GROUPS, 0, len(STEPS) - 1),
-                ("offsets", np.int8, groups * _SUB_GROUPS, -16, 15),
-            )
-        return ("ratios", np.int8, groups, -8, 7), ("shifts", np.int8, groups, -8, 7)
+    def parameters(self, rows: int, groups: int) -> tuple[tuple[str, npt.DTypeLike, tuple[int, ...], int, int], ...]:
+        """(name, type, shape, least, largest) of the arrays of parameters."""
+        if not self.base:
+            return ()
+        of_sub_groups, of_super_groups = (rows, groups * _SUB_GROUPS), (rows, -(-groups // _CHUNK))
+        return (
+            ("scales", np.float16, of_super_groups, 0, 0),
+            ("steps", np.uint8, of_sub_groups, 0, len(STEPS) - 1),
+            ("offsets", np.int8, of_sub_groups, -8, 7),
+            ("ratios", np.int8, (self.later, *of_super_groups), -8, 7),
+            ("shifts", np.int8, (self.later, *of_super_groups), -8, 7),
+        )
 
     def planes(self) -> list[int]:
         """Shifts of the planes' bits within this level's part of a code, high bits first."""
@@ -203,21 +207,24 @@ class _Level(NamedTuple):
         return [2] * (self.bits // 2) + [1] * (self.bits % 2)
 
 
-def level_bits(layout: str) -> tuple[int, bool]:
-    """(bits that a nested layout's level adds, whether it is level 0). Raises ValueError for another layout."""
-    return _level(layout)
+def level_bits(layout: str) -> tuple[int, int | None]:
+    """(bits that a nested layout's level adds, how many later levels it has parameters of if it is level 0).
+
+    Raises ValueError for another layout."""
+    bits, base, later = _level(layout)
+    return bits, later if base else None
 
 
 def pack_level(
-    layout: str, codes: npt.NDArray[np.uint8], parameters: Sequence[npt.NDArray[Any]]
+    layout: str, codes: npt.NDArray[np.uint8], parameters: Sequence[npt.NDArray[Any]] = ()
 ) -> npt.NDArray[np.uint8]:
     """The bytes of one level of a nested matrix, a one-dimensional uint8 array of `packed_size` elements.
 
     layout: one of NESTED. codes: uint8 [rows, groups * 64], the d bits of this level only (values below 2^d).
-    parameters: of level 0, scales float16 [rows, groups / 4 rounded up], steps uint8 [rows, groups * 4], numbers of
-    `STEPS`, and offsets int8 [rows, groups * 4] within -16 to 15, the lowest bit being level 0's own; of later levels,
-    ratios and shifts int8 [rows, groups] within -8 to 7. Raises TypeError for other types and shapes, ValueError for
-    values beyond these.
+    parameters: of level 0, scales float16 [rows, groups / 4 rounded up]; steps uint8 [rows, groups * 4], numbers of
+    `STEPS`; offsets int8 [rows, groups * 4] within -8 to 7, the lowest bit being level 0's own, the rest in
+    `OFFSET_UNIT`; ratios and shifts of later levels, int8 [later levels, rows, groups / 4 rounded up] within -8 to 7.
+    Of later levels: none. Raises TypeError for other types and shapes, ValueError for values beyond these.
     """
     level = _level(layout)
     rows, columns = codes.shape
@@ -226,28 +233,18 @@ def pack_level(
         raise TypeError(f"layout {layout} takes uint8 codes in whole groups of {GROUP}")
     if codes.size and int(codes.max()) >> level.bits:
         raise ValueError(f"layout {layout}: a code of {codes.max()} has more than {level.bits} bits")
-    known = level.parameters(groups)
+    known = level.parameters(rows, groups)
     if len(parameters) != len(known):
-        raise TypeError(f"layout {layout} takes {', '.join(name for name, *_ in known)}, not {len(parameters)} arrays")
-    for values, (name, kind, count, least, largest) in zip(parameters, known, strict=True):
-        if values.dtype != kind or values.shape != (rows, count):
+        names = ", ".join(name for name, *_ in known) or "no parameters"
+        raise TypeError(f"layout {layout} takes {names}, not {len(parameters)} arrays")
+    for values, (name, kind, shape, least, largest) in zip(parameters, known, strict=True):
+        if values.dtype != kind or values.shape != shape:
             found = f"{values.dtype} {list(values.shape)}"
-            raise TypeError(f"layout {layout} takes {name} {np.dtype(kind)} [{rows}, {count}], not {found}")
+            raise TypeError(f"layout {layout} takes {name} {np.dtype(kind)} {list(shape)}, not {found}")
         if largest and values.size and (int(values.min()) < least or int(values.max()) > largest):
             within = f"{values.min()} to {values.max()}, not {least} to {largest}"
             raise ValueError(f"layout {layout}: {name} within {within}")
     packed = np.zeros((blocks, level.block_bytes(groups)), np.uint8)
-    if level.base:
-        scales, steps, offsets = parameters
-        lanes = _pad_rows(scales.astype("<f2"), blocks).reshape(blocks, BLOCK, -1).transpose(0, 2, 1)
-        header = np.ascontiguousarray(lanes).view(np.uint8).reshape(blocks, -1)
-        packed[:, : header.shape[1]] = header
-        stored = steps | offsets.view(np.uint8) << np.uint8(3)
-    else:
-        ratios, shifts = (values.view(np.uint8) for values in parameters)
-        stored = ratios << np.uint8(4) | shifts & np.uint8(15)
-    # [block, group, row, of the group]
-    bytes_of_row = _pad_rows(stored, blocks).reshape(blocks, BLOCK, groups, -1).transpose(0, 2, 1, 3)
     # [block, group, quad, row, k]
     quads = _pad_rows(codes, blocks).reshape(blocks, BLOCK, groups, 16, 4).transpose(0, 2, 3, 1, 4)
     planes = []
@@ -257,11 +254,66 @@ def pack_level(
         split = fields.reshape(blocks, groups, 16 // per_byte, per_byte, BLOCK, 4) << _shifts(width)[:, None, None]
         planes.append(np.bitwise_or.reduce(split, axis=3).reshape(blocks, groups, -1))
     bytes_of_group = np.concatenate(planes, axis=2)
-    bytes_of_rows = bytes_of_row.reshape(blocks, groups, -1)
-    for group, (at, end) in enumerate(level.places(groups)):
+    for group, at in enumerate(level.places(groups)):
         packed[:, at : at + bytes_of_group.shape[2]] = bytes_of_group[:, group]
-        packed[:, end : end + bytes_of_rows.shape[2]] = bytes_of_rows[:, group]
+    if level.base:
+        lines = _pad_rows(_pack_parameters(groups, *parameters), blocks)
+        by_chunk = lines.reshape(blocks, BLOCK, -1, level.lines(), 4).transpose(0, 2, 3, 1, 4)
+        for chunk, at in enumerate(level.places(groups)[::_CHUNK]):
+            size = level.lines() * _LINE
+            packed[:, at - size : at] = by_chunk[:, chunk].reshape(blocks, size)
     return packed.reshape(-1)
+
+
+def _pack_parameters(
+    groups: int,
+    scales: npt.NDArray[np.float16],
+    steps: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.int8],
+    ratios: npt.NDArray[np.int8],
+    shifts: npt.NDArray[np.int8],
+) -> npt.NDArray[np.uint8]:
+    """A row's parameters as docs/format.md orders them: [rows, chunks * lines of a chunk * 4]."""
+    rows, chunks = scales.shape
+    later = len(ratios)
+    own = np.zeros((rows, chunks * _CHUNK * _SUB_GROUPS), np.uint8)
+    own[:, : groups * _SUB_GROUPS] = steps | (offsets.view(np.uint8) & np.uint8(15)) << np.uint8(2)
+    own = own.reshape(rows, chunks, _CHUNK, 4)
+    lines = ratios.view(np.uint8) << np.uint8(4) | shifts.view(np.uint8) & np.uint8(15)
+    # Four at a time, the last one first; the first four are the second and first level's behind the scale.
+    further = -(-max(later - 2, 0) // 4)
+    of_levels = np.zeros((2 + 4 * further, rows, chunks), np.uint8)
+    of_levels[:later] = lines
+    first = np.empty((rows, chunks, 4), np.uint8)
+    first[:, :, :2] = scales.astype("<f2")[:, :, None].view(np.uint8)
+    first[:, :, 2:] = of_levels[1::-1].transpose(1, 2, 0)
+    for group in range(_CHUNK):
+        own[:, :, group] |= (first >> np.uint8(2 * group) & np.uint8(3)) << np.uint8(6)
+    rest = of_levels[2:].reshape(further, 4, rows, chunks)[:, ::-1].transpose(2, 3, 0, 1)
+    return np.concatenate((own, rest), axis=2).reshape(rows, -1)
+
+
+def _unpack_parameters(
+    groups: int, later: int, lines: npt.NDArray[np.uint8]
+) -> tuple[
+    npt.NDArray[np.float16],
+    npt.NDArray[np.uint8],
+    npt.NDArray[np.int8],
+    npt.NDArray[np.int8],
+    npt.NDArray[np.int8],
+]:
+    """The inverse; lines: [rows, chunks, lines of a chunk, 4]."""
+    rows, chunks = lines.shape[:2]
+    own, rest = lines[:, :, :_CHUNK], lines[:, :, _CHUNK:]
+    first = np.zeros((rows, chunks, 4), np.uint8)
+    for group in range(_CHUNK):
+        first |= own[:, :, group] >> np.uint8(6) << np.uint8(2 * group)
+    scales = np.ascontiguousarray(first[:, :, :2]).view("<f2")[:, :, 0].astype(np.float16, copy=False)
+    of_levels = np.concatenate((first[:, :, :1:-1], rest[:, :, :, ::-1].reshape(rows, chunks, -1)), axis=2)
+    levels = np.ascontiguousarray(of_levels[:, :, :later].transpose(2, 0, 1)).view(np.int8)
+    parts = own.reshape(rows, -1)[:, : groups * _SUB_GROUPS]
+    offsets = (parts << np.uint8(2)).view(np.int8) >> np.int8(4)
+    return scales, parts & np.uint8(3), offsets, levels >> np.int8(4), (levels << np.int8(4)) >> np.int8(4)
 
 
 def unpack_level(
@@ -277,10 +329,8 @@ def unpack_level(
     blocks, groups = -(-rows // BLOCK), -(-columns // GROUP)
     packed = raw.reshape(blocks, -1)
     bytes_of_group = np.empty((blocks, groups, 128 * level.bits), np.uint8)
-    bytes_of_row = np.empty((blocks, groups, BLOCK * (_SUB_GROUPS if level.base else 1)), np.uint8)
-    for group, (at, end) in enumerate(level.places(groups)):
+    for group, at in enumerate(level.places(groups)):
         bytes_of_group[:, group] = packed[:, at : at + bytes_of_group.shape[2]]
-        bytes_of_row[:, group] = packed[:, end : end + bytes_of_row.shape[2]]
     quads = np.zeros((blocks, groups, 16, BLOCK, 4), np.uint8)
     at = 0
     for shift, width in zip(level.planes(), level.plane_bits(), strict=True):
@@ -290,18 +340,13 @@ def unpack_level(
         quads |= fields.reshape(quads.shape) << np.uint8(shift)
         at += 128 * width
     codes = np.ascontiguousarray(quads.transpose(0, 3, 1, 2, 4)).reshape(blocks * BLOCK, groups * GROUP)
-    stored = bytes_of_row.reshape(blocks, groups, BLOCK, -1).transpose(0, 2, 1, 3).reshape(blocks * BLOCK, -1)[:rows]
     if not level.base:
-        nibbles = stored.view(np.int8)
-        return codes[:rows], (nibbles >> np.int8(4), (nibbles << np.int8(4)) >> np.int8(4))
-    count = -(-groups // _CHUNK)
-    halves = np.ascontiguousarray(packed[:, : 2 * BLOCK * count]).view("<f2").reshape(blocks, count, BLOCK)
-    scales = halves.transpose(0, 2, 1).reshape(blocks * BLOCK, count)[:rows].astype(np.float16, copy=False)
-    return codes[:rows], (scales, stored & np.uint8(7), stored.view(np.int8) >> np.int8(3))
-
-
-def _whole_lines(size: int) -> int:
-    return -(-size // _LINE) * _LINE
+        return codes[:rows], ()
+    size = level.lines() * _LINE
+    by_chunk = np.stack([packed[:, at - size : at] for at in level.places(groups)[::_CHUNK]], axis=1)
+    lines = by_chunk.reshape(blocks, -1, level.lines(), BLOCK, 4).transpose(0, 3, 1, 2, 4)
+    by_row = lines.reshape(blocks * BLOCK, -1, level.lines(), 4)[:rows]
+    return codes[:rows], _unpack_parameters(groups, level.later, by_row)
 
 
 def _shifts(width: int) -> npt.NDArray[np.uint8]:
@@ -314,7 +359,9 @@ def _shifts(width: int) -> npt.NDArray[np.uint8]:
 def _level(layout: str) -> _Level:
     if layout not in NESTED:
         raise ValueError(f"layout {layout!r} is not a level of a nested matrix ({', '.join(NESTED)})")
-    return _Level(int(layout[-4]), layout.startswith("base"))
+    if layout.startswith("refine"):
+        return _Level(int(layout[-1]), False, 0)
+    return _Level(int(layout[-3]), True, int(layout[-1]))
 
 
 def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

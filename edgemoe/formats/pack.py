@@ -810,11 +810,16 @@ class _Checker:
                     if len(levels) > 1:
                         raise self._error(f"{where}, level {number}: {name}: layout {part.layout} is not nested")
                     continue
-                bits, base = level_bits(part.layout)
-                if base != (number == 0) or below + bits != level.bits or level.bits > MAX_NESTED_BITS:
+                bits, later = level_bits(part.layout)
+                if (later is None) != (number > 0) or below + bits != level.bits or level.bits > MAX_NESTED_BITS:
                     raise self._error(
                         f"{where}, level {number}: {name}: layout {part.layout} does not make {level.bits} bits of"
                         f" the {below} of coarser levels (at most {MAX_NESTED_BITS})"
+                    )
+                if later is not None and later != len(levels) - 1:
+                    raise self._error(
+                        f"{where}: {name}: layout {part.layout} has parameters of {later} later levels, there are"
+                        f" {len(levels) - 1}"
                     )
             below = level.bits
 

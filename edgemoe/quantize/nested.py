@@ -2,10 +2,10 @@
 
 A level's codes are the high bits of one code. What makes them good weights is that every level has its own line, which
 turns codes into weights, fitted by least squares under the Hessian and stored relative to the level before. A weight is
-step (scale code + unit offset + center): a step and an offset for 16 columns; scale, unit and center follow from a
-number for 256 columns at level 0, later from a ratio and a shift for 64 (docs/format.md). The offset's lowest bit is
-level 0's own, a nudge one way or the other: what the errors of 16 columns add up to matters most, so that level 0 would
-lose much by an offset that was chosen for all levels.
+step (scale code + unit offset + center): a step and an offset for 16 columns; scale, unit and center for 256, which at
+level 0 follow from a float16, later from a ratio and a shift (docs/format.md). A bit of the offset is level 0's own, a
+nudge one way or the other: what the errors of 16 columns add up to matters most, so that level 0 would lose much by an
+offset that was chosen for all levels.
 
 GPTQ is Frantar et al. (2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"), in
 the form of Chee et al. (2023, "QuIP: 2-Bit Quantization of Large Language Models With Guarantees": LDLQ, proved there
@@ -16,7 +16,8 @@ levels then want (cf. MatGPTQ, 2026, arXiv 2602.03537, which feeds back the mean
 bits of a code that was made for the largest width alone lose is mostly that feedback. Sweeps of coordinate descent over
 lines and codes follow, by turns; what they aim at is a little more than the weights, so that products keep their size.
 
-Everything is float32, and arrays are worked on as [columns, rows]: a column of the weights is contiguous then.
+Everything is float32, and arrays are worked on as [columns, rows]: a column of the weights is contiguous then. Groups
+are of 256 columns here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.formats.layouts import GROUP, STEPS, SUB_GROUP, SUPER_GROUP
+from edgemoe.formats.layouts import GROUP, OFFSET_UNIT, OWN_OFFSET, STEPS, SUB_GROUP, SUPER_GROUP
 
 Floats = npt.NDArray[np.float32]
 
@@ -37,23 +38,26 @@ LARGEST = 65504.0
 """The largest float16: larger weights are refused."""
 DAMPING = 0.01
 """Of the mean diagonal element, added to a Hessian's diagonal."""
+DISTRUST = 0.1
+"""Of each diagonal element, added to it as well: how columns correlate in one text is not quite how they do in others,
+and the finer a level is, the more it would make of that."""
 SWEEPS = 2
 """Over the groups of a row, in which lines and codes are chosen by turns."""
 
-_SUBS = GROUP // SUB_GROUP
+_SUBS = SUPER_GROUP // SUB_GROUP
 _STEPS = np.array(STEPS, np.float32)
-# Where the nearest step changes.
-_EDGES = (_STEPS[1:] + _STEPS[:-1]) / 2
-# Parts of a sub-group's range that the codes of the largest width are spread over.
-_CLIP_RATIOS = tuple(np.linspace(1.0, 0.5, 9, dtype=np.float32))
-# More than all of it, for the steps and offsets that there are: many codes lose more by what is cut off than by steps.
-_WIDER_RATIOS = tuple(np.array([1.3, 1.15], np.float32))
+# What the largest step of a group can be, in parts of what its widest sub-group needs for all its weights: more than
+# that, as steps and offsets are coarse, and less, as cutting off a few weights often loses less than larger steps for
+# all of them.
+_LARGEST_STEPS = 1.2 * np.float32(5 / 6) ** np.arange(9, dtype=np.float32)
+# How much further down that list the other steps are, nearly.
+_SMALLER_STEPS = tuple(int(x) for x in np.rint(np.log(_STEPS / _STEPS[-1]) / np.log(5 / 6)))
 # What a ratio or a shift can be, [16, 1].
 _NIBBLES = np.arange(-8, 8, dtype=np.float32)[:, None]
 # Codes that are weighed against each other where several levels matter.
 _CANDIDATES = 5
 # How far offsets move the middle of level 0's codes at least, in parts of what the codes span.
-_REACH = 13 / 64
+_REACH = 3 * OFFSET_UNIT / 128
 # The least float16 above zero, and the distance of the small ones.
 _LEAST_HALF = np.float32(2.0**-24)
 # What levels are thought to have lost of their size at most.
@@ -69,8 +73,9 @@ class Nested:
     """A matrix at several widths.
 
     bits: ascending. codes: uint8 [rows, groups * 64], of the largest width, 0 in the padding. scales: float16 [rows,
-    super groups of 256 columns]. steps: uint8, indices of `STEPS`; offsets: int8 (-16 to 15), [rows, groups * 4].
-    ratios, shifts: int8 (-8 to 7) [rows, groups] of each level but the first.
+    groups / 4 rounded up]. steps: uint8, numbers of `STEPS`; offsets: int8 (-8 to 7, the lowest bit level 0's own),
+    [rows, groups * 4]. ratios, shifts: int8 (-8 to 7) [levels - 1, rows, groups / 4 rounded up], of each level but the
+    first.
     """
 
     bits: tuple[int, ...]
@@ -78,8 +83,8 @@ class Nested:
     scales: npt.NDArray[np.float16]
     steps: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int8]
-    ratios: tuple[npt.NDArray[np.int8], ...]
-    shifts: tuple[npt.NDArray[np.int8], ...]
+    ratios: npt.NDArray[np.int8]
+    shifts: npt.NDArray[np.int8]
 
     def level_codes(self, level: int) -> npt.NDArray[np.uint8]:
         """The bits that this level adds, uint8 [rows, groups * 64] below 2^d: what `layouts.pack_level` packs."""
@@ -88,23 +93,23 @@ class Nested:
         return sliced & np.uint8((1 << (self.bits[level] - below)) - 1)
 
     def level_parameters(self, level: int) -> tuple[npt.NDArray[Any], ...]:
-        """What `layouts.pack_level` takes beside them."""
-        if level == 0:
-            return self.scales, self.steps, self.offsets
-        return self.ratios[level - 1], self.shifts[level - 1]
+        """What `layouts.pack_level` takes beside them: all of it with level 0."""
+        return () if level else (self.scales, self.steps, self.offsets, self.ratios, self.shifts)
 
     def lines(self, level: int) -> tuple[Floats, Floats]:
         """(A, B) of a level, float32 [rows, groups * 4]: a weight is A code + B."""
-        groups = self.steps.shape[1] // _SUBS
-        scale = np.repeat(self.scales.astype(np.float32), SUPER_GROUP // GROUP, axis=1)[:, :groups]
-        unit = scale * np.float32(2 ** self.bits[0] / 64)
+        scale = self.scales.astype(np.float32)
+        unit = scale * np.float32(2 ** self.bits[0] / 128)
         rise, center = scale, scale * np.float32((1 - 2 ** self.bits[0]) / 2)
         for finer in range(1, level + 1):
             ratio, shift = (each[finer - 1].astype(np.float32) for each in (self.ratios, self.shifts))
             rise, center = _refined(rise, center, ratio, shift, self.bits[finer - 1], self.bits[finer])
-        rise, center, unit = (np.repeat(each, _SUBS, axis=1) for each in (rise, center, unit))
+        subs = self.steps.shape[1]
+        rise, center, unit = (np.repeat(each, _SUBS, axis=1)[:, :subs] for each in (rise, center, unit))
         steps = _STEPS[self.steps]
-        offsets = self.offsets & ~1 if level else (self.offsets & ~1) + 2 * (self.offsets & 1) - 1
+        offsets = OFFSET_UNIT * (self.offsets >> 1)
+        if level == 0:
+            offsets += OWN_OFFSET * (2 * (self.offsets & 1) - 1)
         return steps * rise, steps * (unit * offsets.astype(np.float32) + center)
 
     def weights(self, level: int, columns: int) -> Floats:
@@ -122,22 +127,19 @@ class Nested:
         codes = levels[0][0]
         for (below, width), (added, _) in zip(itertools.pairwise(bits), levels[1:], strict=True):
             codes = codes << np.uint8(width - below) | added
-        ratios, shifts = (tuple(parameters[part] for _, parameters in levels[1:]) for part in range(2))
-        scales, steps, offsets = levels[0][1]
-        return cls(tuple(bits), codes, scales, steps, offsets, ratios, shifts)
+        return cls(tuple(bits), codes, *levels[0][1])
 
     @classmethod
     def stacked(cls, parts: Sequence[Nested]) -> Nested:
         """One matrix of the rows of several."""
-        later = range(len(parts[0].bits) - 1)
         return cls(
             parts[0].bits,
             np.concatenate([part.codes for part in parts]),
             np.concatenate([part.scales for part in parts]),
             np.concatenate([part.steps for part in parts]),
             np.concatenate([part.offsets for part in parts]),
-            tuple(np.concatenate([part.ratios[level] for part in parts]) for level in later),
-            tuple(np.concatenate([part.shifts[level] for part in parts]) for level in later),
+            np.concatenate([part.ratios for part in parts], axis=1),
+            np.concatenate([part.shifts for part in parts], axis=1),
         )
 
     def rows(self, begin: int, end: int) -> Nested:
@@ -149,8 +151,8 @@ class Nested:
             self.scales[rows],
             self.steps[rows],
             self.offsets[rows],
-            tuple(values[rows] for values in self.ratios),
-            tuple(values[rows] for values in self.shifts),
+            self.ratios[:, rows],
+            self.shifts[:, rows],
         )
 
 
@@ -177,7 +179,7 @@ class Hessian:
     """
 
     def __init__(self, values: Floats | None, columns: int) -> None:
-        size = -(-columns // GROUP) * GROUP
+        size = -(-columns // SUPER_GROUP) * SUPER_GROUP
         self.columns = columns
         self.matrix = np.eye(size, dtype=np.float32)
         self.feedback: Floats | None = None
@@ -188,13 +190,14 @@ class Hessian:
             return
         self.matrix[:columns, :columns] = values / np.float32(mean)
         diagonal = np.einsum("ii->i", self.matrix)
+        diagonal[:columns] *= np.float32(1 + DISTRUST)
         reversed_factor = None
         damping = DAMPING
         diagonal[:columns] += np.float32(damping)
         while reversed_factor is None:
             try:
                 reversed_factor = np.linalg.cholesky(self.matrix[::-1, ::-1])
-            except np.linalg.LinAlgError:  # float32 has no room for its smallest eigenvalues
+            except np.linalg.LinAlgError:  # in float32 its smallest eigenvalues were rounded away
                 diagonal[:columns] += np.float32(9 * damping)
                 damping *= 10
         factor = reversed_factor[::-1, ::-1]  # upper, H = factor factor^T
@@ -223,21 +226,20 @@ def quantize(weights: Floats, hessian: Hessian, bits: Sequence[int]) -> Nested:
 
 
 class _Lines:
-    """The lines of some rows. scales: [super groups, rows]; steps (their values), offsets (even numbers) and nudges
-    (what is added to them on level 0: 1 or -1), [sub-groups, rows]; ratios and shifts [levels - 1, groups, rows]; what
-    follows from them, all float32: units [super groups, rows], rises (the format's scale of each level) and centers
-    [levels, groups, rows]."""
+    """The lines of some rows. scales: [groups, rows]; steps (their values), offsets (without level 0's own bit) and
+    nudges (what that adds on level 0, one way or the other), [sub-groups, rows]; ratios and shifts [levels - 1, groups,
+    rows]; what follows from them, all float32: units [groups, rows], rises (the format's scale of each level) and
+    centers [levels, groups, rows]."""
 
-    def __init__(self, bits: tuple[int, ...], scales: Floats, groups: int) -> None:
+    def __init__(self, bits: tuple[int, ...], scales: Floats) -> None:
         self._bits = bits
-        rows = scales.shape[1]
-        self.scales = scales
-        self.units = scales * np.float32(2 ** bits[0] / 64)
-        self.steps, self.offsets, self.nudges = (np.zeros((groups * _SUBS, rows), np.float32) for _ in range(3))
+        groups, rows = scales.shape
+        self.steps = np.full((groups * _SUBS, rows), _STEPS[0], np.float32)
+        self.offsets = np.zeros_like(self.steps)
+        self.nudges = np.full_like(self.steps, OWN_OFFSET)
         self.ratios, self.shifts = (np.zeros((len(bits) - 1, groups, rows), np.float32) for _ in range(2))
         self.rises, self.centers = (np.empty((len(bits), groups, rows), np.float32) for _ in range(2))
-        self.rises[0] = np.repeat(scales, SUPER_GROUP // GROUP, axis=0)[:groups]
-        self.centers[0] = self.rises[0] * np.float32((1 - 2 ** bits[0]) / 2)
+        self._begin(scales)
         for level in range(1, len(bits)):
             nothing = self.ratios[level - 1]
             self.rises[level], self.centers[level] = self.refined(level, slice(None), nothing, nothing)
@@ -249,23 +251,18 @@ class _Lines:
 
     def grow(self, factors: Floats) -> None:
         """Makes the scales so many times larger. Later levels stay where they are until they are fitted again."""
-        grown = (self.scales * factors).astype(np.float16).astype(np.float32)
-        grown = np.where(np.isfinite(grown), grown, self.scales)
-        by = _quotient(grown, self.scales)
-        self.scales = grown
-        self.units *= by
-        groups = self.rises.shape[1]
-        by = np.repeat(by, SUPER_GROUP // GROUP, axis=0)[:groups]
-        self.rises[0] *= by
-        self.centers[0] *= by
+        self._begin((self.scales * factors).astype(np.float16).astype(np.float32))
 
-    def unit_of(self, sub: int) -> Floats:
-        found: Floats = self.units[sub * SUB_GROUP // SUPER_GROUP]
-        return found
+    def _begin(self, scales: Floats) -> None:
+        codes = 2 ** self._bits[0]
+        self.scales = scales
+        self.units = scales * np.float32(codes / 128)
+        self.rises[0] = scales
+        self.centers[0] = scales * np.float32((1 - codes) / 2)
 
     def of(self, sub: int) -> tuple[Floats, Floats]:
         """(A, B) of a sub-group, [levels, rows]."""
-        steps, unit = self.steps[sub], self.unit_of(sub)
+        steps, unit = self.steps[sub], self.units[sub // _SUBS]
         start = self.centers[:, sub // _SUBS] + unit * self.offsets[sub]
         start[0] += unit * self.nudges[sub]
         start *= steps
@@ -293,55 +290,70 @@ class _Rounding:
         if hessian.feedback is not None:
             self._along = hessian.matrix[:real, :real] @ self._along
         self.codes = np.zeros_like(self._target)
-        self.lines = _Lines(bits, _scales(self._target[: hessian.columns], bits), size // GROUP)
+        self.lines = _Lines(bits, _scales(self._target[: hessian.columns], bits))
         # What the levels' weights should be, in units of the target.
         self._growth = np.ones((len(bits), rows), np.float32)
         # growth * target - (A u + B) of each level.
         self._errors = np.zeros((len(bits), *self._target.shape), np.float32)
-        for group in range(size // GROUP):
-            self._gptq(group)
+        # Few at a time: their lines are chosen before the errors among them are known.
+        for begin in range(0, hessian.columns, GROUP):
+            self._gptq(slice(begin, min(begin + GROUP, hessian.columns)))
 
     def nested(self) -> Nested:
         """What is stored."""
         lines = self.lines
-        stored = np.ascontiguousarray(self.codes.T.astype(np.uint8))
+        groups = -(-self._hessian.columns // GROUP)
+        subs = groups * GROUP // SUB_GROUP
 
         def rows(values: npt.NDArray[Any], kind: npt.DTypeLike) -> npt.NDArray[Any]:
-            return np.ascontiguousarray(values.T.astype(kind))
+            return np.ascontiguousarray(np.moveaxis(values, -1, -2).astype(kind))
 
         return Nested(
             self._bits,
-            stored,
+            rows(self.codes[: groups * GROUP], np.uint8),
             rows(lines.scales, np.float16),
-            rows(np.searchsorted(_STEPS, lines.steps), np.uint8),
-            rows(lines.offsets + (lines.nudges > 0), np.int8),
-            tuple(rows(values, np.int8) for values in lines.ratios),
-            tuple(rows(values, np.int8) for values in lines.shifts),
+            rows(np.searchsorted(_STEPS, lines.steps[:subs]), np.uint8),
+            rows(lines.offsets[:subs] * np.float32(2 / OFFSET_UNIT) + (lines.nudges[:subs] > 0), np.int8),
+            rows(lines.ratios, np.int8),
+            rows(lines.shifts, np.int8),
         )
 
     def _columns(self, group: int) -> slice:
         """Without padding."""
-        return slice(group * GROUP, min((group + 1) * GROUP, self._hessian.columns))
+        return slice(group * SUPER_GROUP, min((group + 1) * SUPER_GROUP, self._hessian.columns))
 
-    def _sub_groups(self, group: int) -> Iterator[tuple[int, slice]]:
-        """(number, columns within the group without padding) of a group's sub-groups that are not all padding."""
+    def _block(self, group: int) -> Floats:
+        """Its part of H, without padding."""
         columns = self._columns(group)
-        for number, begin in enumerate(range(0, columns.stop - columns.start, SUB_GROUP)):
-            yield group * _SUBS + number, slice(begin, min(begin + SUB_GROUP, columns.stop - columns.start))
+        return self._hessian.matrix[columns, columns]
 
-    def _gptq(self, group: int) -> None:
-        """Codes and lines of a group, from what all levels' errors in the groups before it leave to make up for."""
-        columns, feedback = self._columns(group), self._hessian.feedback
+    def _pieces(self, group: int) -> Iterator[tuple[slice, slice, slice]]:
+        """A group's columns, some at a time: (their places in the group, those after them, the columns). What one
+        sub-group changes is made up for among so many first: less to go through for each."""
+        columns = self._columns(group)
+        size = columns.stop - columns.start
+        for begin in range(0, size, GROUP):
+            end = min(begin + GROUP, size)
+            yield slice(begin, end), slice(end, size), slice(columns.start + begin, columns.start + end)
+
+    def _sub_groups(self, columns: slice) -> Iterator[tuple[int, slice]]:
+        """(number, columns counted from the first) of the sub-groups of columns that begin with one."""
+        size = columns.stop - columns.start
+        for begin in range(0, size, SUB_GROUP):
+            yield (columns.start + begin) // SUB_GROUP, slice(begin, min(begin + SUB_GROUP, size))
+
+    def _gptq(self, columns: slice) -> None:
+        """Codes and lines of some columns, from what all levels' errors before them leave to make up for."""
+        feedback = self._hessian.feedback
         adjusted = self._wanted(columns)
         if feedback is None:
             factors = None
         else:
             factors = feedback[columns, columns]
-            if group:
+            if columns.start:
                 adjusted += feedback[: columns.start, columns].T @ self._errors[:, : columns.start]
-        for sub, part in self._sub_groups(group):
-            _choose_line(self.lines, sub, adjusted[-1, part], self._bits)
-        self._round(group, adjusted, factors)
+        _choose_lines(self.lines, columns.start // SUB_GROUP, adjusted[-1], self._bits)
+        self._round(columns, adjusted, factors)
 
     def sweep(self) -> None:
         """Makes lines and codes better, one group after the other with the others as they are (block coordinate
@@ -349,11 +361,10 @@ class _Rounding:
 
         For codes this is Behdin et al. (2023, "QuantEase: Optimization-based Quantization for Language Models").
         """
-        for group in range(len(self._target) // GROUP):
+        for group in range(len(self._target) // SUPER_GROUP):
             gradient = self._gradient(group)
             self._fit(group, gradient)
             self._descend(group, gradient)
-            self._fit(group, gradient)
 
     def _wanted(self, columns: slice) -> Floats:
         """What the levels' weights should be, [levels, columns, rows]."""
@@ -390,28 +401,24 @@ class _Rounding:
         return found
 
     def _descend(self, group: int, gradient: Floats) -> None:
-        """Chooses the codes of a group anew, each for what the errors of all other columns leave to make up for."""
-        columns = self._columns(group)
-        block = self._hessian.matrix[columns, columns]
-        errors = self._errors[:, columns]
-        before = errors.copy()
-        if self._hessian.feedback is None:
-            self._round(group, self._wanted(columns), None)
-            gradient += errors - before
-        else:
-            diagonal = np.einsum("ii->i", block)
-            adjusted = gradient / diagonal[:, None]
+        """Chooses the codes of a group anew, each for what the errors of all other columns leave to make up for.
+        gradient: as `_fit` left it; of no use afterwards."""
+        calibrated = self._hessian.feedback is not None
+        for here, after, columns in self._pieces(group):
+            block, errors = self._hessian.matrix[columns, columns], self._errors[:, columns]
+            diagonal, before = np.einsum("ii->i", block), errors.copy()
+            adjusted = gradient[:, here] / diagonal[:, None]
             adjusted += self._wanted(columns) - errors
-            self._round(group, adjusted, block / diagonal)
-            gradient += block @ (errors - before)
+            self._round(columns, adjusted, block / diagonal if calibrated else None)
+            if calibrated:
+                gradient[:, after] += self._block(group)[after, here] @ (errors - before)
 
-    def _round(self, group: int, adjusted: Floats, factors: Floats | None) -> None:
-        """Chooses a group's codes, one column after the other: those whose slices come nearest to `adjusted` [levels,
-        columns, rows], which changes by `factors` [columns, later columns] times what an error changes by."""
-        columns = self._columns(group)
+    def _round(self, columns: slice, adjusted: Floats, factors: Floats | None) -> None:
+        """Chooses the codes of some columns, one after the other: those whose slices come nearest to `adjusted`
+        [levels, columns, rows], which changes by `factors` [columns, later columns] times what an error changes by."""
         wanted, codes, errors = self._wanted(columns), self.codes[columns], self._errors[:, columns]
         size = len(codes)
-        for sub, part in self._sub_groups(group):
+        for sub, part in self._sub_groups(columns):
             nearest = _Nearest(*self.lines.of(sub), self._slices, self._weights, self._bits[-1])
             before = errors[:, part].copy()
             for column in range(part.start, part.stop):
@@ -428,18 +435,30 @@ class _Rounding:
     def _fit(self, group: int, gradient: Floats) -> None:
         """The best lines of a group for its codes: sub-group after sub-group, then level after level. gradient:
         [levels, columns, rows], brought up to date."""
+        block = self._block(group)
         u = np.floor(self.codes[self._columns(group)] * self._slices[:, None, None])
-        for sub, part in self._sub_groups(group):
-            self._fit_sub_group(group, sub, part, u[:, part], gradient)
-        for level in range(1, len(self._bits)):
-            self._fit_level(group, level, u[level], gradient[level])
+        for here, after, columns in self._pieces(group):
+            moved = np.empty_like(gradient[:, here])
+            inner, near = block[here, here], gradient[:, here]
+            for sub, part in self._sub_groups(columns):
+                moved[:, part] = self._fit_sub_group(sub, u[:, here][:, part], near[:, part], inner[part, part])
+                near -= inner[:, part] @ moved[:, part]
+            self._errors[:, columns] -= moved
+            for rest in (slice(here.start), after):
+                gradient[:, rest] -= block[rest, here] @ moved
+        if len(self._bits) > 1:
+            steps = self.lines.steps[group * _SUBS : (group + 1) * _SUBS]
+            ones = np.repeat(steps, SUB_GROUP, axis=0)[: len(block)]
+            along_ones = block @ ones
+            for level in range(1, len(self._bits)):
+                self._fit_level(group, level, u[level], gradient[level], ones, along_ones)
 
-    def _fit_sub_group(self, group: int, sub: int, part: slice, u: Floats, gradient: Floats) -> None:
-        """Step, offset and nudge. In p = step and q = step * offset * unit the error of all levels is quadratic."""
-        columns, lines, weights = self._columns(group), self.lines, self._weights
-        block = self._hessian.matrix[columns, columns][:, part]
-        inner = block[part]
-        step, offset, unit = lines.steps[sub], lines.offsets[sub], lines.unit_of(sub)
+    def _fit_sub_group(self, sub: int, u: Floats, gradient: Floats, inner: Floats) -> Floats:
+        """Step, offset and nudge: what the weights change by. u, gradient, result: [levels, columns, rows] of the
+        sub-group; inner: its part of H. In p = step and q = step * offset * unit the error of all levels is
+        quadratic."""
+        group, lines, weights = sub // _SUBS, self.lines, self._weights
+        step, offset, unit = lines.steps[sub], lines.offsets[sub], lines.units[group]
         p, q = step, step * offset * unit
         v = u * lines.rises[:, group, None] + lines.centers[:, group, None]
         v[0] += unit * lines.nudges[sub]
@@ -449,41 +468,35 @@ class _Rounding:
         weighed = weights[:, None, None] * v
         pp = np.einsum("lij,lij->j", weighed, inner @ v)
         pq = ones @ weighed.sum(axis=0)
-        wanted = gradient[:, part]
-        pg = np.einsum("lij,lij->j", weighed, wanted)
-        qg = np.einsum("l,lij->j", weights, wanted)
-        best = p + _quotient(pg - pq * qg / qq, pp - pq * pq / qq, _POSITIVE)
-        nearest = np.searchsorted(_EDGES, best)
+        pg = np.einsum("lij,lij->j", weighed, gradient)
+        qg = np.einsum("l,lij->j", weights, gradient)
         new_step, new_offset, least = step.copy(), offset.copy(), np.zeros_like(step)
-        for change in (-1, 0, 1):
-            tried = _STEPS[np.minimum(np.maximum(nearest + change, 0), len(_STEPS) - 1)]
+        for tried in _STEPS:
             dp = tried - p
             per_step = tried * unit
-            tried_offset = _even(_quotient(q + (qg - dp * pq) / qq, per_step, _POSITIVE))
+            tried_offset = _nearest_offset(_quotient(q + (qg - dp * pq) / qq, per_step, _POSITIVE))
             dq = tried_offset * per_step - q
             error = dp * (dp * pp + 2 * (dq * pq - pg)) + dq * (dq * qq - 2 * qg)
             better = error < least
-            for kept, new in ((new_step, tried), (new_offset, tried_offset), (least, error)):
-                np.copyto(kept, new, where=better)
-        moved = v * (new_step - p) + (new_step * new_offset * unit - q)
+            new_step[better] = tried
+            np.copyto(new_offset, tried_offset, where=better)
+            np.copyto(least, error, where=better)
+        moved: Floats = v * (new_step - p) + (new_step * new_offset * unit - q)
         # Level 0 is nudged the other way where that is better.
         turn = -2 * lines.nudges[sub] * unit * new_step
-        missing = wanted[0].sum(axis=0) - ones @ moved[0]
+        missing = gradient[0].sum(axis=0) - ones @ moved[0]
         turn[turn * (turn * total - 2 * missing) >= 0] = 0
         moved[0] += turn
         lines.nudges[sub] = np.where(turn == 0, lines.nudges[sub], -lines.nudges[sub])
         lines.steps[sub], lines.offsets[sub] = new_step, new_offset
-        self._errors[:, columns.start + part.start : columns.start + part.stop] -= moved
-        gradient -= block @ moved
+        return moved
 
-    def _fit_level(self, group: int, level: int, u: Floats, gradient: Floats) -> None:
-        """Ratio and shift: for each of the 16 ratios the best shift, and of these pairs the best."""
+    def _fit_level(self, group: int, level: int, u: Floats, gradient: Floats, ones: Floats, along_ones: Floats) -> None:
+        """Ratio and shift: for each of the 16 ratios the best shift, and of these pairs the best. ones: what a center
+        is multiplied by, [columns, rows]; along_ones: H times that."""
         columns, lines = self._columns(group), self.lines
-        block = self._hessian.matrix[columns, columns]
-        count = len(u)
-        ones = np.repeat(lines.steps[group * _SUBS : (group + 1) * _SUBS], SUB_GROUP, axis=0)[:count]
         turned = ones * u
-        along_ones, along = block @ ones, block @ turned
+        along = self._block(group) @ turned
         cc = np.einsum("ij,ij->j", ones, along_ones)
         ac = np.einsum("ij,ij->j", ones, along)
         aa = np.einsum("ij,ij->j", turned, along)
@@ -507,7 +520,7 @@ class _Rounding:
         new_rise, new_center = lines.refined(level, group, ratio, shift)
         moved = turned * (new_rise - rise) + ones * (new_center - center)
         self._errors[level, columns] -= moved
-        gradient -= block @ moved
+        gradient -= (new_rise - rise) * along + (new_center - center) * along_ones
         lines.rises[level, group], lines.centers[level, group] = new_rise, new_center
 
 
@@ -552,96 +565,106 @@ class _Nearest:
 
 
 def _scales(values: Floats, bits: tuple[int, ...]) -> Floats:
-    """Scales [super groups, rows], in float16, of values [columns, rows]: the sub-group that needs the largest step has
-    the largest there is."""
-    columns, rows = values.shape
-    subs = -(-columns // SUB_GROUP)
-    wanted = np.zeros((subs, rows), np.float32)
+    """Scales [groups, rows], in float16, of values [columns, rows]: those whose steps suit the sub-groups best."""
+    rows = values.shape[1]
+    tops = []
     merged = np.float32(2 ** (bits[-1] - bits[0]))  # codes of the finest level that are one of level 0
-    for sub in range(subs):
-        part = values[sub * SUB_GROUP : (sub + 1) * SUB_GROUP]
-        low, high = part.min(axis=0), part.max(axis=0)
+    for begin in range(0, len(values), SUPER_GROUP):
+        parts = _by_sub_group(values[begin : begin + SUPER_GROUP])
+        low, high = parts.min(axis=1), parts.max(axis=1)
         middle, spread = (low + high) * np.float32(0.5), (high - low) / np.float32(2 ** bits[-1] - 1)
-        best = np.full(rows, np.inf, np.float32)
-        for scale in (*(spread * ratio for ratio in _CLIP_RATIOS), _least(part, bits) / merged):
+        widest = np.maximum(spread, _least(parts, bits) / merged).max(axis=0)
+        lost = []
+        for scale in widest * np.append(_LARGEST_STEPS, _LARGEST_STEPS[-1] * _LARGEST_STEPS[1:5] / 1.2)[:, None]:
             reach = scale * merged * np.float32(_REACH * 2 ** bits[0])
-            lost = _rounding_error(part - np.minimum(np.maximum(middle, -reach), reach), scale, bits)
-            better = lost < best
-            np.copyto(best, lost, where=better)
-            np.copyto(wanted[sub], scale * merged, where=better)
-    wide = SUPER_GROUP // SUB_GROUP
-    largest = np.array([wanted[begin : begin + wide].max(axis=0) for begin in range(0, subs, wide)], np.float32)
+            lost.append(_rounding_error(parts - np.minimum(np.maximum(middle, -reach), reach)[:, None], scale, bits))
+        of_largest = [
+            np.minimum.reduce([lost[largest + smaller] for smaller in _SMALLER_STEPS]).sum(axis=0)
+            for largest in range(len(_LARGEST_STEPS))
+        ]
+        tops.append(widest * merged * _LARGEST_STEPS[np.argmin(of_largest, axis=0)])
+    largest = np.array(tops, np.float32).reshape(-1, rows)
     scales = largest / np.float32(STEPS[-1])
     # Near the least float16 rather too large a scale than none, unless zero is nearer.
     few = (scales < 32 * _LEAST_HALF) & (largest > STEPS[0] * _LEAST_HALF / 2)
     scales = np.where(few, np.ceil(scales / _LEAST_HALF) * _LEAST_HALF, scales)
-    return scales.astype(np.float16).astype(np.float32)
+    # No weight is beyond float16, so that no scale is, by far, also when it grows.
+    stored: Floats = scales.astype(np.float16).astype(np.float32)
+    return stored
 
 
-def _least(values: Floats, bits: tuple[int, ...]) -> Floats:
-    """The least A of level 0 with which the largest of values [columns, rows] is within the codes' reach."""
+def _by_sub_group(values: Floats) -> Floats:
+    """[columns, rows] as [sub-groups, 16, rows]; the last column stands for those that lack."""
+    missing = -len(values) % SUB_GROUP
+    if missing:
+        values = np.concatenate((values, np.repeat(values[-1:], missing, axis=0)))
+    return values.reshape(-1, SUB_GROUP, values.shape[1])
+
+
+def _least(parts: Floats, bits: tuple[int, ...]) -> Floats:
+    """The least A of level 0 with which the largest weights of sub-groups are within the codes' reach."""
     codes = 2 ** bits[0]
-    found: Floats = np.abs(values).max(axis=0) / np.float32((codes - 1) / 2 + _REACH * codes)
+    found: Floats = np.abs(parts).max(axis=1) / np.float32((codes - 1) / 2 + _REACH * codes)
     return found
 
 
 def _rounding_error(centered: Floats, scale: Floats, bits: tuple[int, ...]) -> Floats:
-    """Weighed over the levels, [rows]."""
+    """Weighed over the levels, [sub-groups, rows], of [sub-groups, 16, rows] with scales [rows]."""
     top = np.float32(2 ** bits[-1] - 1)
     codes = centered * _quotient(np.ones_like(scale), scale, _POSITIVE)
     codes += top / 2
     np.rint(codes, out=codes)
     np.minimum(np.maximum(codes, 0, out=codes), top, out=codes)
-    total = np.zeros_like(scale)
+    total = np.zeros((len(centered), len(scale)), np.float32)
     for width, weight in zip(bits, level_weights(bits), strict=True):
         merged = np.float32(2 ** (bits[-1] - width))
         used = codes if merged == 1 else np.floor(codes / merged) * merged + (merged - 1) / 2
-        lost = (used - top / 2) * scale - centered
-        total += np.float32(weight) * np.einsum("ij,ij->j", lost, lost)
+        lost = (used - top / 2) * scale
+        lost -= centered
+        total += np.float32(weight) * np.einsum("sij,sij->sj", lost, lost)
     return total
 
 
-def _choose_line(lines: _Lines, sub: int, values: Floats, bits: tuple[int, ...]) -> None:
-    """Step, offset and nudge of a sub-group whose weights should be `values` [columns, rows]."""
-    rise, center = lines.rises[:, sub // _SUBS], lines.centers[:, sub // _SUBS]
-    unit = lines.unit_of(sub)
+def _choose_lines(lines: _Lines, first: int, values: Floats, bits: tuple[int, ...]) -> None:
+    """Steps, offsets and nudges of the sub-groups from `first` on, of one group, whose weights should be `values`
+    [columns, rows]: of every step with the offset that puts its codes in the middle the best one."""
+    parts, group = _by_sub_group(values), first // _SUBS
+    rise, center, unit = lines.rises[:, group], lines.centers[:, group], lines.units[group]
     top = np.float32(2 ** bits[-1] - 1)
-    low, high = values.min(axis=0), values.max(axis=0)
-    middle = (low + high) * np.float32(0.5)
-    full = _quotient(high - low, rise[-1] * top, _POSITIVE)
-    least = np.searchsorted(_STEPS, 0.999 * _quotient(_least(values, bits), rise[0], _POSITIVE))
-    least = np.minimum(least, len(_STEPS) - 1)
-    ratios = _CLIP_RATIOS if bits[-1] <= 4 else (*_WIDER_RATIOS, *_CLIP_RATIOS)
+    middle = (parts.min(axis=1) + parts.max(axis=1)) * np.float32(0.5)
     middle_code = rise[-1] * top / 2 + center[-1]
-    best = np.full(len(middle), np.inf, np.float32)
-    for number in (*(np.searchsorted(_EDGES, full * ratio) for ratio in ratios), least):
-        step = _STEPS[number]
-        offset = _even(_quotient(middle / step - middle_code, unit, _POSITIVE))
+    best = np.full_like(middle, np.inf)
+    subs = slice(first, first + len(parts))
+    for step in _STEPS:
+        offset = _nearest_offset(_quotient(middle / step - middle_code, np.broadcast_to(unit, middle.shape), _POSITIVE))
         moved = unit * offset
-        codes = (values - step * (moved + center[-1])) * _quotient(np.ones_like(step), step * rise[-1], _POSITIVE)
+        codes = parts - (step * (moved + center[-1]))[:, None]
+        codes *= _quotient(np.ones_like(unit), step * rise[-1], _POSITIVE)
         np.rint(codes, out=codes)
         np.minimum(np.maximum(codes, 0, out=codes), top, out=codes)
-        lost, missing = np.zeros_like(step), np.zeros_like(step)
+        lost, missing = np.zeros_like(middle), np.zeros_like(middle)
         for level, weight in enumerate(level_weights(bits)):
-            used = codes if bits[level] == bits[-1] else np.floor(codes * np.float32(2 ** (bits[level] - bits[-1])))
-            off = values - step * (moved + center[level]) - used * (step * rise[level])
+            used = codes if bits[level] == bits[-1] else np.floor(codes * np.float32(2.0 ** (bits[level] - bits[-1])))
+            off = parts - (step * (moved + center[level]))[:, None]
+            off -= used * (step * rise[level])
             if level == 0:
-                missing = off.sum(axis=0)
-            lost += np.float32(weight) * np.einsum("ij,ij->j", off, off)
+                missing = off.sum(axis=1)
+            lost += np.float32(weight) * np.einsum("sij,sij->sj", off, off)
         better = lost < best
-        nudge = np.copysign(np.float32(1), missing)
+        nudge = np.copysign(np.float32(OWN_OFFSET), missing)
         for kept, new in (
             (best, lost),
-            (lines.steps[sub], step),
-            (lines.offsets[sub], offset),
-            (lines.nudges[sub], nudge),
+            (lines.steps[subs], np.broadcast_to(step, lost.shape)),
+            (lines.offsets[subs], offset),
+            (lines.nudges[subs], nudge),
         ):
             np.copyto(kept, new, where=better)
 
 
-def _even(offset: Floats) -> Floats:
-    """The nearest even offset that there is."""
-    found: Floats = 2 * np.minimum(np.maximum(np.rint(offset * np.float32(0.5)), -8), 7)
+def _nearest_offset(offset: Floats) -> Floats:
+    """The nearest one that there is."""
+    whole = np.rint(offset * np.float32(1 / OFFSET_UNIT))
+    found: Floats = OFFSET_UNIT * np.minimum(np.maximum(whole, -4), 3)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import tempfile
 from collections import deque
@@ -91,9 +92,8 @@ class NestedOptions:
 
 def level_layouts(bits: Sequence[int]) -> list[str]:
     """Layout of each level: level 0 whole, later ones the bits they add."""
-    return [
-        f"base{width}g16" if level == 0 else f"refine{width - bits[level - 1]}n64" for level, width in enumerate(bits)
-    ]
+    later = (f"refine{width - below}" for below, width in itertools.pairwise(bits))
+    return [f"base{bits[0]}r{len(bits) - 1}", *later]
 
 
 class NestedExperts:
@@ -128,17 +128,17 @@ class NestedExperts:
 
     def size(self) -> int:
         """Bytes of all sections, at most."""
-        return sum(self._model.spec.layers[layer].experts * sum(self.section_sizes(layer)) for layer in self._routed())
+        return sum(self._model.spec.layers[layer].experts * sum(self.section_sizes(layer)) for layer in self.routed())
 
     def temporary_size(self) -> int:
         """Bytes of the temporary files, at most."""
         spec, options = self._model.spec, self._options
         calibration = options.tokens + WINDOW if options.calibrate else 0
         measured = options.quality_tokens + WINDOW if options.quality_text is not None else 0
-        seen = max(spec.layers[layer].top_k * spec.layers[layer].ffn_dim for layer in self._routed())
+        seen = max(spec.layers[layer].top_k * spec.layers[layer].ffn_dim for layer in self.routed())
         size = 4 * (calibration * (2 * spec.hidden_size + seen) + measured * (spec.hidden_size + spec.vocab_size // 2))
         if options.target_bits is not None:
-            size += max(spec.layers[layer].experts * sum(self.section_sizes(layer)) for layer in self._routed())
+            size += max(spec.layers[layer].experts * sum(self.section_sizes(layer)) for layer in self.routed())
         return size
 
     def unwritten(self) -> int:
@@ -154,7 +154,7 @@ class NestedExperts:
         """Bytes of sections that take as long to make as a token takes to go through a layer."""
         return self.size() / len(self._model.spec.layers) / _TOKENS_PER_LAYER
 
-    def _routed(self) -> list[int]:
+    def routed(self) -> list[int]:
         return [number for number, layer in enumerate(self._model.spec.layers) if layer.experts]
 
     # -- the work ---------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class NestedExperts:
         self._report = report
         self._beside = 0.0
         if not options.calibrate and options.quality_text is None:
-            for number in self._routed():
+            for number in self.routed():
                 self._write_layer(number, None, writer, contents)
             return
         pass_bytes = self._pass_bytes()
@@ -199,7 +199,7 @@ class NestedExperts:
             work=self._work,
             report=lambda tokens: self._advance(tokens * pass_bytes),
         )
-        if options.target_bits is not None and self._routed()[-1] not in writer.notes:
+        if options.target_bits is not None and self.routed()[-1] not in writer.notes:
             self._super_experts = self._find_super_experts(original, calibration)
         tokens = np.concatenate([calibration, held_out])
         residual = temporary_array(self._work, (*tokens.shape, spec.hidden_size), np.float32)
@@ -340,9 +340,12 @@ class NestedExperts:
         """Experts quantized at a time: as many as there are threads and memory for."""
         columns = max(self._model.spec.hidden_size, self._model.spec.layers[layer].ffn_dim)
         weights = sum(rows * size for rows, size in self._model.spec.expert_tensors(layer).values())
-        # A Hessian summed up, mixed, damped, factorized, and its feedback; weights, their products with it, codes, the
-        # errors of every level; a batch of tokens.
-        each = 4 * (6 * columns * columns + (5 + len(self._options.levels)) * weights + 3 * 2048 * columns)
+        # While the Hessian is factorized, which NumPy does in float64: eight times its size, and the weights. Later it,
+        # what it was made of and its feedback; weights, their products with it, codes, the errors of every level.
+        # Before that a batch of tokens.
+        square = columns * columns
+        most = max(8 * square + 2 * weights, 4 * square + (5 + len(self._options.levels)) * weights)
+        each = 4 * (most + 3 * 2048 * columns)
         free = self._free() - 2 * 4 * columns * columns
         if free < each:
             raise MemoryBudgetError(

@@ -104,22 +104,30 @@ void compare_products(const Kernels& kernels, const Kernels& reference, Random& 
 }
 
 // The first levels of a nested matrix, of any widths that make up at most 8 bits.
-void compare_nested(const Kernels& kernels, const Kernels& reference, Random& random) {
+void compare_nested(const Kernels& kernels, const Kernels& reference, Random& random, bool wild) {
     const int rows = pick(random, 1, 80), cols = pick(random, 1, 700), tokens = pick(random, 1, 19);
     const int groups = (cols + kGroup - 1) / kGroup;
     Matrix matrix{Layout::nested, rows, cols, nullptr};
     std::vector<Aligned<std::byte>> levels;
-    for (int left = pick(random, 1, 8); left > 0;) {
-        const int bits = pick(random, 1, left);
-        const std::string number = std::to_string(bits),
-                          name = levels.empty() ? "base" + number + "g16" : "refine" + number + "n64";
-        levels.push_back(noise(random, stored_bytes(stored_layout(name), rows, cols)));
-        // The top bit of exponents off: no infinities, no NaN among the scales.
-        for (std::byte& byte : levels.back().span()) byte &= std::byte{0xBF};
-        matrix.levels.bits[matrix.levels.count] = static_cast<uint8_t>(bits);
-        matrix.levels.data[matrix.levels.count++] = levels.back().data();
-        left -= bits;
+    // Every other time the widths that products are written for.
+    if (pick(random, 0, 1)) {
+        matrix.levels.bits = {2, 1, 1};
+        matrix.levels.count = pick(random, 1, 3);
+    } else {
+        for (int left = pick(random, 1, 8); left > 0; left -= matrix.levels.bits[matrix.levels.count++])
+            matrix.levels.bits[matrix.levels.count] = static_cast<uint8_t>(pick(random, 1, left));
     }
+    matrix.levels.later = pick(random, matrix.levels.count - 1, 8 - matrix.levels.bits[0]);
+    for (int level = 0; level < matrix.levels.count; ++level) {
+        const std::string number = std::to_string(matrix.levels.bits[level]),
+                          name =
+                              level ? "refine" + number : "base" + number + "r" + std::to_string(matrix.levels.later);
+        levels.push_back(noise(random, stored_bytes(stored_layout(name), rows, cols)));
+        matrix.levels.data[level] = levels.back().data();
+    }
+    // The top bit of exponents, which is this one of some bytes, off: no infinities, no NaN among the scales.
+    if (!wild)
+        for (std::byte& byte : levels[0].span()) byte &= std::byte{0xBF};
     const auto x = floats(random, static_cast<size_t>(tokens) * cols, false);
     Aligned<int8_t> codes(static_cast<size_t>(tokens) * groups * kGroup);
     Aligned<float> scales(static_cast<size_t>(tokens) * groups), sums(static_cast<size_t>(tokens) * groups);
@@ -132,8 +140,9 @@ void compare_nested(const Kernels& kernels, const Kernels& reference, Random& ra
         k.matmul(matrix, input, {}, tokens, 0, (rows + kRowBlock - 1) / kRowBlock, out.data(), rows);
         return out;
     };
-    check_same(product(reference), product(kernels),
-               describe(kernels.name, "nested product", {matrix.levels.count, rows, cols, tokens}));
+    check_same(
+        product(reference), product(kernels),
+        describe(kernels.name, "nested product", {matrix.levels.count, matrix.levels.later, rows, cols, tokens}));
 }
 
 void compare_vectors(const Kernels& kernels, const Kernels& reference, Random& random, bool wild) {
@@ -322,7 +331,7 @@ void compare_with_scalar(const Kernels& kernels, const char* name) {
         compare_extremes(kernels, reference, layout);
     }
     for (int round = 0; round < 100; ++round) compare_vectors(kernels, reference, random, round % 2 == 0);
-    for (int round = 0; round < 60; ++round) compare_nested(kernels, reference, random);
+    for (int round = 0; round < 60; ++round) compare_nested(kernels, reference, random, round % 4 == 0);
     for (int round = 0; round < 30; ++round) compare_recurrences(kernels, reference, random, round % 2 == 0);
     for (const KvType type : {KvType::f32, KvType::f16, KvType::q8_0})
         for (int round = 0; round < 12; ++round)

@@ -44,7 +44,7 @@ def test_levels(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     assert pack.provenance["calibration"] == "text.txt"
     assert pack.quality["tokens"] == 255
     shown = run("show", target).stdout
-    assert "3 bits (base3g16); 5 bits (refine2n64)" in shown
+    assert "3 bits (base3r1); 5 bits (refine2)" in shown
     assert "on text.txt, 255 tokens: perplexity" in shown
     for name in ("3 bits  ", "5 bits  ", "exact (5.00 bits)", "high (", "balanced (", "fast ("):
         assert name in shown

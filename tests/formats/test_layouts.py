@@ -13,6 +13,7 @@ from edgemoe.formats.layouts import (
     LAYOUTS,
     NESTED,
     QUANTIZED,
+    STEPS,
     level_bits,
     pack,
     pack_level,
@@ -130,13 +131,15 @@ def test_round_trip(rows: int, columns: int, layout: str, seed: int) -> None:
 
 def random_level(layout: str, rows: int, groups: int, seed: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     rng = np.random.default_rng(seed)
-    bits, base = level_bits(layout)
+    bits, later = level_bits(layout)
     codes = rng.integers(0, 1 << bits, (rows, groups * GROUP), np.uint8)
-    if not base:
-        return codes, tuple(rng.integers(-8, 8, (2, rows, groups), np.int8))
-    scales = rng.random((rows, -(-groups // 4))).astype(np.float16)
-    steps = rng.integers(0, 8, (rows, 4 * groups), np.uint8)
-    return codes, (scales, steps, rng.integers(-16, 16, (rows, 4 * groups), np.int8))
+    if later is None:
+        return codes, ()
+    chunks = -(-groups // 4)
+    scales = rng.random((rows, chunks)).astype(np.float16)
+    steps = rng.integers(0, 4, (rows, 4 * groups), np.uint8)
+    offsets = rng.integers(-8, 8, (rows, 4 * groups), np.int8)
+    return codes, (scales, steps, offsets, *rng.integers(-8, 8, (2, later, rows, chunks), np.int8))
 
 
 def stored_code(record: np.ndarray, bits: int, lane: int, column: int) -> int:
@@ -151,55 +154,78 @@ def stored_code(record: np.ndarray, bits: int, lane: int, column: int) -> int:
     return code
 
 
-@pytest.mark.parametrize("layout", ["base1g16", "base2g16", "base3g16"])
-@pytest.mark.parametrize("groups", [6, 8, 9])
+@pytest.mark.parametrize("layout", ["base1r0", "base3r1", "base2r2", "base5r3", "base2r6", "base1r7"])
+@pytest.mark.parametrize("groups", [1, 5, 6, 8, 9])
 def test_base_level_bytes(layout: str, groups: int) -> None:
     """Byte by byte from the words of docs/format.md."""
     rows = 19
-    codes, (scales, steps, offsets) = random_level(layout, rows, groups, 3)
-    bits, _ = level_bits(layout)
-    data = pack_level(layout, codes, (scales, steps, offsets)).reshape(2, -1)
-    header = {6: 64, 8: 64, 9: 128}[groups]
-    assert data.shape[1] == header + groups * (128 * bits + 64)
+    codes, parameters = random_level(layout, rows, groups, 3)
+    scales, steps, offsets, ratios, shifts = parameters
+    bits, later = level_bits(layout)
+    assert later is not None
+    data = pack_level(layout, codes, parameters).reshape(2, -1)
+    header = {0: 256, 1: 256, 2: 256, 3: 320, 6: 320, 7: 384}[later]
+    whole = header + 4 * 128 * bits
+    assert data.shape[1] == -(-groups // 4) * header + groups * 128 * bits
     for row in range(rows):
         block, lane = data[row // 16], row % 16
-        for scale in range(-(-groups // 4)):
-            place = 32 * scale + 2 * lane
-            assert block[place : place + 2].tobytes() == scales[row, scale].tobytes()
         for group in range(groups):
-            record = block[header + group * (128 * bits + 64) :]
+            chunk = block[group // 4 * whole :]
+            record = chunk[header + group % 4 * 128 * bits :]
             for column in range(GROUP):
                 assert stored_code(record, bits, lane, column) == codes[row, group * GROUP + column]
             for k in range(4):
-                place = 4 * group + k
-                assert record[128 * bits + 4 * lane + k] == steps[row, place] + 8 * (int(offsets[row, place]) % 32)
-    if groups == 9:
-        assert not data[:, 96:128].any()
+                step, offset = STEPS[steps[row, 4 * group + k]], int(offsets[row, 4 * group + k])
+                stored = chunk[group % 4 * 64 + 4 * lane + k] & 63
+                assert stored == step - 3 | offset % 2 << 2 | offset // 2 % 8 << 3
+        for number in range(-(-groups // 4)):
+            chunk = block[number * whole :]
+            of_levels = [
+                int(ratios[level, row, number]) % 16 << 4 | int(shifts[level, row, number]) % 16
+                for level in range(later)
+            ] + [0] * 10
+            expected = [*scales[row, number : number + 1].tobytes(), of_levels[1], of_levels[0]]
+            for k in range(4):
+                fields = [int(chunk[64 * j + 4 * lane + k]) >> 6 for j in range(4)]
+                assert sum(field << 2 * j for j, field in enumerate(fields)) == expected[k]
+            for line in range((header - 256) // 64):
+                further = chunk[256 + 64 * line + 4 * lane :][:4]
+                assert further[::-1].tolist() == of_levels[2 + 4 * line : 6 + 4 * line]
+    # The 13 rows that do not exist.
+    assert not data[1].reshape(-1, 16, 4)[:, 3:].any()
 
 
-@pytest.mark.parametrize("layout", ["refine1n64", "refine2n64", "refine5n64"])
-def test_later_level_bytes(layout: str) -> None:
-    rows, groups = 19, 6
-    codes, (ratios, shifts) = random_level(layout, rows, groups, 3)
+@pytest.mark.parametrize("layout", ["refine1", "refine2", "refine5"])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_later_level_bytes(layout: str, groups: int) -> None:
+    rows = 19
+    codes, nothing = random_level(layout, rows, groups, 3)
     bits, _ = level_bits(layout)
-    data = pack_level(layout, codes, (ratios, shifts)).reshape(2, -1)
-    whole = 4 * 128 * bits + 64
-    assert data.shape[1] == whole + 2 * 128 * bits + 64
+    data = pack_level(layout, codes, nothing).reshape(2, groups, 128 * bits)
     for row in range(rows):
-        block, lane = data[row // 16], row % 16
         for group in range(groups):
-            together = 4 if group < 4 else 2
-            chunk = block[group // 4 * whole :]
-            record = chunk[group % 4 * 128 * bits :]
             for column in range(GROUP):
-                assert stored_code(record, bits, lane, column) == codes[row, group * GROUP + column]
-            parameter = chunk[together * 128 * bits + group % 4 * 16 + lane]
-            assert parameter == int(ratios[row, group]) % 16 * 16 + int(shifts[row, group]) % 16
+                stored = stored_code(data[row // 16, group], bits, row % 16, column)
+                assert stored == codes[row, group * GROUP + column]
+    assert not data[1].reshape(-1, 16, 4)[:, 3:].any()
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 50), st.integers(1, 900), st.sampled_from(NESTED), st.integers(0, 2**32))
-def test_level_round_trip(rows: int, columns: int, layout: str, seed: int) -> None:
+def test_parameters_of_no_group_mean_nothing_but_the_top_two_bits() -> None:
+    codes, parameters = random_level("base2r3", 20, 5, 4)
+    data = pack_level("base2r3", codes, parameters)
+    of_chunk = data.reshape(2, -1)[:, 320 + 4 * 256 :]  # the second one's, of one group
+    of_chunk[:, 64:256] ^= np.random.default_rng(0).integers(0, 64, (2, 192), np.uint8)
+    found = unpack_level("base2r3", data, 20, 5 * GROUP)
+    for got, want in zip((found[0], *found[1]), (codes, *parameters), strict=True):
+        np.testing.assert_array_equal(got, want)
+    of_chunk[:, 64:256] ^= 64
+    assert (unpack_level("base2r3", data, 20, 5 * GROUP)[1][0] != parameters[0]).tolist() == [[False, True]] * 20
+
+
+@pytest.mark.parametrize("layout", NESTED)
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 900), st.integers(0, 2**32))
+def test_level_round_trip(layout: str, rows: int, columns: int, seed: int) -> None:
     level = random_level(layout, rows, -(-columns // GROUP), seed)
     data = pack_level(layout, *level)
     assert data.dtype == np.uint8 and data.nbytes == packed_size(layout, rows, columns)
@@ -210,48 +236,70 @@ def test_level_round_trip(rows: int, columns: int, layout: str, seed: int) -> No
         np.testing.assert_array_equal(got, want)
 
 
+def test_names_of_levels() -> None:
+    assert len(set(NESTED)) == 36 + 7  # 1 to 8 bits with the later levels that there is room for; 1 to 7 more
+    assert level_bits("base2r6") == (2, 6) and level_bits("base8r0") == (8, 0)
+    assert level_bits("refine7") == (7, None)
+    for unknown in ("base2r7", "base8r1", "base9r0", "base0r1", "refine8", "refine0", "base2", "refine1r1", "q4g64"):
+        with pytest.raises(ValueError, match=f"layout '{unknown}' is not a level of a nested matrix"):
+            level_bits(unknown)
+
+
 def test_sizes_of_levels() -> None:
-    """Bits per weight, where columns fill whole lines with scales."""
-    levels = [packed_size(layout, 768, 2048) for layout in ("base2g16", "refine1n64", "refine1n64")]
-    assert [8 * sum(levels[:count]) / (768 * 2048) for count in (1, 2, 3)] == [2.5625, 3.6875, 4.8125]
+    """Bits per weight, where columns fill whole chunks."""
+    levels = [packed_size(layout, 768, 2048) for layout in ("base2r2", "refine1", "refine1")]
+    assert [8 * sum(levels[:count]) / (768 * 2048) for count in (1, 2, 3)] == [2.5, 3.5, 4.5]
+    assert [8 * packed_size(f"base1r{later}", 768, 2048) / (768 * 2048) for later in (0, 3, 7)] == [1.5, 1.625, 1.75]
 
 
 def test_level_refusals() -> None:
-    codes, base = random_level("base2g16", 3, 5, 0)
-    scales, steps, offsets = base
-    single, refining = random_level("refine1n64", 3, 5, 0)
-    with pytest.raises(ValueError, match="a code of 2 has more than 1 bits"):
-        pack_level("base1g16", np.full_like(codes, 2), base)
-    with pytest.raises(TypeError, match="layout refine2n64 takes ratios, shifts, not 3 arrays"):
-        pack_level("refine2n64", codes, base)
-    with pytest.raises(TypeError, match="layout base2g16 takes scales, steps, offsets, not 2 arrays"):
-        pack_level("base2g16", codes, refining)
+    codes, base = random_level("base2r2", 3, 5, 0)
+    scales, steps, offsets, ratios, shifts = base
+    single, nothing = random_level("refine1", 3, 5, 0)
+    for layout, parameters in (("base1r2", base), ("refine1", nothing)):
+        with pytest.raises(ValueError, match=f"layout {layout}: a code of 2 has more than 1 bits"):
+            pack_level(layout, np.full_like(codes, 2), parameters)
+    with pytest.raises(TypeError, match="layout refine2 takes no parameters, not 5 arrays"):
+        pack_level("refine2", codes, base)
+    with pytest.raises(TypeError, match="layout base2r2 takes scales, steps, offsets, ratios, shifts, not 3 arrays"):
+        pack_level("base2r2", codes, base[:3])
+    with pytest.raises(TypeError, match="layout base2r2 takes scales, steps, offsets, ratios, shifts, not 0 arrays"):
+        pack_level("base2r2", codes)
     with pytest.raises(TypeError, match="in whole groups of 64"):
-        pack_level("base2g16", codes[:, :63], base)
+        pack_level("base2r2", codes[:, :63], base)
     with pytest.raises(TypeError, match="takes uint8 codes"):
-        pack_level("base2g16", codes.astype(np.int16), base)
+        pack_level("refine1", single.astype(np.int16))
     with pytest.raises(ValueError, match="'q4g64' is not a level of a nested matrix"):
         pack_level("q4g64", codes, base)
+
+    def replaced(**changed: np.ndarray) -> tuple[np.ndarray, ...]:
+        named = {"scales": scales, "steps": steps, "offsets": offsets, "ratios": ratios, "shifts": shifts}
+        return tuple((named | changed).values())
+
     for wrong, expected in (
-        ((scales.astype(np.float32), steps, offsets), r"scales float16 \[3, 2\], not float32 \[3, 2\]"),
-        ((np.repeat(scales, 4, axis=1)[:, :5], steps, offsets), r"scales float16 \[3, 2\], not float16 \[3, 5\]"),
-        ((scales, steps[:, :5], offsets), r"steps uint8 \[3, 20\], not uint8 \[3, 5\]"),
-        ((scales, steps, offsets.astype(np.int16)), r"offsets int8 \[3, 20\], not int16 \[3, 20\]"),
+        (replaced(scales=scales.astype(np.float32)), r"scales float16 \[3, 2\], not float32 \[3, 2\]"),
+        (replaced(scales=np.repeat(scales, 4, axis=1)[:, :5]), r"scales float16 \[3, 2\], not float16 \[3, 5\]"),
+        (replaced(steps=steps[:, :5]), r"steps uint8 \[3, 20\], not uint8 \[3, 5\]"),
+        (replaced(offsets=offsets.astype(np.int16)), r"offsets int8 \[3, 20\], not int16 \[3, 20\]"),
+        (replaced(ratios=ratios[:1]), r"ratios int8 \[2, 3, 2\], not int8 \[1, 3, 2\]"),
+        (replaced(ratios=ratios[0]), r"ratios int8 \[2, 3, 2\], not int8 \[3, 2\]"),
+        (replaced(shifts=shifts.view(np.uint8)), r"shifts int8 \[2, 3, 2\], not uint8 \[2, 3, 2\]"),
     ):
-        with pytest.raises(TypeError, match=f"layout base2g16 takes {expected}"):
-            pack_level("base2g16", codes, wrong)
+        with pytest.raises(TypeError, match=f"layout base2r2 takes {expected}"):
+            pack_level("base2r2", codes, wrong)
     for wrong, expected in (
-        ((scales, np.full_like(steps, 8), offsets), "steps within 8 to 8, not 0 to 7"),
-        ((scales, steps, np.full_like(offsets, 16)), "offsets within 16 to 16, not -16 to 15"),
-        ((scales, steps, np.full_like(offsets, -17)), "offsets within -17 to -17, not -16 to 15"),
+        (replaced(steps=np.full_like(steps, 4)), "steps within 4 to 4, not 0 to 3"),
+        (replaced(offsets=np.full_like(offsets, 8)), "offsets within 8 to 8, not -8 to 7"),
+        (replaced(offsets=np.full_like(offsets, -9)), "offsets within -9 to -9, not -8 to 7"),
+        (replaced(ratios=np.full_like(ratios, 8)), "ratios within 8 to 8, not -8 to 7"),
+        (replaced(shifts=np.full_like(shifts, -9)), "shifts within -9 to -9, not -8 to 7"),
     ):
-        with pytest.raises(ValueError, match=f"layout base2g16: {expected}"):
-            pack_level("base2g16", codes, wrong)
-    for ratio, shift, expected in ((8, 0, "ratios within 8 to 8"), (0, -9, "shifts within -9 to -9")):
-        with pytest.raises(ValueError, match=f"layout refine1n64: {expected}, not -8 to 7"):
-            pack_level("refine1n64", single, tuple(np.full((3, 5), x, np.int8) for x in (ratio, shift)))
-    with pytest.raises(ValueError, match="takes 384 bytes, not 383"):
-        unpack_level("base2g16", bytes(383), 3, 64)
+        with pytest.raises(ValueError, match=f"layout base2r2: {expected}"):
+            pack_level("base2r2", codes, wrong)
+    with pytest.raises(ValueError, match="takes 512 bytes, not 511"):
+        unpack_level("base2r2", bytes(511), 3, 64)
+    with pytest.raises(ValueError, match="takes 256 bytes, not 255"):
+        unpack_level("refine2", bytes(255), 3, 64)
 
 
 def test_records_are_whole_cache_lines() -> None:

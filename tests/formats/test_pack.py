@@ -184,10 +184,13 @@ def delete(*keys: Any) -> Change:
 
 
 LEVEL = ("experts", "1", "levels", 0)
-NESTED = [
-    {"bits": bits, "parts": {name: [layout, 0, 0] for name in ("gate", "up", "down")}}
-    for bits, layout in ((2, "base2g16"), (3, "refine1n64"), (5, "refine1n64"))
-]
+
+
+def set_levels(*levels: tuple[int, str]) -> Change:
+    """Bits and layout of each."""
+    parts = [{name: [layout, 0, 0] for name in ("gate", "up", "down")} for _, layout in levels]
+    of = [{"bits": bits, "parts": part} for (bits, _), part in zip(levels, parts, strict=True)]
+    return set_at("experts", "1", "levels", to=of)
 
 
 def two_levels_of_one_layout(index: dict[str, Any]) -> None:
@@ -263,14 +266,33 @@ CHANGES: list[tuple[Change, str]] = [
     (set_at(*LEVEL, "parts", "up", 0, to="vector"), "layer 1, level 0: up: layout vector"),
     (set_at(*LEVEL, "parts", "up", 1, to=1), "layers.1.experts.0.up: extent 1 of 1"),
     (set_at(*LEVEL, "parts", "down", 2, to=1 << 20), "layers.1.experts.0.down: 2880 bytes at 1048576 do not fit"),
-    (set_at(*LEVEL, "parts", "up", 0, to="refine4n64"), "level 0: up: layout refine4n64 does not make 4 bits"),
-    (set_at(*LEVEL, "parts", "up", 0, to="base3g16"), "level 0: up: layout base3g16 does not make 4 bits of the 0"),
-    (set_at(*LEVEL, "parts", "up", 0, to="refine1g64"), "level 0: up: unknown layout 'refine1g64'"),
-    (set_at(*LEVEL, "parts", "up", 0, to="base9g16"), "level 0: up: unknown layout 'base9g16'"),
-    (set_at("experts", "1", "levels", to=NESTED), "level 2: gate: layout refine1n64 does not make 5 bits of the 3"),
-    (set_at("experts", "1", "levels", to=NESTED[:1] * 2), "level 1: gate: layout base2g16 does not make 2 bits of the"),
+    (set_at(*LEVEL, "parts", "up", 0, to="refine4"), "level 0: up: layout refine4 does not make 4 bits of the 0"),
+    (set_at(*LEVEL, "parts", "up", 0, to="base3r0"), "level 0: up: layout base3r0 does not make 4 bits of the 0"),
+    (
+        set_at(*LEVEL, "parts", "up", 0, to="base4r1"),
+        "up: layout base4r1 has parameters of 1 later levels, there are 0",
+    ),
+    (set_at(*LEVEL, "parts", "up", 0, to="refine1r0"), "level 0: up: unknown layout 'refine1r0'"),
+    (set_at(*LEVEL, "parts", "up", 0, to="base9r0"), "level 0: up: unknown layout 'base9r0'"),
+    (set_at(*LEVEL, "parts", "up", 0, to="base8r1"), "level 0: up: unknown layout 'base8r1'"),
+    (
+        set_levels((2, "base2r2"), (3, "refine1"), (5, "refine1")),
+        "layer 1, level 2: gate: layout refine1 does not make 5 bits of the 3 of coarser levels",
+    ),
+    (
+        set_levels((2, "base2r1"), (4, "base2r0")),
+        "layer 1, level 1: gate: layout base2r0 does not make 4 bits of the 2 of coarser levels",
+    ),
+    (
+        set_levels((2, "base2r2"), (4, "refine2")),
+        "layer 1: gate: layout base2r2 has parameters of 2 later levels, there are 1",
+    ),
+    (
+        set_levels((2, "base2r0"), (3, "refine1"), (4, "refine1")),
+        "layer 1: gate: layout base2r0 has parameters of 0 later levels, there are 2",
+    ),
     (two_levels_of_one_layout, "layer 1, level 0: gate: layout q4g64 is not nested"),
-    (set_at("dense", "embedding", 2, to="base8g16"), "tensor embedding: layout base8g16 is for experts only"),
+    (set_at("dense", "embedding", 2, to="base8r0"), "tensor embedding: layout base8r0 is for experts only"),
     (set_at("experts", "1", "sections", 2, to=[]), "layer 1, expert 2: [] are not 1 to 1 of"),
     (set_at("experts", "1", "sections", to=[[0]] * 4), "sections is not a list of 3 experts"),
     (set_at("experts", "1", "sections", 2, to=[0, 1]), "layer 1, expert 2: [0, 1] are not 1 to 1 of"),

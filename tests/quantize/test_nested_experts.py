@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from gguf_writer import tiny_qwen3_moe_gguf, write
 
-from edgemoe.convert import SourceModel, convert, read_matrix
+from edgemoe.convert import SourceModel, _plan, convert, read_matrix
 from edgemoe.errors import MemoryBudgetError, OptionError, SourceError, UnsupportedModelError
 from edgemoe.formats.layouts import packed_size, unpack_level
 from edgemoe.formats.pack import PARTS, Pack, PackWriter
 from edgemoe.formats.safetensors import SafetensorsFolder
 from edgemoe.model import Model
 from edgemoe.quantize import nested_experts
+from edgemoe.quantize.calibration import Statistics
 from edgemoe.quantize.layerwise import LayerwiseModel
 from edgemoe.quantize.nested import Floats, Nested
 from edgemoe.quantize.nested_experts import NestedExperts, NestedOptions
@@ -69,7 +70,7 @@ def test_without_calibration(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     pack = Pack.open(target)
     assert not pack.quality
     assert [level.bits for level in pack.experts[1].levels] == [2, 3, 4]
-    assert [level.parts["up"].layout for level in pack.experts[1].levels] == ["base2g16", "refine1n64", "refine1n64"]
+    assert [level.parts["up"].layout for level in pack.experts[1].levels] == ["base2r2", "refine1", "refine1"]
     assert {len(sections) for sections in pack.experts[1].sections} == {3}
     assert pack.provenance["levels"] == [2, 3, 4]
     assert pack.dense["embedding"].layout == "q8g64"
@@ -157,6 +158,73 @@ def test_target_bits(tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypat
     with pytest.raises(OptionError, match=r"1.0 bits per weight are too few for layer 0: \d+\.\d+ is the least"):
         convert(source, tmp_path / "b.emoe", nested=dataclasses.replace(options, target_bits=1.0))
     assert sorted(path.name for path in tmp_path.iterdir() if "b.emoe" in path.name) == []
+
+
+def test_errors_are_those_of_all_three_matrices(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
+    model = SourceModel.open(tiny_qwen3_moe())
+    options = NestedOptions(target_bits=3.0, threads=1, memory=10**9)
+    experts = NestedExperts(model.folder.folder, model, options, tmp_path)
+    rng = np.random.default_rng(0)
+    layer, tokens = model.spec.layers[1], 50
+    seen = Statistics(
+        rng.standard_normal((tokens, model.spec.hidden_size)).astype(np.float32),
+        rng.standard_normal((tokens, layer.top_k, layer.ffn_dim)).astype(np.float32),
+        np.array([rng.permutation(layer.experts)[: layer.top_k] for _ in range(tokens)], np.int32),
+        *rng.random((3, tokens, layer.top_k)).astype(np.float32),
+    )
+    means = {part: seen.all_experts().hessian(part) for part in ("inputs", "hidden")}
+    sections, errors = experts._quantize_expert(1, 2, seen, means)
+    stored: dict[str, list[Floats]] = {}
+    weights: dict[str, Floats] = {}
+    for part, shape in model.spec.expert_tensors(1).items():
+        name = f"layers.1.experts.2.{part}"
+        weights[part] = read_matrix(model.folder, name, model.sources[name], shape)
+        levels = []
+        for level, section in zip(experts.levels(1), sections, strict=True):
+            place = level.parts[part]
+            levels.append(
+                unpack_level(place.layout, section[place.offset :][: packed_size(place.layout, *shape)], *shape)
+            )
+        made = Nested.of_levels(options.levels, levels)
+        stored[part] = [made.weights(level, shape[1]) for level in range(3)]
+    for level, error in enumerate(errors):
+        expected = 0.0
+        for name, parts in (("inputs", ("gate", "up")), ("hidden", ("down",))):
+            hessian = seen.expert(2).mixed_hessian(name, means[name]).astype(np.float64)
+            lost = signal = 0.0
+            for part in parts:
+                off = stored[part][level].astype(np.float64) - weights[part]
+                lost += float(np.trace(off @ hessian @ off.T))
+                signal += float(np.trace(weights[part] @ hessian @ weights[part].T))
+            expected += lost / signal
+        assert error == pytest.approx(expected * seen.expert(2).output_energy, rel=1e-4)
+
+
+def test_as_many_experts_at_a_time_as_there_is_memory_for(
+    tiny_qwen3_moe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SourceModel.open(tiny_qwen3_moe())
+    experts = NestedExperts(model.folder.folder, model, NestedOptions(threads=3), tmp_path)
+    found: list[int] = []
+    for free in range(0, 10**7, 10**5):
+        monkeypatch.setattr(experts, "_free", lambda free=free: free)
+        try:
+            found.append(experts._workers(1))
+        except MemoryBudgetError:
+            found.append(0)
+    assert found == sorted(found) and set(found) == {0, 1, 2, 3}
+    each = found.count(1)
+    assert abs(found.count(2) - each) <= 1
+
+
+def test_other_layouts_are_another_conversion(
+    tiny_qwen3_moe: Make, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, options = tiny_qwen3_moe(), NestedOptions(calibration=text)
+    before = _plan(source, None, None, options).fingerprint
+    assert _plan(source, None, None, options).fingerprint == before
+    monkeypatch.setattr(nested_experts, "level_layouts", lambda bits: ["base2r3", "refine1", "refine1"])
+    assert _plan(source, None, None, options).fingerprint != before
 
 
 @pytest.mark.parametrize("target_bits", [None, TARGET])

@@ -91,15 +91,22 @@ def test_codes_are_those_of_the_small_model(bits: int, tiny_qwen3_moe: Callable[
         np.testing.assert_allclose(expert(wide, 1, 3, part), expected, atol=1e-6)
 
 
-def test_levels_are_those_of_a_nested_pack(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path) -> None:
-    folder = tiny_qwen3_moe(hidden_size=64, moe_intermediate_size=64, head_dim=16)
+@pytest.mark.parametrize(("ffn", "ffn_times"), [(64, 8), (512, 2)])  # several copies in 256 columns, and one in several
+def test_levels_are_those_of_a_nested_pack(
+    ffn: int, ffn_times: int, tiny_qwen3_moe: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_qwen3_moe(hidden_size=64, moe_intermediate_size=ffn, head_dim=16)
     small, wide = tmp_path / "small.emoe", tmp_path / "wide.emoe"
     convert(folder, small, nested=NestedOptions(levels=(2, 3, 4), calibrate=False))
-    model = InflatedModel(folder, 2, 4, small)
+    model = InflatedModel(folder, 2, ffn_times, small)
     write_pack(model, wide, 4, 8)
     packs = [Pack.open(path) for path in (small, wide)]
     assert [level.bits for level in packs[1].experts[1].levels] == [2, 3, 4]
-    for part, times, divisor in (("gate", (4, 2), 1), ("up", (4, 2), 1), ("down", (2, 4), 4)):
+    for part, times, width in (
+        ("gate", (ffn_times, 2), 64),
+        ("up", (ffn_times, 2), 64),
+        ("down", (2, ffn_times), ffn),
+    ):
         stored = []
         for pack in packs:
             table = pack.experts[1]
@@ -111,11 +118,18 @@ def test_levels_are_those_of_a_nested_pack(tiny_qwen3_moe: Callable[..., Path], 
             stored.append(levels)
         for number, (before, after) in enumerate(zip(*stored, strict=True)):
             np.testing.assert_array_equal(after[0], np.tile(before[0], times))
-            if number == 0:  # up to four copies of 64 columns share a scale
-                scales = np.tile(before[1][0] / np.float16(divisor), (times[0], 1))
-                np.testing.assert_allclose(after[1][0], scales, atol=1e-6)
-            for one, other in list(zip(before[1], after[1], strict=True))[number == 0 :]:
+            if number:
+                assert before[1] == after[1] == ()
+                continue
+            # Scales, and ratios and shifts of later levels, are those of 256 columns.
+            copies = times[0], max(times[1] * width // 256, 1) // max(width // 256, 1)
+            scales = np.tile(before[1][0] / np.float16(ffn_times if part == "down" else 1), copies)
+            np.testing.assert_allclose(after[1][0], scales, atol=1e-6)
+            for one, other in zip(before[1][1:3], after[1][1:3], strict=True):
                 np.testing.assert_array_equal(other, np.tile(one, times))
+            for one, other in zip(before[1][3:], after[1][3:], strict=True):
+                assert one.any()
+                np.testing.assert_array_equal(other, np.tile(one, copies))
     for cap in (0, 2):
         found = []
         for path in (small, wide):

@@ -83,9 +83,9 @@ class LookAhead {
 // scatter what is free: dropping what lies in such a run always makes room for a piece of its length.
 //
 // The unit is chosen to waste little on this rounding. Levels need runs of two lengths, and that of a refinement is not
-// a half or a quarter of the base's: levels of 2, 3 and 4 bits (2.5625, 1.125 and 1.125 with their parameters) take 6.5
-// % more than their bytes. Experts that never work with less than all their levels are better one piece, of one unit if
-// they are all alike, which wastes nothing: so they lie, come and leave as if they had one level.
+// a half or a quarter of the base's: levels of 2, 3 and 4 bits (2.5, 1 and 1 with their parameters) take 11 % more than
+// their bytes. Experts that never work with less than all their levels are better one piece, of one unit if they are
+// all alike, which wastes nothing: so they lie, come and leave as if they had one level.
 struct StoreLayout {
     // may_join: experts never work with less than all levels.
     StoreLayout(const PackIndex& index, bool may_join);

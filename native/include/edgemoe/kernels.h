@@ -61,6 +61,7 @@ bool reads_codes(Layout layout);
 // The levels of a nested matrix that a product works with, coarse to fine: at most 8 bits in all.
 struct NestedLevels {
     int count = 0;
+    int later = 0;                                    // that level 0 has parameters of: count - 1 or more
     std::array<uint8_t, kMaxLevels> bits{};           // that each level adds
     std::array<const std::byte*, kMaxLevels> data{};  // 64-byte aligned
 };
@@ -102,14 +103,15 @@ struct Kernels {
     //         acc = fma(d * x_scale, float(sum of scale * dot), acc); with minimums:
     //         acc = fma(-(dmin * x_scale), float(sum of minimum * x_code_sum), acc)
     // Nested layouts, with the concatenated bits of their levels as codes, per group of 64 with the steps and offsets
-    // of its parts of 16 columns; integers are exact, float() rounds half to even:
+    // of its parts of 16 columns, and with the scale, unit and center of 256 columns; integers are exact, float()
+    // rounds half to even:
     //     sum = scale * float(sum of step * dot)
     //     sum = fma(unit, float(sum of step * offset * x_code_sum), sum)
     //     sum = fma(center, float(sum of step * x_code_sum), sum)
     //     acc = fma(sum, x_scale, acc)
-    // Of level 0 of b bits: scale = s, unit = s * 2^b / 64, center = s * -(2^b - 1) / 2, and offset is odd if the
-    // product is with level 0 alone, even otherwise (docs/format.md); of each later level of d bits, in ascending
-    // order, with b the bits of all before it:
+    // Of level 0 of b bits: scale = s, unit = s * 2^b / 128, center = s * -(2^b - 1) / 2, and offset is 3 more or less
+    // if the product is with level 0 alone (docs/format.md); of each later level of d bits, in ascending order, with b
+    // the bits of all before it:
     //     scale = (scale / 2^d) * (1 + ratio / 2^(b + 3))
     //     center = fma(scale, 2^d * (shift / 32 - ratio / 16 - 1/2) + 1/2, center)
     void (*matmul)(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,
@@ -207,13 +209,14 @@ size_t kv_block_bytes(KvType type, int dim);
 
 // Matrices as files store them: the layouts above as they are, or row after row as in GGUF (`row_major`), which must be
 // interleaved once they are in memory. Names of row-major ones are "ggml.f32", "ggml.f16", "ggml.bf16" (their layouts
-// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4". One level of a nested matrix: "base2g16" is level 0 of 2 bits,
-// "refine1n64" a later level that adds one.
+// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4". One level of a nested matrix: "base2r3" is level 0 of 2 bits,
+// followed by 3 later levels, "refine1" a later level that adds one bit.
 struct StoredLayout {
     Layout layout;
     bool row_major;
     int level_bits = 0;
     bool refines = false;
+    int later = 0;  // levels that follow, of a level 0
 };
 StoredLayout stored_layout(std::string_view name);  // throws std::invalid_argument
 // Bytes of the file: rows beyond the last are not stored in row-major matrices, so that this may be less than

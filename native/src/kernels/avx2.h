@@ -352,6 +352,11 @@ struct Avx2 {
         return {_mm256_or_si256(_mm256_and_si256(mask.low, a.low), _mm256_andnot_si256(mask.low, b.low)),
                 _mm256_or_si256(_mm256_and_si256(mask.high, a.high), _mm256_andnot_si256(mask.high, b.high))};
     }
+    static EDGEMOE_INLINE F low_halves(I x) {
+        const I halves = and_i(x, set1_i(0xFFFF));
+        const __m256i all = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves.low, halves.high), 0b11011000);
+        return {_mm256_cvtph_ps(_mm256_castsi256_si128(all)), _mm256_cvtph_ps(_mm256_extracti128_si256(all, 1))};
+    }
     static EDGEMOE_INLINE I sub_8(I a, I b) { return {_mm256_sub_epi8(a.low, b.low), _mm256_sub_epi8(a.high, b.high)}; }
     static EDGEMOE_INLINE I add_16(I a, I b) {
         return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)};

@@ -181,6 +181,7 @@ struct Avx512 {
     static EDGEMOE_INLINE I and_i(I a, I b) { return _mm512_and_si512(a, b); }
     static EDGEMOE_INLINE I or_i(I a, I b) { return _mm512_or_si512(a, b); }
     static EDGEMOE_INLINE I select_bits(I mask, I a, I b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xCA); }
+    static EDGEMOE_INLINE F low_halves(I x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
     static EDGEMOE_INLINE I sub_8(I a, I b) { return _mm512_sub_epi8(a, b); }
     static EDGEMOE_INLINE I add_16(I a, I b) { return _mm512_add_epi16(a, b); }
     static EDGEMOE_INLINE I sub_16(I a, I b) { return _mm512_sub_epi16(a, b); }

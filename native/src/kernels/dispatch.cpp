@@ -115,7 +115,7 @@ size_t block_bytes(const Matrix& matrix) {
     if (matrix.layout != Layout::nested) return block_bytes(matrix.layout, matrix.cols);
     size_t bytes = 0;
     for (int level = 0; level < matrix.levels.count; ++level)
-        bytes += nested_block_bytes(matrix.levels.bits[level], level == 0, matrix.cols);
+        bytes += nested_block_bytes(matrix.levels, level, matrix.cols);
     return bytes;
 }
 

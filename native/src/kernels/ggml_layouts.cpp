@@ -142,10 +142,14 @@ StoredLayout stored_layout(std::string_view name) {
     if (name == "ggml.f32") return {Layout::f32, true};
     if (name == "ggml.f16") return {Layout::f16, true};
     if (name == "ggml.bf16") return {Layout::bf16, true};
-    for (const bool refines : {false, true})
-        for (int bits = 1; bits <= 8; ++bits)
-            if (const StoredLayout level{Layout::nested, false, bits, refines}; name == stored_name(level))
-                return level;
+    // Every level has a bit at least, and all of them 8 at most.
+    for (int bits = 1; bits <= kMaxLevels; ++bits) {
+        for (int later = 0; bits + later <= kMaxLevels; ++later)
+            if (const StoredLayout base{Layout::nested, false, bits, false, later}; name == stored_name(base))
+                return base;
+        if (const StoredLayout fine{Layout::nested, false, bits, true}; bits < kMaxLevels && name == stored_name(fine))
+            return fine;
+    }
     const Layout layout = layout_from_name(name);
     if (layout == Layout::nested) throw std::invalid_argument("layout nested is not stored as such");
     return {layout, is_ggml(layout)};
@@ -153,15 +157,15 @@ StoredLayout stored_layout(std::string_view name) {
 
 std::string stored_name(StoredLayout stored) {
     if (stored.layout == Layout::nested)
-        return (stored.refines ? "refine" : "base") + std::to_string(stored.level_bits) +
-               (stored.refines ? "n64" : "g16");
+        return stored.refines ? "refine" + std::to_string(stored.level_bits)
+                              : "base" + std::to_string(stored.level_bits) + "r" + std::to_string(stored.later);
     return (stored.row_major && !is_ggml(stored.layout) ? "ggml." : "") + std::string(layout_name(stored.layout));
 }
 
 size_t stored_bytes(StoredLayout stored, int rows, int cols) {
     if (stored.layout == Layout::nested)
         return (static_cast<size_t>(rows) + kRowBlock - 1) / kRowBlock *
-               nested_block_bytes(stored.level_bits, !stored.refines, cols);
+               nested_block_bytes(stored.level_bits, stored.refines ? 0 : nested_parameters(stored.later), cols);
     if (!stored.row_major) return matrix_bytes(stored.layout, rows, cols);
     return block_bytes(stored.layout, cols) / kRowBlock * static_cast<size_t>(rows);
 }

@@ -439,6 +439,10 @@ struct Neon {
         return integers_of([](auto m, auto p, auto q) { return vbslq_s32(vreinterpretq_u32_s32(m), p, q); }, mask, x,
                            y);
     }
+    static EDGEMOE_INLINE F low_halves(I x) {
+        const auto wide = [](int32x4_t p) { return vcvt_f32_f16(vreinterpret_f16_s16(vmovn_s32(p))); };
+        return {wide(x.a), wide(x.b), wide(x.c), wide(x.d)};
+    }
     static EDGEMOE_INLINE I sub_8(I x, I y) {
         return integers_of(
             [](auto p, auto q) {

@@ -2,7 +2,6 @@
 #include <array>
 #include <bit>
 #include <cmath>
-#include <cstring>
 
 #include "half.h"
 #include "nested_format.h"
@@ -13,24 +12,24 @@ namespace {
 // One group of a level's row block.
 struct Group {
     const std::byte* codes;
-    const std::byte* parameters;  // a byte: of level 0 [16 rows][4 parts], of later ones [16 rows]
-    const std::byte* scales;      // float16 [16 rows], of level 0 only
     int bits;
 };
 
+// The parameters of the chunk that a group lies in.
+const std::byte* parameters_of(const Matrix& matrix, int block, int g) {
+    const NestedLevels& levels = matrix.levels;
+    const size_t chunk = nested_parameters(levels.later) + kNestedChunk * nested_codes(levels.bits[0]);
+    return levels.data[0] + block * nested_block_bytes(levels, 0, matrix.cols) + g / kNestedChunk * chunk;
+}
+
 Group group_of(const Matrix& matrix, int level, int block, int g) {
-    const int bits = matrix.levels.bits[level];
-    const int groups = (matrix.cols + kGroup - 1) / kGroup, chunk = g / kNestedChunk;
-    const std::byte* data = matrix.levels.data[level] + block * nested_block_bytes(bits, level == 0, matrix.cols);
-    if (level == 0) {
-        const std::byte* codes = data + nested_header(groups) + g * nested_base_group(bits);
-        return {codes, codes + nested_codes(bits), data + chunk * kRowBlock * sizeof(uint16_t), bits};
-    }
-    const int begin = chunk * kNestedChunk;
-    const int together = groups - begin < kNestedChunk ? groups - begin : kNestedChunk;
-    data += chunk * nested_chunk_bytes(bits, kNestedChunk);
-    return {data + (g - begin) * nested_codes(bits),
-            data + together * nested_codes(bits) + static_cast<ptrdiff_t>(g - begin) * kRowBlock, nullptr, bits};
+    const NestedLevels& levels = matrix.levels;
+    const int bits = levels.bits[level];
+    if (level == 0)
+        return {
+            parameters_of(matrix, block, g) + nested_parameters(levels.later) + g % kNestedChunk * nested_codes(bits),
+            bits};
+    return {levels.data[level] + block * nested_block_bytes(levels, level, matrix.cols) + g * nested_codes(bits), bits};
 }
 
 int code_of(const Group& group, int row, int column) {
@@ -45,6 +44,26 @@ int code_of(const Group& group, int row, int column) {
 }
 
 float signed_byte(std::byte x) { return static_cast<float>(static_cast<int8_t>(x)); }
+
+// Of the four bytes that a row has in the parameters of a chunk's groups, two bits in each, the k-th.
+std::byte row_byte(const std::byte* parameters, int row, int k) {
+    std::byte value{};
+    for (int j = 0; j < kNestedChunk; ++j) value |= parameters[j * kNestedLine + 4 * row + k] >> 6 << 2 * j;
+    return value;
+}
+
+float scale_of(const std::byte* parameters, int row) {
+    return float_from_half(static_cast<uint16_t>(std::to_integer<int>(row_byte(parameters, row, 0)) |
+                                                 std::to_integer<int>(row_byte(parameters, row, 1)) << 8));
+}
+
+// Ratio and shift of a later level.
+std::byte later_byte(const std::byte* parameters, int row, int level) {
+    if (level <= kNestedLaterInGroups) return row_byte(parameters, row, 4 - level);
+    const int index = level - kNestedLaterInGroups - 1;
+    const std::byte* line = parameters + (kNestedChunk + index / kNestedLaterInLine) * kNestedLine;
+    return line[4 * row + 3 - index % kNestedLaterInLine];
+}
 
 // The high and the low four bits.
 float ratio_of(std::byte x) { return signed_byte(x & std::byte{0xF0}) / 16; }
@@ -63,28 +82,27 @@ void nested_matmul_scalar(const Matrix& matrix, const Activations& x, std::span<
                 std::array<Group, kMaxLevels> levels;
                 for (int level = 0; level < matrix.levels.count; ++level)
                     levels[level] = group_of(matrix, level, block, g);
+                const std::byte* parameters = parameters_of(matrix, block, g);
                 const int8_t* codes = x.codes + (token + g) * kGroup;
                 for (int row = 0; row < kRowBlock; ++row) {
-                    uint16_t half;
-                    std::memcpy(&half, levels[0].scales + row * sizeof half, sizeof half);
-                    float scale = float_from_half(half);
-                    const float unit = scale * (static_cast<float>(1 << levels[0].bits) / 64);
+                    float scale = scale_of(parameters, row);
+                    const float unit = scale * (static_cast<float>(1 << levels[0].bits) / 128);
                     float center = scale * (static_cast<float>((1 << levels[0].bits) - 1) / -2);
                     int below = levels[0].bits;
                     for (int level = 1; level < matrix.levels.count; ++level) {
-                        const Group& fine = levels[level];
-                        const float ratio = ratio_of(fine.parameters[row]), shift = shift_of(fine.parameters[row]);
-                        const float parts = static_cast<float>(1 << fine.bits);
+                        const std::byte packed = later_byte(parameters, row, level);
+                        const float ratio = ratio_of(packed), shift = shift_of(packed);
+                        const float parts = static_cast<float>(1 << levels[level].bits);
                         scale = scale / parts * (1 + ratio / static_cast<float>(8 << below));
                         center = std::fma(scale, parts * (shift / 32 - ratio / 16 - 0.5f) + 0.5f, center);
-                        below += fine.bits;
+                        below += levels[level].bits;
                     }
                     int32_t dots = 0, moved = 0, total = 0;
                     for (int part = 0; part < kGroup / kNestedPart; ++part) {
-                        const int packed = static_cast<int8_t>(levels[0].parameters[4 * row + part]);
-                        const int step = kNestedSteps[packed & 7], own = (packed >> 3) & 1;
-                        int offset = (packed >> 4) * 2;
-                        if (matrix.levels.count == 1) offset += own ? 1 : -1;
+                        const int packed =
+                            std::to_integer<int>(parameters[g % kNestedChunk * kNestedLine + 4 * row + part]);
+                        const int step = kNestedSteps[packed & 3];
+                        const int offset = nested_offset(packed >> 2 & 15, matrix.levels.count == 1);
                         int32_t dot = 0, sum = 0;
                         for (int column = part * kNestedPart; column < (part + 1) * kNestedPart; ++column) {
                             int code = 0;

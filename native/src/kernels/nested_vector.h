@@ -2,6 +2,7 @@
 // is the reference. Beyond what is listed there and in ggml_vector.h the trait V gives
 //
 //   select_bits(mask, a, b)      the bits of a where mask has ones, otherwise those of b
+//   low_halves                   the float16 in the low half of every 32-bit lane
 //   mul_16                       the low half of int16 products
 //   add_madd(sum, a, b)          sum + madd(a, b)
 //   dot_quads<255, ...>          also for unsigned codes of 8 bits
@@ -12,9 +13,9 @@
 // as many instructions as taking those apart costs. More than 4 bits, and other steps than 2, 2+1 and 2+1+1, take the
 // general way: a byte per code, plane after plane.
 //
-// A group of level 0 has a step for each of its four parts of 16 columns, which the sums of the parts' products
-// are multiplied by. A step times a code of up to 4 bits is still an unsigned byte: where dot_quads multiplies such
-// bytes as fast as small ones, many tokens share that product instead.
+// A group has a step for each of its four parts of 16 columns, which the sums of the parts' products are multiplied by.
+// A step times a code of up to 4 bits is still a signed byte: where dot_quads multiplies such bytes as fast as small
+// ones, many tokens share that product instead.
 //
 // A call first packs the activations of its tokens tile by tile, so that one address leads to all tokens of a tile; of
 // a single token only the sums of its parts are made.
@@ -42,10 +43,16 @@ struct NestedKernels {
         const std::byte* end;  // of the row blocks that are multiplied
     };
 
+    // What a row's weights have in common in a chunk.
+    struct Line {
+        F scale, unit, center;
+    };
+
     struct Product {
         int rows;
         int groups;
         int level_count;
+        size_t parameters;  // bytes that a chunk of level 0 begins with
         Level levels[kMaxLevels];
         float* out;
         ptrdiff_t out_stride;
@@ -73,6 +80,11 @@ struct NestedKernels {
         static constexpr int count = fixed ? int(sizeof...(D)) : kMaxLevels;
         static constexpr int values[sizeof...(D) + 1] = {D...};
     };
+
+    template <class S>
+    static EDGEMOE_INLINE int bits_of(const Product& p, int level) {
+        return S::fixed ? S::values[level] : p.levels[level].bits;
+    }
 
     static EDGEMOE_INLINE I plane(const std::byte* codes, int index) { return V::load_bytes(codes + index * 64); }
 
@@ -133,14 +145,59 @@ struct NestedKernels {
     }
 
     // The steps of all parts, a byte each, of a group's parameters.
-    static EDGEMOE_INLINE I steps_of(I packed) { return V::lookup(kNestedSteps, V::and_i(packed, V::set1_8(7))); }
+    static EDGEMOE_INLINE I steps_of(I packed) { return V::lookup(kNestedSteps, V::and_i(packed, V::set1_8(3))); }
 
-    // The offset of 5 bits at the top of every int16; its lowest bit is level 0's own: one more or one less.
-    static EDGEMOE_INLINE I offset_of(I packed, bool alone) {
-        const I even = V::and_i(V::template shift_right_16_signed<11>(packed), V::set1_16(-2));
-        if (!alone) return even;
-        const I own = V::and_i(V::template shift_right_16<10>(packed), V::set1_16(2));
-        return V::sub_16(V::add_16(even, own), V::set1_16(1));
+    static constexpr ByteTable offset_table(bool alone) {
+        ByteTable table{};
+        for (int i = 0; i < 16; ++i) table.bytes[i] = static_cast<int8_t>(nested_offset(i, alone));
+        return table;
+    }
+
+    // The offsets of all parts, a signed byte each; alone: whether there is no other level than 0.
+    static EDGEMOE_INLINE I offsets_of(I packed, bool alone) {
+        static constexpr ByteTable kFine = offset_table(false), kAlone = offset_table(true);
+        return V::lookup(alone ? kAlone.bytes : kFine.bytes,
+                         V::and_i(V::template shift_right_16<2>(packed), V::set1_8(15)));
+    }
+
+    // The lines of a row block, of the parameters that its chunk begins with.
+    template <class S>
+    static EDGEMOE_INLINE Line line_of(const Product& p, const std::byte* parameters) {
+        const int level_count = S::fixed ? S::count : p.level_count;
+        const auto bytes = [&](int i)
+                               __attribute__((always_inline)) { return V::load_bytes(parameters + i * kNestedLine); };
+        // Two bits of each byte from every group: a float16, then the bytes of the second and the first later level.
+        I word = V::select_bits(V::set1_8(0x0F),
+                                V::select_bits(V::set1_8(0x03), V::template shift_right_16<6>(bytes(0)),
+                                               V::template shift_right_16<4>(bytes(1))),
+                                V::select_bits(V::set1_8(0x30), V::template shift_right_16<2>(bytes(2)), bytes(3)));
+        Line line;
+        line.scale = V::low_halves(word);
+        const float codes = static_cast<float>(1 << bits_of<S>(p, 0));
+        line.unit = V::mul(line.scale, V::set1(codes / 128));
+        line.center = V::mul(line.scale, V::set1((codes - 1) / -2));
+        int below = bits_of<S>(p, 0);
+        EDGEMOE_UNROLL
+        for (int level = 1; level < level_count; ++level) {
+            // The level's byte comes to the top of its lane.
+            const int index = level - kNestedLaterInGroups - 1;
+            if (index >= 0 && index % kNestedLaterInLine == 0)
+                word = bytes(kNestedChunk + index / kNestedLaterInLine);
+            else if (level > 1)
+                word = V::template shift_left<8>(word);
+            // 4 bits at the top of a lane have their sign, and are 2^28 times as much.
+            const I mask = V::set1_i(-(1 << kNibble));
+            const F ratio = V::integers_to_float(V::and_i(word, mask));
+            const F shift = V::integers_to_float(V::and_i(V::template shift_left<4>(word), mask));
+            const int bits = bits_of<S>(p, level);
+            const float parts = static_cast<float>(1 << bits), part = 1.0f / (1 << kNibble);
+            line.scale = V::mul(V::mul(line.scale, V::set1(1.0f / parts)),
+                                V::fma(ratio, V::set1(part / static_cast<float>(8 << below)), V::set1(1.0f)));
+            const F moved = V::fma(shift, V::set1(part * parts / 32), V::set1((1.0f - parts) * 0.5f));
+            line.center = V::fma(line.scale, V::fma(ratio, V::set1(part * parts / -16), moved), line.center);
+            below += bits;
+        }
+        return line;
     }
 
     // What the sums of the parts are multiplied by, as pairs of int16 in the order of sum_parts: parts (0, 2), (1, 3).
@@ -148,12 +205,13 @@ struct NestedKernels {
         I steps[2];
         I offsets[2];  // times their steps
 
-        // bytes: from steps_of; alone: whether there is no other level than 0.
-        EDGEMOE_INLINE Factors(I packed, I bytes, bool alone) {
-            steps[0] = V::and_i(bytes, V::set1_16(15));
-            steps[1] = V::template shift_right_16<8>(bytes);
-            offsets[0] = V::mul_16(steps[0], offset_of(V::template shift_left_16<8>(packed), alone));
-            offsets[1] = V::mul_16(steps[1], offset_of(packed, alone));
+        // Of what steps_of and offsets_of give.
+        EDGEMOE_INLINE Factors(I step, I offset) {
+            steps[0] = V::and_i(step, V::set1_16(15));
+            steps[1] = V::template shift_right_16<8>(step);
+            const I even = V::template shift_right_16_signed<8>(V::template shift_left_16<8>(offset));
+            offsets[0] = V::mul_16(steps[0], even);
+            offsets[1] = V::mul_16(steps[1], V::template shift_right_16_signed<8>(offset));
         }
 
         static EDGEMOE_INLINE F sum(const I (&factors)[2], const int16_t* parts) {
@@ -196,14 +254,15 @@ struct NestedKernels {
     static EDGEMOE_INLINE void dot_group(const Product& p, const std::byte* const (&codes)[R][S::count],
                                          const I (&steps)[R], const int8_t* inputs, I (&dots)[R][T]) {
         if constexpr (S::fixed && V::kScaledTokens && T >= V::kScaledTokens) {
-            static_assert(15 * ((1 << S::total) - 1) < 256);
+            constexpr int largest = kNestedLargestStep * ((1 << S::total) - 1);
+            static_assert(largest < 128);
             I spread[R][kParts], none[R];
             EDGEMOE_UNROLL
             for (int r = 0; r < R; ++r) spread_steps(steps[r], spread[r]);
             const auto weights = [&](int n, int r) __attribute__((always_inline)) {
                 return V::mul_16(fixed_codes<S>(codes[r], n), spread[r][n / 4]);
             };
-            V::template dot_quads<255, 16, false, R, T>(weights, inputs, none, dots);
+            V::template dot_quads<largest, 16, false, R, T>(weights, inputs, none, dots);
         } else if constexpr (S::fixed) {
             add_part<S, 0, R, T>(codes, steps, inputs, dots);
             add_part<S, 1, R, T>(codes, steps, inputs, dots);
@@ -225,40 +284,30 @@ struct NestedKernels {
     template <class S, int R, int T>
     static __attribute__((noinline)) void tile(const Product& p, const Tile<T>& x, int block, int first) {
         const int level_count = S::fixed ? S::count : p.level_count;
-        const auto bits_of = [&](int level) __attribute__((always_inline)) {
-            return S::fixed ? S::values[level] : p.levels[level].bits;
-        };
         F sums[R][T];
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) {
             EDGEMOE_UNROLL
             for (int t = 0; t < T; ++t) sums[r][t] = V::zero();
         }
-        // Level 0: of the next group; later levels: of the chunk.
+        // Level 0: of the chunk's parameters, then of the next group's codes; later levels: of these.
         const std::byte* places[S::count];
         EDGEMOE_UNROLL
         for (int level = 0; level < level_count; ++level)
             places[level] = p.levels[level].data + block * p.levels[level].bytes;
-        const auto* scales = reinterpret_cast<const uint16_t*>(places[0]);
-        const size_t header = nested_header(p.groups);
-        if constexpr (T == 1) {
-            for (size_t at = 0; at < header; at += 64) fetch_ahead(places[0] + at, 1, p.levels[0].end);
-        }
-        places[0] += header;
-        const float codes_0 = static_cast<float>(1 << bits_of(0));
         for (int begin = 0; begin < p.groups; begin += kNestedChunk) {
-            const int together = p.groups - begin < kNestedChunk ? p.groups - begin : kNestedChunk;
+            const int end = p.groups - begin < kNestedChunk ? p.groups : begin + kNestedChunk;
+            const std::byte* parameters = places[0];
             if constexpr (T == 1) {
-                EDGEMOE_UNROLL
-                for (int level = 1; level < level_count; ++level)
-                    fetch_ahead(places[level] + together * nested_codes(bits_of(level)), 1, p.levels[level].end);
+                fetch_ahead(parameters, kNestedChunk, p.levels[0].end);
+                for (size_t at = kNestedChunk * kNestedLine; at < p.parameters; at += kNestedLine)
+                    fetch_ahead(parameters + at, 1, p.levels[0].end);
             }
-            F scales_0[R];
+            places[0] += p.parameters;
+            Line lines[R];
             EDGEMOE_UNROLL
-            for (int r = 0; r < R; ++r) scales_0[r] = V::load_half(scales + r * (p.levels[0].bytes / sizeof(uint16_t)));
-            scales += kRowBlock;
-            for (int i = 0; i < together; ++i) {
-                const int g = begin + i;
+            for (int r = 0; r < R; ++r) lines[r] = line_of<S>(p, parameters + r * p.levels[0].bytes);
+            for (int g = begin; g < end; ++g) {
                 const std::byte* codes[R][S::count];
                 I packed[R], steps[R];
                 EDGEMOE_UNROLL
@@ -266,14 +315,14 @@ struct NestedKernels {
                     EDGEMOE_UNROLL
                     for (int level = 0; level < level_count; ++level) {
                         codes[r][level] = places[level] + r * p.levels[level].bytes;
-                        if (level > 0) codes[r][level] += i * nested_codes(bits_of(level));
                         if constexpr (T == 1)
-                            fetch_ahead(codes[r][level], 2 * bits_of(level) + (level == 0), p.levels[level].end);
+                            fetch_ahead(codes[r][level], 2 * bits_of<S>(p, level), p.levels[level].end);
                     }
-                    packed[r] = V::load_bytes(codes[r][0] + nested_codes(bits_of(0)));
+                    packed[r] = V::load_bytes(parameters + r * p.levels[0].bytes + (g - begin) * kNestedLine);
                     steps[r] = steps_of(packed[r]);
                 }
-                places[0] += nested_base_group(bits_of(0));
+                EDGEMOE_UNROLL
+                for (int level = 0; level < level_count; ++level) places[level] += nested_codes(bits_of<S>(p, level));
                 I dots[R][T];
                 EDGEMOE_UNROLL
                 for (int r = 0; r < R; ++r) {
@@ -283,42 +332,18 @@ struct NestedKernels {
                 dot_group<S, R, T>(p, codes, steps, x.codes + g * T * kGroup, dots);
                 EDGEMOE_UNROLL
                 for (int r = 0; r < R; ++r) {
-                    F scale = scales_0[r];
-                    const F unit = V::mul(scale, V::set1(codes_0 / 64));
-                    F center = V::mul(scale, V::set1((codes_0 - 1) / -2));
-                    int below = bits_of(0);
-                    EDGEMOE_UNROLL
-                    for (int level = 1; level < level_count; ++level) {
-                        const int bits = bits_of(level);
-                        const std::byte* fine =
-                            places[level] + r * p.levels[level].bytes + together * nested_codes(bits);
-                        // 4 bits at the top of a lane have their sign, and are 2^28 times as much.
-                        const I stored = V::load_u8(fine + i * kRowBlock);
-                        const F ratio = V::integers_to_float(
-                            V::and_i(V::template shift_left<24>(stored), V::set1_i(-(1 << kNibble))));
-                        const F shift = V::integers_to_float(V::template shift_left<kNibble>(stored));
-                        const float parts = static_cast<float>(1 << bits), part = 1.0f / (1 << kNibble);
-                        scale = V::mul(V::mul(scale, V::set1(1.0f / parts)),
-                                       V::fma(ratio, V::set1(part / static_cast<float>(8 << below)), V::set1(1.0f)));
-                        const F moved = V::fma(shift, V::set1(part * parts / 32), V::set1((1.0f - parts) * 0.5f));
-                        center = V::fma(scale, V::fma(ratio, V::set1(part * parts / -16), moved), center);
-                        below += bits;
-                    }
-                    const Factors factors(packed[r], steps[r], level_count == 1);
+                    const Factors factors(steps[r], offsets_of(packed[r], level_count == 1));
                     EDGEMOE_UNROLL
                     for (int t = 0; t < T; ++t) {
                         const F x_scale = V::set1(x.scales[g * T + t]);
                         const int16_t* parts = x.parts + (g * T + t) * kParts;
-                        F sum = V::mul(scale, V::integers_to_float(dots[r][t]));
-                        sum = V::fma(unit, Factors::sum(factors.offsets, parts), sum);
-                        sum = V::fma(center, Factors::sum(factors.steps, parts), sum);
+                        F sum = V::mul(lines[r].scale, V::integers_to_float(dots[r][t]));
+                        sum = V::fma(lines[r].unit, Factors::sum(factors.offsets, parts), sum);
+                        sum = V::fma(lines[r].center, Factors::sum(factors.steps, parts), sum);
                         sums[r][t] = V::fma(sum, x_scale, sums[r][t]);
                     }
                 }
             }
-            EDGEMOE_UNROLL
-            for (int level = 1; level < level_count; ++level)
-                places[level] += nested_chunk_bytes(bits_of(level), kNestedChunk);
         }
         EDGEMOE_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -429,9 +454,11 @@ struct NestedKernels {
     static void matmul(const Matrix& matrix, const Activations& x, std::span<const int32_t> tokens, int count,
                        int first_block, int last_block, float* out, ptrdiff_t out_stride) {
         const NestedLevels& levels = matrix.levels;
-        Product p{matrix.rows, (matrix.cols + kGroup - 1) / kGroup, levels.count, {}, out, out_stride};
+        Product p{
+            matrix.rows, (matrix.cols + kGroup - 1) / kGroup, levels.count, nested_parameters(levels.later), {}, out,
+            out_stride};
         for (int level = 0; level < levels.count; ++level) {
-            const size_t bytes = nested_block_bytes(levels.bits[level], level == 0, matrix.cols);
+            const size_t bytes = nested_block_bytes(levels, level, matrix.cols);
             p.levels[level] = {levels.data[level], bytes, levels.bits[level], levels.data[level] + last_block * bytes};
         }
         const int32_t* indices = tokens.size() ? tokens.data() : nullptr;

@@ -183,7 +183,9 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
             const ExpertLayer& experts = found->second;
             check_experts(number, experts);
             const auto shape = [&](int part, int rows, int cols) {
-                Matrix matrix{experts.levels[0].parts[part].stored.layout, rows, cols, nullptr};
+                const StoredLayout& first = experts.levels[0].parts[part].stored;
+                Matrix matrix{first.layout, rows, cols, nullptr};
+                matrix.levels.later = first.later;
                 for (size_t level = 0; matrix.layout == Layout::nested && level < experts.levels.size(); ++level)
                     matrix.levels.bits[level] =
                         static_cast<uint8_t>(experts.levels[level].parts[part].stored.level_bits);
@@ -219,7 +221,8 @@ void Engine::check_experts(int number, const ExpertLayer& experts) const {
         for (size_t level = 0; level < levels; ++level) {
             const StoredLayout& stored = experts.levels[level].parts[part].stored;
             bits += stored.level_bits;
-            if ((levels > 1 && stored.layout != Layout::nested) || stored.refines != (level > 0) || bits > 8)
+            if ((levels > 1 && stored.layout != Layout::nested) || stored.refines != (level > 0) || bits > 8 ||
+                (level == 0 && stored.later != static_cast<int>(levels) - 1))
                 throw std::invalid_argument(which + " has levels that are not nested");
         }
     }

@@ -121,12 +121,14 @@ KernelSpeed product_speed(const Kernels& kernels, const Matrix& shape, int token
         bytes = 0;
         for (int level = 0; level < shape.levels.count; ++level) {
             begins[level] = bytes;
-            bytes += aligned(stored_bytes({Layout::nested, false, shape.levels.bits[level], level > 0}, rows, cols));
+            const StoredLayout stored{Layout::nested, false, shape.levels.bits[level], level > 0, shape.levels.later};
+            bytes += aligned(stored_bytes(stored, rows, cols));
         }
     }
     const int matrices = static_cast<int>(std::max<uint64_t>(memory / bytes, 1));
     const Arena weights(bytes * matrices);
     // Bytes of 32 to 47: as float16, bfloat16 and float32 ordinary numbers, none of them so small that it is slow.
+    // The scales of nested levels, which lie in the top bits of bytes, are zero.
     uint64_t random = 1;
     for (size_t i = 0; i < weights.size(); i += sizeof random) {
         random = random * 6364136223846793005u + 1442695040888963407u;

@@ -157,18 +157,22 @@ Floats matmul(const std::string& isa, const std::string& layout, const Bytes& da
 }
 
 // levels: (bits that the level adds, its bytes), coarse to fine.
-Floats nested_matmul(const std::string& isa, const std::vector<std::pair<int, Bytes>>& levels, int rows, int cols,
-                     const Floats& x, const std::optional<Integers>& tokens, int first_block,
+// later: how many later levels level 0 has parameters of; those given may be fewer.
+Floats nested_matmul(const std::string& isa, const std::vector<std::pair<int, Bytes>>& levels, int later, int rows,
+                     int cols, const Floats& x, const std::optional<Integers>& tokens, int first_block,
                      std::optional<int> last_block) {
     require(rows > 0 && cols > 0, "rows and cols must be positive");
     require(!levels.empty(), "a nested matrix has at least one level");
+    require(later >= 0 && later < edgemoe::kMaxLevels && levels.size() - 1 <= static_cast<size_t>(later),
+            "later must be the number of levels after the first, 0 to 7");
     Matrix matrix{Layout::nested, rows, cols, nullptr};
+    matrix.levels.later = later;
     std::vector<Buffer> buffers;
     int total = 0;
     for (const auto& [bits, data] : levels) {
         require(bits >= 1 && (total += bits) <= 8, "levels have 1 to 8 bits in all");
         require_dimensions(data, 1, "data");
-        const size_t bytes = edgemoe::stored_bytes({Layout::nested, false, bits, !buffers.empty()}, rows, cols);
+        const size_t bytes = edgemoe::stored_bytes({Layout::nested, false, bits, !buffers.empty(), later}, rows, cols);
         require(size_of(data) == bytes, "level " + std::to_string(buffers.size()) + " must have " +
                                             std::to_string(bytes) + " bytes, it has " + std::to_string(data.size()));
         buffers.emplace_back(bytes, data.data());
@@ -457,7 +461,7 @@ py::dict as_dict(const edgemoe::KernelSpeed& speed) {
     return py::dict("bytes"_a = speed.bytes, "operations"_a = speed.operations, "seconds"_a = speed.seconds);
 }
 
-// layout: of a nested matrix the names of its levels, joined by "+".
+// layout: of a nested matrix the names of its levels, or of the first of them, joined by "+".
 py::dict product_speed(const std::string& isa, const std::string& layout, int rows, int cols, int tokens, int threads,
                        uint64_t memory, double seconds) {
     const Kernels& kernels = edgemoe::select_kernels(isa);
@@ -472,9 +476,12 @@ py::dict product_speed(const std::string& isa, const std::string& layout, int ro
             shape.layout = stored.layout;
             break;
         }
-        require(stored.layout == Layout::nested && stored.refines == (total > 0) && (total += stored.level_bits) <= 8,
+        edgemoe::NestedLevels& levels = shape.levels;
+        if (levels.count == 0) levels.later = stored.later;
+        require(stored.layout == Layout::nested && stored.refines == (levels.count > 0) &&
+                    levels.count <= levels.later && (total += stored.level_bits) <= 8,
                 layout + " is neither a layout nor the levels of one, of at most 8 bits in all");
-        shape.levels.bits[shape.levels.count++] = static_cast<uint8_t>(stored.level_bits);
+        levels.bits[levels.count++] = static_cast<uint8_t>(stored.level_bits);
     }
     edgemoe::block_bytes(shape);
     edgemoe::KernelSpeed speed;
@@ -524,8 +531,8 @@ void bind_kernels(py::module_& module) {
     kernels.def("product_speed", product_speed, arg("isa"), arg("layout"), arg("rows"), arg("cols"), arg("tokens"),
                 arg("threads"), arg("memory"), arg("seconds"));
     kernels.def("byte_product_speed", byte_product_speed, arg("isa"), arg("threads"), arg("seconds"));
-    kernels.def("nested_matmul", nested_matmul, arg("isa"), arg("levels"), arg("rows"), arg("cols"), arg("x"),
-                arg("tokens") = py::none(), arg("first_block") = 0, arg("last_block") = py::none());
+    kernels.def("nested_matmul", nested_matmul, arg("isa"), arg("levels"), arg("later"), arg("rows"), arg("cols"),
+                arg("x"), arg("tokens") = py::none(), arg("first_block") = 0, arg("last_block") = py::none());
     kernels.def(
         "stored_bytes",
         [](const std::string& name, int rows, int cols) {
