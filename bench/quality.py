@@ -18,7 +18,7 @@ routed experts' tensors with scales, and with the padding of a pack's sections a
 
 After each of llama.cpp's types comes a pack of the same bits per weight (`edgemoe convert --target-bpw`): finer levels
 only for the experts that need them most, in as many bytes as the type takes. Where that is more than all levels of all
-experts, the row of the largest level is that pack.
+experts take, by less than a bit, it is of a pack with one more level.
 
 PYTHON: an interpreter with `pip install xllamacpp`; without it there are no rows of llama.cpp, nor of their sizes.
 """
@@ -185,15 +185,17 @@ def run(options: argparse.Namespace, levels: tuple[int, ...], work: Path) -> lis
     if options.peer_python is not None:
         largest = bench.stored_bits(nested, len(levels) - 1)
         for target in peer_rows(bench, options):
-            if target < largest:
-                try:
-                    sized = bench.pack("sized.emoe", NestedOptions(levels, target_bits=target, **settings))
-                except OptionError as error:  # level 0 with its padding takes more
-                    bench.print(f"| nested, --target-bpw {target:.3f}: {error} | - | - | - | - |")
-                    continue
-                stored = bench.stored_bits(sized, len(levels) - 1)
-                bench.row(f"nested, --target-bpw {target:.3f}", stored, _engine_index(sized))
-                sized.path.unlink()
+            ladder = levels if target < largest else (*levels, levels[-1] + 1)
+            if ladder[-1] > 8 or target >= largest + 1:
+                continue
+            name = f"nested, --levels {','.join(map(str, ladder))} --target-bpw {target:.3f}"
+            try:
+                sized = bench.pack("sized.emoe", NestedOptions(ladder, target_bits=target, **settings))
+            except OptionError as error:  # level 0 with its padding takes more
+                bench.print(f"| {name}: {error} | - | - | - | - |")
+                continue
+            bench.row(name, bench.stored_bits(sized, len(ladder) - 1), _engine_index(sized))
+            sized.path.unlink()
     return bench.rows
 
 

@@ -56,8 +56,12 @@ def test_rewritten_file_holds_what_was_chosen(tmp_path: Path) -> None:
     np.testing.assert_array_equal(after.read("output.weight"), before.read("output.weight"))
 
 
+@pytest.mark.parametrize("levels", [(2, 3, 4), (2, 3)])
 def test_packs_of_the_same_bits_follow_the_types(
-    tiny_qwen3_moe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    levels: tuple[int, ...],
+    tiny_qwen3_moe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Sections of 12288, 4096 and 4096 bytes: 4, 5.333 and 6.667 bits per weight. Rows of 64 and 128:
     # llama.cpp has fallback types for them.
@@ -67,17 +71,20 @@ def test_packs_of_the_same_bits_follow_the_types(
     monkeypatch.setattr(quality, "peer_quantizer", lambda python: contextlib.nullcontext(quantize))
     monkeypatch.setattr(quality, "HELD_OUT", text)
     options = argparse.Namespace(folder=folder, text=text, tokens=256, calibration=text, peer_python="", threads=1)
-    rows = quality.run(options, (2, 3, 4), tmp_path)
+    rows = quality.run(options, levels, tmp_path)
     cells = [row.strip("| ").split(" | ") for row in rows[rows.index("|---|---|---|---|---|") + 1 :]]
     bits = {name: float(value) for name, value, *_ in cells}
-    assert bits["nested, level of 4 bits"] == pytest.approx(6.667, abs=1e-3)
-    peers = [row[0] for row in cells[10:]]
+    assert bits[f"nested, level of {levels[-1]} bits"] == pytest.approx(4 * len(levels) / 3 + 8 / 3, abs=1e-3)
+    peers = [row[0] for row in cells[2 * len(levels) + 4 :]]
     assert peers[0] == "llama.cpp Q2_K (iq4_nl)" and bits[peers[0]] == 4.5
-    assert peers[1] == "nested, --target-bpw 4.500"
+    ladder = ",".join(map(str, levels))
+    assert peers[1] == f"nested, --levels {ladder} --target-bpw 4.500"
     assert peers[2] == "llama.cpp Q3_K_M (iq4_nl, q5_0)"
-    assert peers[3].startswith("nested, --target-bpw ")
+    assert peers[3].startswith(f"nested, --levels {ladder} --target-bpw ")
+    # Of 2 and 3 bits all of it takes 5.333, less than Q4_K_M.
+    assert peers[5] == "nested, --levels 2,3,4 --target-bpw 6.000"
     # A step of an expert is 1.333 / 12 bits per weight: as near as that, and never above.
     for peer, ours in zip(peers[:6:2], peers[1:6:2], strict=True):
         assert bits[peer] - 1.334 / 12 <= bits[ours] <= bits[peer]
-    # Every level of all experts takes less than Q8_0: its row has no rival.
+    # A level more takes less than Q8_0 as well: its row has no rival.
     assert peers[6:] == ["llama.cpp Q8_0 (q8_0)"]
