@@ -1,6 +1,6 @@
 """What do fewer bits for less important experts bring, and what do they cost?
 
-    python -m bench.nested FOLDER --text FILE [--hidden-times 8] [--ffn-times 16] [--limits 25,50] [--rounds 3]
+    python -m bench.nested FOLDER --text FILE [--hidden-times 8] [--ffn-times 16] [--limits 25,50] [--rounds 5]
                            [--work DIR] [--json FILE] [--markdown FILE]
 
 FOLDER: a trained small Qwen3-MoE in Hugging Face form. Method:
@@ -10,10 +10,12 @@ FOLDER: a trained small Qwen3-MoE in Hugging Face form. Method:
   experts of one width, 4 bits (q4g64, 4.5 with scale and offset), widened likewise.
 * A limit of 25 % is what the rival's planner asks for to hold everything, less three quarters of its experts. All
   contenders get the same bytes: each run is a process of its own in a memory cgroup of exactly that size, swap off.
-* Each run computes the same prompt and then the same tokens one by one (bench/offload.py); the contenders take turns,
-  for some rounds; the figures are medians.
-* Perplexity is measured by the engine itself, on FILE, in each mode of the small nested pack (windows of 512, second
-  halves): the widened one computes the same function. Change is from the pack's own exact mode.
+* Each run computes the same prompt and then the same tokens one by one (bench/offload.py). The contenders take turns,
+  in every other round the other way round, because a machine's disk and memory are not equally fast at all times.
+  Figures are medians, and so is the ratio to the rival: of the ratios within each round.
+* Perplexity is measured by the engine itself in each mode of the small nested pack (windows of 512, second halves): the
+  widened one computes the same function. Cost is the change from the pack's own exact mode, on FILE, which the model
+  should not know the like of, and on the shipped held-out text, whose beginning the modes were set on.
 """
 
 from __future__ import annotations
@@ -66,15 +68,18 @@ class Bench:
             raise SystemExit(f"nested: {name}: {outcome.error}")
         return outcome.report
 
-    def perplexities(self, pack: Path) -> dict[str, float]:
-        """Of each mode, on the text."""
-        found = {}
-        for mode in MODES:
-            with edgemoe.load(pack, quality=mode, threads=self.options.threads) as model:
-                tokens = model.tokenizer.encode(self.options.text.read_text("utf-8"))[: self.options.text_tokens]
-                *_, last = perplexity(tokens, model.logits, min(512, model.context), *model.tokenizer.bos_ids[:1])
-                found[mode] = last.perplexity
-        return found
+    def perplexities(self, pack: Path) -> list[dict[str, Any]]:
+        """Of each mode, on both texts."""
+        texts: list[dict[str, Any]] = []
+        for text in (self.options.text, HELD_OUT):
+            found = {}
+            for mode in MODES:
+                with edgemoe.load(pack, quality=mode, threads=self.options.threads) as model:
+                    tokens = model.tokenizer.encode(text.read_text("utf-8"))[: self.options.text_tokens]
+                    *_, last = perplexity(tokens, model.logits, min(512, model.context), *model.tokenizer.bos_ids[:1])
+                    found[mode] = last.perplexity
+            texts.append({"name": text.name, "tokens": last.tokens, "perplexity": found})
+        return texts
 
     def speeds(self, nested: Path, rival: Path, folder: Path) -> list[dict[str, Any]]:
         plan = self.job("plan", path=str(rival))
@@ -88,7 +93,7 @@ class Bench:
             limit = everything - int((1 - percent / 100) * plan["experts"]) * plan["slot"]
             reports: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in contenders}
             for number in range(self.options.rounds):
-                for name, path, quality in contenders:
+                for name, path, quality in contenders[:: -1 if number % 2 else 1]:
                     drop_cache(path)
                     how = {"path": str(path), "memory": limit, "eviction": "next_use", "prefetch": True}
                     how |= {"prompt": prompt, "tokens": rest, "quality": quality}
@@ -113,31 +118,36 @@ class Bench:
 
 
 def table(result: dict[str, Any]) -> str:
-    facts = result["machine"]
+    facts, texts = result["machine"], result["texts"]
+    names = [f"{text['name']} ({text['tokens']} tokens predicted)" for text in texts]
     lines = [
         "# Nested experts in less memory than the model",
         "",
         f"{facts['date']}, {facts['processor']}, {facts['threads']} threads, {facts['system']}. {result['model']}: "
         f"nested pack {result['nested_bytes'] / 1e9:.2f} GB, one width {result['rival_bytes'] / 1e9:.2f} GB; "
-        f"medians of {result['rounds']} rounds in turns; perplexity on {result['text']}. "
+        f"medians of {result['rounds']} rounds in turns; costs in perplexity on {' and '.join(names)}. "
         + ("Runs are caged, swap off." if facts["caged"] else "**Runs are not caged.**"),
         "",
-        "| held | limit | contender | bits used | MB/token | hit rate | tok/s | of one width | perplexity | change |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| held | limit | contender | bits used | MB/token | hit rate | tok/s | of one width | "
+        + " | ".join(f"cost on {text['name']}" for text in texts)
+        + " |",
+        "|---" * (8 + len(texts)) + "|",
     ]
-    exact = result["perplexity"]["exact"]
-    rival: dict[float, float] = {}
+    rival: dict[float, list[float]] = {}
     for row in result["rows"]:
         rate = statistics.median(row["tokens_per_second"])
         name, percent = row["contender"], row["percent"]
         if name == RIVAL:
-            rival[percent] = rate
-        value = result["perplexity"].get(name)
-        cost = f"{value:.2f} | {value / exact - 1:+.2%}" if value is not None else "- | -"
+            rival[percent] = row["tokens_per_second"]
+        ratio = statistics.median(
+            ours / theirs for ours, theirs in zip(row["tokens_per_second"], rival[percent], strict=True)
+        )
+        found = [text["perplexity"] for text in texts]
+        costs = [f"{one[name] / one['exact'] - 1:+.2%}" if name in one else "-" for one in found]
         lines.append(
             f"| {percent:g} % | {row['limit'] / 1e9:.2f} GB | {name} | {row['mean_bits']:.2f} | "
-            f"{row['bytes_per_token'] / 1e6:.1f} | {row['hit_rate']:.1%} | {rate:.2f} | {rate / rival[percent]:.2f} | "
-            f"{cost} |"
+            f"{row['bytes_per_token'] / 1e6:.1f} | {row['hit_rate']:.1%} | {rate:.2f} | {ratio:.2f} | "
+            f"{' | '.join(costs)} |"
         )
     same = all(len(row["logits_sha256"]) == 1 for row in result["rows"])
     by_mode = {name: {row["logits_sha256"][0] for row in result["rows"] if row["contender"] == name} for name in MODES}
@@ -150,12 +160,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.nested", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="Hugging Face folder of a trained Qwen3-MoE")
-    parser.add_argument("--text", type=Path, required=True, help="of which perplexity is measured")
-    parser.add_argument("--text-tokens", type=int, default=16384)
+    parser.add_argument("--text", type=Path, required=True, help="of which perplexity is measured, too")
+    parser.add_argument("--text-tokens", type=int, default=131072, help="of each text, at most (default: 131072)")
     parser.add_argument("--hidden-times", type=int, default=8)
     parser.add_argument("--ffn-times", type=int, default=16)
     parser.add_argument("--limits", default="25,50", help="percentages of the experts (default: 25,50)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -179,18 +189,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             convert(options.folder, small, nested=NestedOptions(levels=LEVELS, quality_text=HELD_OUT))
             write_pack(InflatedModel(options.folder, options.hidden_times, options.ffn_times, small), nested, 4, 8)
             write_pack(InflatedModel(options.folder, options.hidden_times, options.ffn_times), rival, 4, 8)
-            perplexities = bench.perplexities(small)
+            texts = bench.perplexities(small)
             rows = bench.speeds(nested, rival, folder)
         except (EdgemoeError, OSError) as error:
             raise SystemExit(f"nested: {error}") from None
         result = {
             "machine": machine() | {"caged": caged, "threads": options.threads},
             "model": f"{options.folder.resolve().name} x{options.hidden_times} x{options.ffn_times}",
-            "text": options.text.name,
+            "texts": texts,
             "rounds": options.rounds,
             "nested_bytes": nested.stat().st_size,
             "rival_bytes": rival.stat().st_size,
-            "perplexity": perplexities,
             "rows": rows,
         }
     text = table(result)
