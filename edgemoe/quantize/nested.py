@@ -50,8 +50,9 @@ _STEPS = np.array(STEPS, np.float32)
 # that, as steps and offsets are coarse, and less, as cutting off a few weights often loses less than larger steps for
 # all of them.
 _LARGEST_STEPS = 1.2 * np.float32(5 / 6) ** np.arange(9, dtype=np.float32)
-# How much further down that list the other steps are, nearly.
+# How much further down that list, continued, the other steps are, nearly.
 _SMALLER_STEPS = tuple(int(x) for x in np.rint(np.log(_STEPS / _STEPS[-1]) / np.log(5 / 6)))
+_TRIED_STEPS = 1.2 * np.float32(5 / 6) ** np.arange(len(_LARGEST_STEPS) + max(_SMALLER_STEPS), dtype=np.float32)
 # What a ratio or a shift can be, [16, 1].
 _NIBBLES = np.arange(-8, 8, dtype=np.float32)[:, None]
 # Codes that are weighed against each other where several levels matter.
@@ -575,7 +576,7 @@ def _scales(values: Floats, bits: tuple[int, ...]) -> Floats:
         middle, spread = (low + high) * np.float32(0.5), (high - low) / np.float32(2 ** bits[-1] - 1)
         widest = np.maximum(spread, _least(parts, bits) / merged).max(axis=0)
         lost = []
-        for scale in widest * np.append(_LARGEST_STEPS, _LARGEST_STEPS[-1] * _LARGEST_STEPS[1:5] / 1.2)[:, None]:
+        for scale in widest * _TRIED_STEPS[:, None]:
             reach = scale * merged * np.float32(_REACH * 2 ** bits[0])
             lost.append(_rounding_error(parts - np.minimum(np.maximum(middle, -reach), reach)[:, None], scale, bits))
         of_largest = [
