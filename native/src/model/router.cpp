@@ -60,7 +60,7 @@ void Engine::router_logits(int number, int count, const float* x, const float* n
         normalize({layer.router_norm, nullptr}, x, count, s.projected);
         values = s.projected;
     }
-    const Activations input{values, spec_.hidden_size, nullptr, nullptr, nullptr};
+    const Activations input = prepare(values, count, spec_.hidden_size, {&layer.router, 1});
     product({&layer.router, 1}, input, count, {&s.scores, 1});
     if (layer.router_bias)
         each_token(count,
