@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PackError,
         ReadError,
         SourceError,
+        ThreadError,
         TokenizerError,
         UnsupportedModelError,
     )
@@ -36,6 +37,7 @@ __all__ = [
     "PackError",
     "ReadError",
     "SourceError",
+    "ThreadError",
     "Tokenizer",
     "TokenizerError",
     "UnsupportedModelError",

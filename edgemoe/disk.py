@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe import _core
+from edgemoe.errors import EdgemoeError
 
 DEFAULT_READERS = 2
 DEPTHS = (1, 2, 4, 8)  # reads under way at once
@@ -43,7 +44,7 @@ def reading_threads(file: Path, section: int, folder: Path) -> int:
         return kept
     try:
         rates = {depth: _rate(file, block, depth) for depth in DEPTHS}
-    except (OSError, RuntimeError):
+    except (OSError, EdgemoeError):
         return DEFAULT_READERS
     best = max(rates.values())
     readers = min(depth for depth, rate in rates.items() if rate >= _ENOUGH * best)

@@ -45,5 +45,9 @@ class ReadError(EdgemoeError):
     """Weights could not be read, or what was read has the wrong checksum; the model stays usable."""
 
 
+class ThreadError(EdgemoeError):
+    """The system does not let the process start as many threads as were asked for; what was loaded stays usable."""
+
+
 class TraceError(EdgemoeError):
     """A routing trace is missing, truncated, or not one."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgemoe import disk
+from edgemoe.errors import ReadError, ThreadError
 
 
 @pytest.fixture(name="file")
@@ -56,13 +57,16 @@ def test_a_measurement_grows_old(file: Path, tmp_path: Path, monkeypatch: pytest
     assert disk.reading_threads(file, 65536, tmp_path) == 8
 
 
-def test_where_nothing_can_be_measured(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, ReadError, ThreadError])
+def test_where_nothing_can_be_measured(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     assert disk.reading_threads(tmp_path / "none", 65536, tmp_path) == disk.DEFAULT_READERS
     (tmp_path / "small").write_bytes(bytes(1000))
     assert disk.reading_threads(tmp_path / "small", 65536, tmp_path) == disk.DEFAULT_READERS
 
     def fails(path: Path, block: int, depth: int) -> float:
-        raise OSError("no")
+        raise error("no")
 
     monkeypatch.setattr(disk, "_rate", fails)
     assert disk.reading_threads(file, 65536, tmp_path) == disk.DEFAULT_READERS

@@ -18,7 +18,6 @@
 #include <memory>
 #include <mutex>
 #include <span>
-#include <thread>
 #include <vector>
 
 #include "edgemoe/arena.h"
@@ -26,6 +25,7 @@
 #include "edgemoe/direct_file.h"
 #include "edgemoe/eviction.h"
 #include "edgemoe/pack_index.h"
+#include "edgemoe/thread_group.h"
 
 namespace edgemoe {
 
@@ -114,8 +114,8 @@ struct StoreOptions {
 
 class ExpertStore {
   public:
+    // Throws ThreadError.
     ExpertStore(const PackIndex& index, const std::vector<std::unique_ptr<DirectFile>>& files, StoreOptions options);
-    ~ExpertStore();
     ExpertStore(const ExpertStore&) = delete;
     ExpertStore& operator=(const ExpertStore&) = delete;
 
@@ -240,7 +240,7 @@ class ExpertStore {
     std::chrono::steady_clock::time_point reading_since_;
     bool stop_ = false;
     std::exception_ptr error_;
-    std::vector<std::thread> readers_;
+    ThreadGroup readers_;
 };
 
 // One layer's walk over the experts it needs. Not copyable; releases what it holds when it goes.

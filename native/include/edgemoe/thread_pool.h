@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <thread>
 #include <type_traits>
-#include <vector>
+
+#include "edgemoe/thread_group.h"
 
 namespace edgemoe {
 
@@ -16,18 +16,17 @@ namespace edgemoe {
 // delays nothing but the item it holds. Idle threads spin for some microseconds, then park.
 class ThreadPool {
   public:
-    explicit ThreadPool(int threads);
-    ~ThreadPool();
+    explicit ThreadPool(int threads);  // throws ThreadError
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
-    int threads() const { return static_cast<int>(workers_.size()) + 1; }
+    int threads() const { return workers_.size() + 1; }
 
     // Calls body(item) once for each item in [0, count), in any order and on any thread; returns when all are done.
     // The first exception thrown by an item is thrown here. Not reentrant; one caller at a time.
     template <class Body>
     void run(int count, Body&& body) {
-        if (count <= 1 || workers_.empty()) {
+        if (count <= 1 || workers_.size() == 0) {
             for (int item = 0; item < count; ++item) body(item);
             return;
         }
@@ -54,7 +53,7 @@ class ThreadPool {
     void* context_ = nullptr;
     std::mutex error_mutex_;
     std::exception_ptr error_;
-    std::vector<std::thread> workers_;
+    ThreadGroup workers_;
 };
 
 }  // namespace edgemoe

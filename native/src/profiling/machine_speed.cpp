@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <exception>
-#include <mutex>
 #include <thread>
 #include <vector>
 
 #include "edgemoe/arena.h"
 #include "edgemoe/direct_file.h"
+#include "edgemoe/thread_group.h"
 
 namespace edgemoe {
 namespace {
@@ -19,28 +18,24 @@ using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 // Runs body(thread) on so many threads at the same time and gives the time from the common start to the last end.
-// The first exception of a body is thrown here.
+// An exception of a body is thrown here. Throws ThreadError.
 template <class Body>
 double run_together(int threads, const Body& body) {
-    std::atomic<bool> go{false};
-    std::mutex mutex;
-    std::exception_ptr error;
-    std::vector<std::thread> workers;
+    enum class Signal { wait, go, stop };
+    std::atomic<Signal> signal{Signal::wait};
     const auto work = [&](int thread) {
-        while (!go.load(std::memory_order_acquire)) std::this_thread::yield();
-        try {
-            body(thread);
-        } catch (...) {
-            const std::lock_guard lock(mutex);
-            error = std::current_exception();
-        }
+        while (signal.load(std::memory_order_acquire) == Signal::wait) std::this_thread::yield();
+        if (signal.load(std::memory_order_acquire) == Signal::go) body(thread);
     };
-    for (int thread = 1; thread < threads; ++thread) workers.emplace_back(work, thread);
+    ThreadGroup workers;
+    workers.start("measure with", 1, threads, work, [&] {
+        Signal waiting = Signal::wait;
+        signal.compare_exchange_strong(waiting, Signal::stop);
+    });
     const auto begin = Clock::now();
-    go.store(true, std::memory_order_release);
-    work(0);
-    for (std::thread& worker : workers) worker.join();
-    if (error) std::rethrow_exception(error);
+    signal.store(Signal::go, std::memory_order_release);
+    body(0);
+    workers.join();
     return seconds_since(begin);
 }
 

@@ -328,6 +328,8 @@ PYBIND11_MODULE(_core, module) {
             raise("StateError", error);
         } catch (const edgemoe::ContextError& error) {
             raise("ContextLengthError", error);
+        } catch (const edgemoe::ThreadError& error) {
+            raise("ThreadError", error);
         }
     });
 

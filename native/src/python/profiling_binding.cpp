@@ -5,15 +5,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "edgemoe/direct_file.h"
 #include "edgemoe/machine_speed.h"
 #include "edgemoe/routing_metrics.h"
+#include "edgemoe/thread_pool.h"
 
 namespace py = pybind11;
 
@@ -354,18 +353,13 @@ class Pools {
         for (py::ssize_t i = 0; i < items.size(); ++i)
             require(items.at(i) >= 0 && items.at(i) < items_, "an unknown item");
         const py::gil_scoped_release release;
-        std::atomic<size_t> next{0};
-        const auto work = [&] {
-            for (size_t pool = next++; pool < pools_.size(); pool = next++)
-                for (py::ssize_t i = 0; i < groups.size(); ++i)
-                    pools_[pool].request({items.data() + offsets.data()[i],
-                                          static_cast<size_t>(offsets.data()[i + 1] - offsets.data()[i])},
-                                         missed_[pool * groups_ + groups.data()[i]]);
-        };
-        std::vector<std::thread> helpers;
-        for (int i = 1; i < std::min<int>(threads, static_cast<int>(pools_.size())); ++i) helpers.emplace_back(work);
-        work();
-        for (std::thread& helper : helpers) helper.join();
+        const auto count = static_cast<int>(pools_.size());
+        edgemoe::ThreadPool(std::min(threads, count)).run(count, [&](int pool) {
+            for (py::ssize_t i = 0; i < groups.size(); ++i)
+                pools_[pool].request(
+                    {items.data() + offsets.data()[i], static_cast<size_t>(offsets.data()[i + 1] - offsets.data()[i])},
+                    missed_[size_t(pool) * groups_ + groups.data()[i]]);
+        });
     }
 
     py::dict counters() const {

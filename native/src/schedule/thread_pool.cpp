@@ -22,14 +22,12 @@ void pause() {
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
-}
-
-ThreadPool::~ThreadPool() {
-    stop_ = true;
-    loop_.fetch_add(1);
-    loop_.notify_all();
-    for (auto& worker : workers_) worker.join();
+    const auto stop = [this] {
+        stop_ = true;
+        loop_.fetch_add(1);
+        loop_.notify_all();
+    };
+    workers_.start("compute", 1, threads, [this](int) { work(); }, stop);
 }
 
 bool ThreadPool::run_one() {

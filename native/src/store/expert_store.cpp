@@ -6,6 +6,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "edgemoe/crc32c.h"
@@ -154,16 +155,14 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
     demands_.reserve(experts_.size());
     runs_ = CheapestRuns(owner_.size(), longest_run);
     stale_.reserve(owner_.size());
-    for (int i = 0; i < options.readers; ++i) readers_.emplace_back([this] { read_loop(); });
-}
-
-ExpertStore::~ExpertStore() {
-    {
-        std::lock_guard lock(mutex_);
-        stop_ = true;
-    }
-    work_.notify_all();
-    for (auto& reader : readers_) reader.join();
+    const auto stop = [this] {
+        {
+            std::lock_guard lock(mutex_);
+            stop_ = true;
+        }
+        work_.notify_all();
+    };
+    readers_.start("read experts", 0, options.readers, [this](int) { read_loop(); }, stop);
 }
 
 StoreCounters ExpertStore::counters() const {
