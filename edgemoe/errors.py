@@ -29,8 +29,8 @@ class ContextLengthError(EdgemoeError):
 
 
 class StateError(EdgemoeError):
-    """A sequence cannot go back to a position: a layer with a window or a recurrence does not keep what it would
-    need there."""
+    """A sequence cannot go back to a position, because a layer with a window or a recurrence does not keep what it
+    would need there; or there is no room for another sequence."""
 
 
 class TokenizerError(EdgemoeError):

@@ -55,6 +55,16 @@ def load_divided(monkeypatch: pytest.MonkeyPatch) -> Callable[..., edgemoe.Model
     return load
 
 
+def room_for_sequences(monkeypatch: pytest.MonkeyPatch, sequences: int) -> None:
+    """Models loaded from now on have states for so many sequences."""
+
+    def plan(limit: Any, spec: Any, index: Any, options: dict[str, Any], path: str) -> Any:
+        options["sequences"] = sequences
+        return plan_budget(limit, spec, index, options, path)
+
+    monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
+
+
 # -- exactness ----------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +165,8 @@ def test_prefix_reuse_and_restored_state_change_nothing(make_pack: Callable[...,
         assert saved[0] == tuple(TOKENS[:100])
 
 
-def test_several_sequences_in_one_pass(make_pack: Callable[..., Path]) -> None:
+def test_several_sequences_in_one_pass(make_pack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    room_for_sequences(monkeypatch, 2)
     with edgemoe.load(make_pack()) as model:
         first, second = model.logits(TOKENS[:20]), model.logits(TOKENS[50:67])
         model.logits(TOKENS[:1])
@@ -168,6 +179,33 @@ def test_several_sequences_in_one_pass(make_pack: Callable[..., Path]) -> None:
         logits = model.forward(np.array(tokens)[order], np.array(positions)[order], ids[order], np.arange(36))
         assert logits[ids[order] == 0].tobytes() == first[1:].tobytes()
         assert logits[ids[order] == other].tobytes() == second.tobytes()
+
+
+def test_sequences_come_and_go(make_pack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_pack()
+    with edgemoe.load(path) as model:
+        one = model.budget.state
+        with pytest.raises(edgemoe.errors.StateError, match="room for 1 sequence,"):
+            model._open().add_sequence()
+    room_for_sequences(monkeypatch, 3)
+    with edgemoe.load(path) as model:
+        assert model.budget.state == 3 * one
+        engine = model._open()
+        expected = model.logits(TOKENS[:20])
+        ids = [engine.add_sequence(), engine.add_sequence()]
+        with pytest.raises(edgemoe.errors.StateError, match="room for 3 sequences,"):
+            engine.add_sequence()
+        for id in ids:
+            again = model.forward(TOKENS[:20], np.arange(20), np.full(20, id), np.arange(20))
+            assert again.tobytes() == expected.tobytes()
+        engine.remove_sequence(ids[0])
+        for use in (engine.length, engine.remove_sequence, engine.mark, engine.snapshot):
+            with pytest.raises(ValueError, match=f"no sequence {ids[0]}"):
+                use(ids[0])
+        with pytest.raises(ValueError, match=f"no sequence {ids[0]}"):
+            model.forward([5], [0], [ids[0]], [0])
+        assert engine.add_sequence() == ids[0] and engine.length(ids[0]) == 0
+        assert (engine.length(0), engine.length(ids[1])) == (20, 20)
 
 
 def test_snapshots_of_another_model_are_refused(make_pack: Callable[..., Path]) -> None:

@@ -5,8 +5,8 @@
 Stages (all, unless some are named):
 
     aarch64   cross-compiled, under qemu's user mode: NEON, its dot products and its matrix products against scalar C++
-    address   AddressSanitizer and UndefinedBehaviorSanitizer: kernels, thread pool, expert store, engine
-    thread    ThreadSanitizer: thread pool, expert store, engine, with the portable kernels
+    address   AddressSanitizer and UndefinedBehaviorSanitizer: kernels, thread pool, expert store, states, engine
+    thread    ThreadSanitizer: thread pool, expert store, states, engine, with the portable kernels
 
 A stage whose compiler or emulator is missing is skipped, and says so. The exit status is 1 if a stage fails.
 """
@@ -54,7 +54,7 @@ STAGES = {
     "thread": Stage(
         flags=("-O1", "-g1", "-fsanitize=thread"),
         definitions={"EDGEMOE_VECTOR_KERNELS": "OFF"},
-        groups=("thread_pool", "store", "engine"),
+        groups=("thread_pool", "store", "sequence_state", "engine"),
         environment={"TSAN_OPTIONS": "halt_on_error=1"},
     ),
 }

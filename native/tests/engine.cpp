@@ -262,6 +262,93 @@ void test_sequences() {
     check_throws<ContextError>([&] { logits(engine, 5, 5); }, "tokens at positions that are taken");
 }
 
+// Several sequences in one engine: each has the bits it has alone, whatever becomes of the others.
+void test_several_sequences() {
+    const Model model("q4g64", "q4g64", false);
+    EngineOptions options{
+        .threads = 2, .sequences = 3, .context = kContext, .chunk = 16, .store = {.slots = 6}, .isa = ""};
+    EngineOptions one = options;
+    one.sequences = 1;
+    check(Engine::plan(model.spec, model.index, options).state == 3 * Engine::plan(model.spec, model.index, one).state,
+          "three sequences are not planned as three");
+    Engine engine(model.spec, model.index, options);
+    constexpr int kCount = 130;
+    std::vector<std::vector<int32_t>> tokens;
+    std::vector<Aligned<float>> expected;
+    Random random(5);
+    const auto alone = [&](const std::vector<int32_t>& text) {
+        Engine other(model.spec, model.index, one);
+        std::vector<int32_t> positions(kCount), ids(kCount, 0);
+        std::iota(positions.begin(), positions.end(), 0);
+        Aligned<float> result(size_t{kCount} * kVocabulary);
+        other.forward(text, positions, ids, positions, result.data(), [] {});
+        return result;
+    };
+    for (int i = 0; i < 3; ++i) {
+        for (int32_t& token : tokens.emplace_back(kCount)) token = pick(random, 0, kVocabulary - 1);
+        expected.push_back(alone(tokens.back()));
+    }
+    // Rows (text, sequence) whose logits must be those of the text alone; `check` as of Engine::forward.
+    const auto run = [&](const std::vector<std::pair<int, int>>& rows, const std::function<void()>& check_layer) {
+        std::vector<int32_t> batch, positions, ids, wanted(rows.size());
+        std::map<int, int> lengths;
+        for (const auto& [text, id] : rows) {
+            const auto [place, fresh] = lengths.try_emplace(id, engine.sequence(id).length());
+            batch.push_back(tokens[text][place->second]);
+            positions.push_back(place->second++);
+            ids.push_back(id);
+        }
+        std::iota(wanted.begin(), wanted.end(), 0);
+        Aligned<float> result(rows.size() * kVocabulary);
+        engine.forward(batch, positions, ids, wanted, result.data(), check_layer);
+        for (size_t row = 0; row < rows.size(); ++row)
+            check(
+                std::memcmp(&result[row * kVocabulary],
+                            &expected[rows[row].first][size_t(positions[row]) * kVocabulary],
+                            kVocabulary * sizeof(float)) == 0,
+                "text " + std::to_string(rows[row].first) + " in company, position " + std::to_string(positions[row]));
+    };
+    const auto mixed = [&](std::vector<std::pair<int, int>> rows) {  // (text, sequence) -> a shuffled batch
+        std::ranges::shuffle(rows, random);
+        return rows;
+    };
+    const int second = engine.add_sequence(), third = engine.add_sequence();
+    check_throws<StateError>([&] { engine.add_sequence(); }, "a fourth of three sequences");
+    check_throws<std::invalid_argument>([&] { engine.sequence(third + 1); }, "a sequence that never was");
+    std::vector<std::pair<int, int>> rows;
+    for (int i = 0; i < 70; ++i) rows.insert(rows.end(), {{0, 0}, {1, second}});
+    run(mixed(rows), [] {});
+
+    // A batch that fails: 0 is at rest, the others are where they were, and all go on.
+    const int failing[] = {second, third};
+    rows.clear();
+    for (int i = 0; i < 20; ++i) rows.insert(rows.end(), {{1, second}, {2, third}});
+    const auto fail = [calls = 0]() mutable {
+        if (++calls == 8) throw std::runtime_error("given up");  // in the third chunk of 16
+    };
+    check_throws<std::runtime_error>([&] { run(mixed(rows), fail); }, "a check that gives up");
+    check(engine.sequence(0).length() == 70, "a failure reached a sequence that was not in the batch");
+    check(engine.sequence(second).length() + engine.sequence(third).length() == 70 + 32,
+          "finished chunks are not what is left after a failure");
+    for (const int id : failing) engine.sequence(id).truncate(id == second ? 70 : 0);
+    rows.clear();
+    for (int i = 0; i < 60; ++i) rows.insert(rows.end(), {{0, 0}, {1, second}});
+    for (int i = 0; i < 90; ++i) rows.push_back({2, third});
+    run(mixed(rows), [] {});
+
+    // One that goes makes room, and its number is used again; the others stay.
+    engine.remove_sequence(second);
+    check_throws<std::invalid_argument>([&] { engine.sequence(second); }, "a sequence that was removed");
+    check_throws<std::invalid_argument>([&] { engine.remove_sequence(second); }, "removing it once more");
+    check_throws<std::invalid_argument>([&] { run({{1, second}}, [] {}); }, "a token of a removed sequence");
+    check(engine.sequence(0).length() == 130 && engine.sequence(third).length() == 90, "removing one changed another");
+    check(engine.add_sequence() == second && engine.sequence(second).length() == 0, "a number is not used again");
+    rows.clear();
+    for (int i = 0; i < 130; ++i) rows.push_back({1, second});
+    for (int i = 0; i < 40; ++i) rows.push_back({2, third});
+    run(mixed(rows), [] {});
+}
+
 // What is read ahead for the last layer is what the tokens with logits need, and nothing where there are none. The
 // parts between the two routers add nothing to the stream here, so every prediction for such a token holds.
 void test_predictions_for_the_last_layer() {
@@ -313,6 +400,7 @@ void test_engine() {
     test_model(Model("ggml.q4_0", "ggml.q4_0", true), KvType::q8_0);
     test_damage();
     test_sequences();
+    test_several_sequences();
     test_predictions_for_the_last_layer();
 }
 

@@ -187,72 +187,120 @@ void compare_vectors(const Kernels& kernels, const Kernels& reference, Random& r
     check_same(sums, other_sums, what("quantize, sums"));
 }
 
+// Some blocks of one sequence, somewhere in a pool, with room between them that belongs to others. Entries of the table
+// for blocks that are not there must not be read: they name places far outside of it.
+struct Blocks {
+    Blocks(Random& random, size_t keys, size_t values, int begin, int end)
+        : stride((keys + values) * static_cast<size_t>(pick(random, 1, 3))), table(end / kKvBlock + 3) {
+        std::vector<int32_t> places(table.size());
+        for (size_t i = 0; i < places.size(); ++i) places[i] = static_cast<int32_t>(i);
+        std::ranges::shuffle(places, random);
+        for (size_t n = 0; n < table.size(); ++n) {
+            const int first = static_cast<int>(n) * kKvBlock;
+            table[n] = first + kKvBlock > begin && first < end ? places[n] : std::numeric_limits<int32_t>::min() / 2;
+        }
+        size = stride * (table.size() - 1) + keys + values;
+        this->values = keys;
+    }
+    KvBlocks in(const Aligned<std::byte>& pool) const { return {pool.data(), stride, values, table.data()}; }
+
+    size_t stride, values = 0, size = 0;
+    std::vector<int32_t> table;
+};
+
 void compare_attention(const Kernels& kernels, const Kernels& reference, Random& random, KvType key_type,
                        KvType value_type, bool wild) {
     const bool grouped = key_type == KvType::q8_0 || value_type == KvType::q8_0;
     const int dim = grouped ? kKvGroup * pick(random, 1, 4) : pick(random, 1, 140), heads = pick(random, 1, 13);
     const auto size = static_cast<size_t>(dim);
-    Aligned<std::byte> keys(kv_block_bytes(key_type, dim)), other_keys(keys.size());
-    Aligned<std::byte> values(kv_block_bytes(value_type, dim)), other_values(values.size());
-    const int end = pick(random, 1, kKvBlock), begin = pick(random, 0, 1) * pick(random, 0, end - 1);
-    const auto compare = [&](const Aligned<std::byte>& one, const Aligned<std::byte>& other, const char* what) {
-        check(std::memcmp(one.data(), other.data(), one.size()) == 0, describe(kernels.name, what, {dim}));
-    };
-    for (int slot = 0; slot < end; ++slot) {
-        const auto x = floats(random, size, wild && slot % 8 == 3);
-        reference.store_key(key_type, x.span(), slot, keys.data());
-        kernels.store_key(key_type, x.span(), slot, other_keys.data());
-        reference.store_value(value_type, x.span(), slot, values.data());
-        kernels.store_value(value_type, x.span(), slot, other_values.data());
+    const int end = pick(random, 1, 3 * kKvBlock), begin = pick(random, 0, 1) * pick(random, 0, end - 1);
+    const Blocks blocks(random, kv_block_bytes(key_type, dim), kv_block_bytes(value_type, dim), begin, end);
+    const Aligned<std::byte> pool(blocks.size), other_pool(blocks.size);
+    for (int position = begin; position < end; ++position) {
+        const auto x = floats(random, size, wild && position % 8 == 3);
+        for (const auto& [k, p] : {std::pair{&reference, &pool}, std::pair{&kernels, &other_pool}}) {
+            k->store_key(key_type, x.span(), position, blocks.in(*p));
+            k->store_value(value_type, x.span(), position, blocks.in(*p));
+        }
     }
-    compare(keys, other_keys, "store_key");
-    compare(values, other_values, "store_value");
+    check(std::memcmp(pool.data(), other_pool.data(), pool.size()) == 0,
+          describe(kernels.name, "store_key or store_value", {dim, begin, end}));
 
     const auto queries = floats(random, size * heads, wild && pick(random, 0, 3) == 0);
-    struct State {
-        explicit State(int heads, int dim) : maximum(heads), sum(heads), accumulator(static_cast<size_t>(heads) * dim) {
-            for (float& value : maximum.span()) value = -std::numeric_limits<float>::infinity();
-            for (float& value : sum.span()) value = 0;
-            for (float& value : accumulator.span()) value = 0;
-        }
-        Aligned<float> maximum, sum, accumulator;
+    const int middle = pick(random, begin, end - 1);
+    const auto run = [&](const Kernels& k) {
+        // maximum, sum, accumulator
+        Aligned<float> state(static_cast<size_t>(heads) * (2 + dim));
+        for (size_t i = 0; i < state.size(); ++i)
+            state[i] = i < static_cast<size_t>(heads) ? -std::numeric_limits<float>::infinity() : 0.0f;
+        for (const int from : {begin, middle})
+            k.attend(key_type, value_type, queries.data(), heads, dim, 0.3f, blocks.in(pool), from, end, state.data(),
+                     state.data() + heads, state.data() + 2 * heads);
+        return state;
     };
-    State expected(heads, dim), actual(heads, dim);
-    const auto run = [&](const Kernels& k, State& s, int from, int to) {
-        k.attend(key_type, value_type, queries.data(), heads, dim, 0.3f, keys.data(), values.data(), from, to,
-                 s.maximum.data(), s.sum.data(), s.accumulator.data());
-    };
-    for (auto [k, s] : {std::pair{&reference, &expected}, std::pair{&kernels, &actual}}) {
-        run(*k, *s, begin, end);
-        run(*k, *s, 0, end);
-    }
-    const std::string what = describe(kernels.name, "attend", {dim, heads, begin, end});
-    check_same(expected.maximum, actual.maximum, what + ", maximum");
-    check_same(expected.sum, actual.sum, what + ", sum");
-    check_same(expected.accumulator, actual.accumulator, what + ", accumulator");
+    check_same(run(reference), run(kernels), describe(kernels.name, "attend", {dim, heads, begin, end}));
 }
 
 void compare_latent_attention(const Kernels& kernels, const Kernels& reference, Random& random, KvType type,
                               bool wild) {
     const int dim = type == KvType::q8_0 ? kKvGroup * pick(random, 1, 5) : pick(random, 1, 150);
     const int value_dim = pick(random, 1, dim), heads = pick(random, 1, 9);
-    const int end = pick(random, 1, kKvBlock), begin = pick(random, 0, 1) * pick(random, 0, end - 1);
-    Aligned<std::byte> keys(kv_block_bytes(type, dim));
-    for (int slot = 0; slot < end; ++slot)
-        reference.store_key(type, floats(random, static_cast<size_t>(dim), wild && slot % 8 == 3).span(), slot,
-                            keys.data());
+    const int end = pick(random, 1, 3 * kKvBlock), begin = pick(random, 0, 1) * pick(random, 0, end - 1);
+    const Blocks blocks(random, kv_block_bytes(type, dim), 0, begin, end);
+    const Aligned<std::byte> pool(blocks.size);
+    for (int position = begin; position < end; ++position)
+        reference.store_key(type, floats(random, static_cast<size_t>(dim), wild && position % 8 == 3).span(), position,
+                            blocks.in(pool));
     const auto queries = floats(random, static_cast<size_t>(dim) * heads, false);
+    const int middle = pick(random, begin, end - 1);
     const auto run = [&](const Kernels& k) {
         // maximum, sum, accumulator
         Aligned<float> state(static_cast<size_t>(heads) * (2 + value_dim));
         for (size_t i = 0; i < state.size(); ++i)
             state[i] = i < static_cast<size_t>(heads) ? -std::numeric_limits<float>::infinity() : 0.0f;
-        for (const int from : {begin, 0})
-            k.attend_latent(type, queries.data(), heads, dim, value_dim, 0.3f, keys.data(), from, end, state.data(),
+        for (const int from : {begin, middle})
+            k.attend_latent(type, queries.data(), heads, dim, value_dim, 0.3f, blocks.in(pool), from, end, state.data(),
                             state.data() + heads, state.data() + 2 * heads);
         return state;
     };
     check_same(run(reference), run(kernels), describe(kernels.name, "attend_latent", {dim, value_dim, heads}));
+}
+
+// The scalar reference itself: the steps of a walk over blocks are those of each block alone, wherever it lies.
+void check_walk() {
+    const Kernels& kernels = select_kernels("scalar");
+    Random random(2);
+    constexpr int dim = 24, heads = 3, end = 3 * kKvBlock - 5;
+    for (const int begin : {0, 63, 64, 70, 130}) {
+        const Blocks blocks(random, kv_block_bytes(KvType::f32, dim), kv_block_bytes(KvType::f32, dim), begin, end);
+        const Aligned<std::byte> pool(blocks.size), straight(blocks.size);
+        std::vector<int32_t> order(blocks.table.size());
+        for (size_t n = 0; n < order.size(); ++n) order[n] = static_cast<int32_t>(n);
+        const KvBlocks plain{straight.data(), blocks.stride, blocks.values, order.data()};
+        for (int position = begin; position < end; ++position) {
+            const auto x = floats(random, dim, false);
+            for (const KvBlocks& place : {blocks.in(pool), plain}) {
+                kernels.store_key(KvType::f32, x.span(), position, place);
+                kernels.store_value(KvType::f32, x.span(), position, place);
+            }
+        }
+        const auto queries = floats(random, size_t{dim} * heads, false);
+        const auto run = [&](const KvBlocks& place, bool stepwise) {
+            Aligned<float> state(size_t{heads} * (2 + dim));
+            for (size_t i = 0; i < state.size(); ++i)
+                state[i] = i < heads ? -std::numeric_limits<float>::infinity() : 0.0f;
+            for (int from = begin; from < end;) {
+                const int to = stepwise ? std::min(from / kKvBlock * kKvBlock + kKvBlock, end) : end;
+                kernels.attend(KvType::f32, KvType::f32, queries.data(), heads, dim, 0.3f, place, from, to,
+                               state.data(), state.data() + heads, state.data() + 2 * heads);
+                from = to;
+            }
+            return state;
+        };
+        const auto expected = run(plain, true);
+        check_same(expected, run(blocks.in(pool), false), "a walk over blocks anywhere");
+        check_same(expected, run(blocks.in(pool), true), "blocks one by one");
+    }
 }
 
 void compare_recurrences(const Kernels& kernels, const Kernels& reference, Random& random, bool wild) {
@@ -347,6 +395,7 @@ void compare_with_scalar(const Kernels& kernels, const char* name) {
 }  // namespace
 
 void test_kernels() {
+    check_walk();
     const auto isas = available_isas();
     for (const std::string_view isa : isas)
         if (isa != "scalar") compare_with_scalar(select_kernels(isa), std::string(isa).c_str());

@@ -208,9 +208,10 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    def load(path: Path, chunk: int = 512, slots: int = 0, **options: Any) -> edgemoe.Model:
-        def plan(*arguments: Any) -> Any:
-            budget = plan_budget(*arguments)
+    def load(path: Path, chunk: int = 512, slots: int = 0, sequences: int = 1, **options: Any) -> edgemoe.Model:
+        def plan(limit: Any, spec: Any, index: Any, engine_options: dict[str, Any], path: str) -> Any:
+            engine_options["sequences"] = sequences
+            budget = plan_budget(limit, spec, index, engine_options, path)
             return dataclasses.replace(budget, chunk=chunk, expert_slots=slots or budget.expert_slots)
 
         monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
@@ -242,7 +243,7 @@ def test_bits_are_those_of_every_instruction_set(
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_several_sequences_in_one_pass(packs: Callable[[str], Path], load: Load, name: str) -> None:
-    with load(packs(name)) as model:
+    with load(packs(name), sequences=2) as model:
         first, second = model.logits(TOKENS[:40]), model.logits(TOKENS[50:87])
         other = model._open().add_sequence()
         model.logits(TOKENS[:3])

@@ -409,6 +409,12 @@ def test_stored_keys_and_values(seed: int, positions: int, groups: int, wild: bo
             np.testing.assert_array_equal(value_block.view(dtype).reshape(64, dim)[:positions], expected)
 
 
+def anywhere(rng: np.random.Generator, positions: int, start: int) -> list[int]:
+    """A table: blocks in any places of a pool; entries that must not be read name places far outside of it."""
+    table = rng.permutation(2 * (positions // 64 + 1))[: -(-positions // 64)].tolist()
+    return [place if 64 * (number + 1) > start else -(2**31) for number, place in enumerate(table)]
+
+
 @pytest.mark.parametrize("key_type", KV_TYPES)
 @pytest.mark.parametrize("value_type", KV_TYPES)
 @settings(max_examples=25, deadline=None)
@@ -426,8 +432,11 @@ def test_attend_is_the_same_everywhere(
             places = rng.integers(0, vectors.size, 3)
             vectors.reshape(-1)[places] = rng.choice(SPECIAL, 3)
     start = int(rng.integers(0, positions)) if seed % 2 else 0
-    for result in same_everywhere("attend", key_type, value_type, queries, keys, values, 0.3, start):
+    expected = same_everywhere("attend", key_type, value_type, queries, keys, values, 0.3, start)
+    for result in expected:
         check_nan_bits(result)
+    table = anywhere(rng, positions, start)
+    same_bytes(expected, same_everywhere("attend", key_type, value_type, queries, keys, values, 0.3, start, table))
 
 
 @pytest.mark.parametrize("name", KV_TYPES)
@@ -500,6 +509,9 @@ def test_latent_attention(name: str, seed: int, heads: int, dim: int, positions:
     start = int(rng.integers(0, positions)) if seed % 2 else 0
     maximum, total, accumulator = same_everywhere("attend_latent", name, queries, keys, value_dim, 0.3, start)
     check_nan_bits(accumulator)
+    table = anywhere(rng, positions, start)
+    moved = same_everywhere("attend_latent", name, queries, keys, value_dim, 0.3, start, table)
+    same_bytes((maximum, total, accumulator), moved)
     plain = kernels.attend("scalar", name, name, queries, keys, keys, 0.3, start)
     same_bytes((plain[0], plain[1], plain[2][:, :value_dim].copy()), (maximum, total, accumulator))
 

@@ -30,8 +30,9 @@ namespace edgemoe {
 
 struct EngineOptions {
     int threads = 1;
-    int context = 0;  // positions a sequence may have
-    int chunk = 512;  // tokens computed together in a prompt
+    int sequences = 1;  // there may be at a time
+    int context = 0;    // positions a sequence may have
+    int chunk = 512;    // tokens computed together in a prompt
     StoreOptions store;
     // Lossy modes for nested experts: the expert in slot i of a token works as many levels below its finest as there
     // are thresholds (ascending) below the share of the router's weight that the slots with larger weights have. None:
@@ -46,7 +47,7 @@ struct EngineOptions {
 // What an engine with these options takes, in bytes.
 struct MemoryPlan {
     size_t dense = 0;    // weights that are always in memory
-    size_t state = 0;    // one sequence of `context` positions
+    size_t state = 0;    // all `sequences`, each of `context` positions
     size_t scratch = 0;  // activations of one chunk
     size_t slot = 0;     // memory of one expert, the largest with all its levels
     int experts = 0;     // slots that hold all experts of the model: more are never used
@@ -114,8 +115,10 @@ class Engine {
     void forward_layer(const LayerPass& pass, std::span<const int32_t> tokens, std::span<const int32_t> wanted,
                        float* logits, const std::function<void()>& check);
 
-    // Sequence 0 exists from the start; more can be added (each takes MemoryPlan::state).
+    // Sequence 0 exists from the start; more can be added, up to EngineOptions::sequences at a time: StateError beyond
+    // that. An id that was removed is used again. The others refuse ids that are not in use (std::invalid_argument).
     int add_sequence();
+    void remove_sequence(int id);
     SequenceState& sequence(int id);
 
     // While switched on, every finished chunk's routing is kept until it is taken.
@@ -199,8 +202,9 @@ class Engine {
     std::vector<Layer> layers_;
     std::unique_ptr<Norm> final_norm_;
     std::unique_ptr<Scratch> scratch_;
-    std::vector<std::unique_ptr<SequenceState>> sequences_;
-    std::unique_ptr<ExpertStore> store_;  // absent where every layer is dense
+    std::unique_ptr<StatePool> states_;
+    std::vector<std::unique_ptr<SequenceState>> sequences_;  // [ids], null where one is not in use
+    std::unique_ptr<ExpertStore> store_;                     // absent where every layer is dense
     ThreadPool pool_;
     EngineCounters counters_;
     std::optional<LayerPass> pass_;  // while forward_layer lasts: of the chunk at hand

@@ -84,8 +84,17 @@ struct Activations {
     const float* sums;    // [tokens, groups]: scale * (sum of the group's codes)
 };
 
-// Keys and values of one layer and head group are stored per block of kKvBlock positions (see SequenceState).
 enum class KvType : uint8_t { f32, f16, q8_0 };
+
+// One sequence's keys and values of one layer and key/value head. They lie in blocks of kKvBlock positions, block n of
+// the sequence being that of positions n * kKvBlock to (n + 1) * kKvBlock - 1, and all sequences share a pool of such
+// blocks (see StatePool). Only the table's entries of positions that a kernel is asked for are read.
+struct KvBlocks {
+    std::byte* pool;       // the keys of the pool's first block
+    size_t stride;         // bytes from one block of the pool to the next
+    size_t values;         // bytes from the keys of a block to its values
+    const int32_t* table;  // [blocks of the sequence] where in the pool each of them is
+};
 
 struct Kernels {
     std::string_view name;
@@ -157,30 +166,30 @@ struct Kernels {
     // multiply-add.
     void (*rope)(float* head, const float* cosine, const float* sine, int pairs);
 
-    // Stores one position's key (or value) vector of `dim` elements into a block: `slot` is its place 0..kKvBlock-1.
-    // Keys lie transposed, [dim][kKvBlock] (q8_0: codes [dim][kKvBlock], then float16 scales [dim/kKvGroup][kKvBlock]),
+    // Stores one position's key (or value) vector of `dim` elements. In its block,
+    // keys lie transposed, [dim][kKvBlock] (q8_0: codes [dim][kKvBlock], then float16 scales [dim/kKvGroup][kKvBlock]),
     // so that attention has one position per lane. Values lie [kKvBlock][dim] (q8_0: codes, then float16 scales
     // [kKvBlock][dim/kKvGroup]). q8_0 needs dim % kKvGroup == 0; per group, scale = float16(max|x| / 127) and code =
     // round-half-even(x / scale) limited to +-127, with the scale as it is stored. A group whose scale rounds to zero
     // has codes 0; one with a NaN or infinity, or whose scale overflows, has scale NaN and codes 0.
-    void (*store_key)(KvType type, std::span<const float> key, int slot, std::byte* block);
-    void (*store_value)(KvType type, std::span<const float> value, int slot, std::byte* block);
+    void (*store_key)(KvType type, std::span<const float> key, int position, const KvBlocks& blocks);
+    void (*store_value)(KvType type, std::span<const float> value, int position, const KvBlocks& blocks);
 
-    // One step of the online softmax for `heads` query heads that share a key/value head, over one block, positions
-    // [begin, end) of it. State per head: maximum[h], sum[h], accumulator[h * dim .. ] (not yet divided by sum).
+    // The online softmax for `heads` query heads that share a key/value head, over positions [begin, end) of a
+    // sequence, one step for each block that holds some of them, in ascending order.
+    // State per head: maximum[h], sum[h], accumulator[h * dim .. ] (not yet divided by sum).
     // Start: maximum = -infinity, sum = 0, accumulator = 0. Scores are scale * (q . k), d ascending, one lane each.
     // With m the new maximum: p = exp(score - m), c = exp(old maximum - m) (0 at the start), sum = fma(sum, c,
-    // reduction of p over all kKvBlock slots, 0 outside [begin, end)), accumulator = accumulator * c, then fma(p,
-    // value, accumulator) with positions ascending. An element of a q8_0 key or value is the rounded product code *
-    // scale. The block must be allocated in full; slots outside [begin, end) may hold anything.
+    // reduction of p over all kKvBlock slots of the block, 0 outside [begin, end)), accumulator = accumulator * c, then
+    // fma(p, value, accumulator) with positions ascending. An element of a q8_0 key or value is the rounded product
+    // code * scale. Slots of a block outside [begin, end) may hold anything.
     void (*attend)(KvType key_type, KvType value_type, const float* queries, int heads, int dim, float scale,
-                   const std::byte* keys, const std::byte* values, int begin, int end, float* maximum, float* sum,
-                   float* accumulator);
+                   const KvBlocks& blocks, int begin, int end, float* maximum, float* sum, float* accumulator);
 
     // As attend, with values that are the first value_dim elements of the keys (a latent that is stored once):
     // queries [heads, dim], accumulator [heads, value_dim].
     void (*attend_latent)(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
-                          const std::byte* keys, int begin, int end, float* maximum, float* sum, float* accumulator);
+                          const KvBlocks& blocks, int begin, int end, float* maximum, float* sum, float* accumulator);
 
     // out[i] = x[i] * (1 / (1 + exp(-gate[i]))). out may be x.
     void (*sigmoid_multiply)(std::span<const float> gate, const float* x, float* out);

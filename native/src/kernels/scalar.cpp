@@ -315,12 +315,20 @@ void store_vector(KvType type, std::span<const float> x, size_t stride, size_t s
     }
 }
 
-void store_key(KvType type, std::span<const float> key, int slot, std::byte* block) {
-    store_vector(type, key, kKvBlock, slot, kKvBlock, slot, block);
+// Block `number` of a sequence: its keys, with its values behind them.
+std::byte* kv_block(const KvBlocks& blocks, int number) {
+    return blocks.pool + static_cast<size_t>(blocks.table[number]) * blocks.stride;
 }
 
-void store_value(KvType type, std::span<const float> value, int slot, std::byte* block) {
-    store_vector(type, value, 1, slot * value.size(), 1, slot * (value.size() / kKvGroup), block);
+void store_key(KvType type, std::span<const float> key, int position, const KvBlocks& blocks) {
+    const size_t slot = position % kKvBlock;
+    store_vector(type, key, kKvBlock, slot, kKvBlock, slot, kv_block(blocks, position / kKvBlock));
+}
+
+void store_value(KvType type, std::span<const float> value, int position, const KvBlocks& blocks) {
+    const size_t slot = position % kKvBlock;
+    store_vector(type, value, 1, slot * value.size(), 1, slot * (value.size() / kKvGroup),
+                 kv_block(blocks, position / kKvBlock) + blocks.values);
 }
 
 // An element whose place in the block is `index`, and its scale's place among the scales `scale_index`.
@@ -370,26 +378,38 @@ void attend_head(KvType key_type, const float* query, int dim, int value_dim, fl
     }
 }
 
+// Calls step(keys, begin, end) for each block that has positions of [begin, end), with their slots in it.
+template <class Step>
+void each_block(const KvBlocks& blocks, int begin, int end, const Step& step) {
+    while (begin < end) {
+        const int number = begin / kKvBlock, first = number * kKvBlock;
+        step(kv_block(blocks, number), begin - first, end - first < kKvBlock ? end - first : kKvBlock);
+        begin = first + kKvBlock;
+    }
+}
+
 void attend(KvType key_type, KvType value_type, const float* queries, int heads, int dim, float scale,
-            const std::byte* keys, const std::byte* values, int begin, int end, float* maximum, float* sum,
-            float* accumulator) {
-    if (begin >= end) return;
-    const auto value_of = [&](int slot, int d) {
-        return kv_element(value_type, values, dim, static_cast<size_t>(slot) * dim + d,
-                          static_cast<size_t>(slot) * (dim / kKvGroup) + d / kKvGroup);
-    };
-    for (int head = 0; head < heads; ++head)
-        attend_head(key_type, queries + static_cast<ptrdiff_t>(head) * dim, dim, dim, scale, keys, value_of, begin, end,
-                    maximum + head, sum + head, accumulator + static_cast<ptrdiff_t>(head) * dim);
+            const KvBlocks& blocks, int begin, int end, float* maximum, float* sum, float* accumulator) {
+    each_block(blocks, begin, end, [&](const std::byte* keys, int first, int last) {
+        const auto value_of = [&](int slot, int d) {
+            return kv_element(value_type, keys + blocks.values, dim, static_cast<size_t>(slot) * dim + d,
+                              static_cast<size_t>(slot) * (dim / kKvGroup) + d / kKvGroup);
+        };
+        for (int head = 0; head < heads; ++head)
+            attend_head(key_type, queries + static_cast<ptrdiff_t>(head) * dim, dim, dim, scale, keys, value_of, first,
+                        last, maximum + head, sum + head, accumulator + static_cast<ptrdiff_t>(head) * dim);
+    });
 }
 
 void attend_latent(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
-                   const std::byte* keys, int begin, int end, float* maximum, float* sum, float* accumulator) {
-    if (begin >= end) return;
-    const auto value_of = [&](int slot, int d) { return key_element(type, keys, dim, slot, d); };
-    for (int head = 0; head < heads; ++head)
-        attend_head(type, queries + static_cast<ptrdiff_t>(head) * dim, dim, value_dim, scale, keys, value_of, begin,
-                    end, maximum + head, sum + head, accumulator + static_cast<ptrdiff_t>(head) * value_dim);
+                   const KvBlocks& blocks, int begin, int end, float* maximum, float* sum, float* accumulator) {
+    each_block(blocks, begin, end, [&](const std::byte* keys, int first, int last) {
+        const auto value_of = [&](int slot, int d) { return key_element(type, keys, dim, slot, d); };
+        for (int head = 0; head < heads; ++head)
+            attend_head(type, queries + static_cast<ptrdiff_t>(head) * dim, dim, value_dim, scale, keys, value_of,
+                        first, last, maximum + head, sum + head,
+                        accumulator + static_cast<ptrdiff_t>(head) * value_dim);
+    });
 }
 
 // --- convolutions and recurrences -----------------------------------------------------------------------------------

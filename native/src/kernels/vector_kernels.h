@@ -521,7 +521,14 @@ struct VectorKernels {
         return half;
     }
 
-    static void store_key(KvType type, std::span<const float> key, int slot, std::byte* block) {
+    // Block `number` of a sequence: its keys, with its values behind them.
+    static EDGEMOE_INLINE std::byte* kv_block(const KvBlocks& blocks, int number) {
+        return blocks.pool + static_cast<size_t>(blocks.table[number]) * blocks.stride;
+    }
+
+    static void store_key(KvType type, std::span<const float> key, int position, const KvBlocks& blocks) {
+        std::byte* block = kv_block(blocks, position / kKvBlock);
+        const int slot = position % kKvBlock;
         const float* x = key.data();
         const int dim = static_cast<int>(key.size());
         if (type == KvType::f32) {
@@ -546,10 +553,11 @@ struct VectorKernels {
         }
     }
 
-    static void store_value(KvType type, std::span<const float> value, int slot, std::byte* block) {
+    static void store_value(KvType type, std::span<const float> value, int position, const KvBlocks& blocks) {
+        std::byte* block = kv_block(blocks, position / kKvBlock) + blocks.values;
         const float* x = value.data();
         const int dim = static_cast<int>(value.size());
-        const ptrdiff_t start = static_cast<ptrdiff_t>(slot) * dim;
+        const ptrdiff_t start = static_cast<ptrdiff_t>(position % kKvBlock) * dim;
         if (type == KvType::f32) {
             __builtin_memcpy(reinterpret_cast<float*>(block) + start, x, static_cast<size_t>(dim) * sizeof(float));
         } else if (type == KvType::f16) {
@@ -752,10 +760,19 @@ struct VectorKernels {
         }
     }
 
-    static void attend(KvType key_type, KvType value_type, const float* queries, int heads, int dim, float scale,
-                       const std::byte* keys, const std::byte* values, int begin, int end, float* maximum, float* sum,
-                       float* accumulator) {
-        if (begin >= end) return;
+    // Calls step(keys, begin, end) for each block that has positions of [begin, end), with their slots in it.
+    template <class Step>
+    static EDGEMOE_INLINE void each_block(const KvBlocks& blocks, int begin, int end, const Step& step) {
+        while (begin < end) {
+            const int number = begin / kKvBlock, first = number * kKvBlock;
+            step(kv_block(blocks, number), begin - first, end - first < kKvBlock ? end - first : kKvBlock);
+            begin = first + kKvBlock;
+        }
+    }
+
+    static void attend_block(KvType key_type, KvType value_type, const float* queries, int heads, int dim, float scale,
+                             const std::byte* keys, const std::byte* values, int begin, int end, float* maximum,
+                             float* sum, float* accumulator) {
         // More heads share the conversions of a compressed cache; plain floats have none, and gain from more chunks.
         const bool plain = key_type == KvType::f32 && value_type == KvType::f32;
         while (heads > 0) {
@@ -778,6 +795,14 @@ struct VectorKernels {
             sum += step;
             heads -= step;
         }
+    }
+
+    static void attend(KvType key_type, KvType value_type, const float* queries, int heads, int dim, float scale,
+                       const KvBlocks& blocks, int begin, int end, float* maximum, float* sum, float* accumulator) {
+        each_block(blocks, begin, end, [&](const std::byte* keys, int first, int last) {
+            attend_block(key_type, value_type, queries, heads, dim, scale, keys, keys + blocks.values, first, last,
+                         maximum, sum, accumulator);
+        });
     }
 
     // Elements d .. d + 15 of the keys of positions begin .. end-1 as rows of values; elements beyond dim are 0.
@@ -818,10 +843,9 @@ struct VectorKernels {
         for (int h = 0; h < H; ++h) V::store_n(accumulator + h * stride, V::canonical(sums[h]), n);
     }
 
-    static void attend_latent(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
-                              const std::byte* keys, int begin, int end, float* maximum, float* sum,
-                              float* accumulator) {
-        if (begin >= end) return;
+    static void attend_latent_block(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
+                                    const std::byte* keys, int begin, int end, float* maximum, float* sum,
+                                    float* accumulator) {
         constexpr int kMany = 16;  // heads that share what is turned
         alignas(64) float weights[kMany][kKvBlock];
         alignas(64) float rows[kKvBlock][kLanes];
@@ -865,6 +889,15 @@ struct VectorKernels {
                 }
             }
         }
+    }
+
+    static void attend_latent(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
+                              const KvBlocks& blocks, int begin, int end, float* maximum, float* sum,
+                              float* accumulator) {
+        each_block(blocks, begin, end, [&](const std::byte* keys, int first, int last) {
+            attend_latent_block(type, queries, heads, dim, value_dim, scale, keys, first, last, maximum, sum,
+                                accumulator);
+        });
     }
 
     // --- convolutions and recurrences -------------------------------------------------------------------------------

@@ -60,7 +60,6 @@ void Engine::attention(int number, int count, std::span<const int32_t> positions
     // (rounded to the state's type) of its own chunk just as of earlier ones.
     each_token(count, [&](int t) {
         SequenceState& state = *sequences_[sequence_ids[t]];
-        const int block = positions[t] / kKvBlock, slot = positions[t] % kKvBlock;
         const std::span<float> queries{s.queries + t * query_size, query_size}, keys{s.keys + t * key_size, key_size},
             values{s.values + t * key_size, key_size};
         if (a.bias) {
@@ -101,8 +100,9 @@ void Engine::attention(int number, int count, std::span<const int32_t> positions
                                    value = values.subspan(size_t(h) * dim, dim);
             turn(key.data(), layer.k_norm);
             if (a.value_norm) kernels_.rms_norm(value, ones_.data(), spec_.norm_epsilon, value.data());
-            kernels_.store_key(options_.key_type, key, slot, state.keys(number, block, h));
-            kernels_.store_value(options_.value_type, value, slot, state.values(number, block, h));
+            const KvBlocks blocks = state.blocks(number, h);
+            kernels_.store_key(options_.key_type, key, positions[t], blocks);
+            kernels_.store_value(options_.value_type, value, positions[t], blocks);
         }
     });
 
@@ -121,14 +121,9 @@ void Engine::attention(int number, int count, std::span<const int32_t> positions
             std::fill_n(sum, group, 0.0f);
         }
         std::fill_n(out, size_t(group) * dim, 0.0f);
-        const int length = positions[t] + 1, start = a.window ? std::max(length - a.window, 0) : 0;
-        for (int begin = start / kKvBlock * kKvBlock; begin < length; begin += kKvBlock) {
-            const int block = begin / kKvBlock;
-            kernels_.attend(options_.key_type, options_.value_type, s.queries + t * query_size + first_head * dim,
-                            group, dim, a.scale, state.keys(number, block, kv_head),
-                            state.values(number, block, kv_head), std::max(start - begin, 0),
-                            std::min(kKvBlock, length - begin), maximum, sum, out);
-        }
+        const int end = positions[t] + 1, begin = a.window ? std::max(end - a.window, 0) : 0;
+        kernels_.attend(options_.key_type, options_.value_type, s.queries + t * query_size + first_head * dim, group,
+                        dim, a.scale, state.blocks(number, kv_head), begin, end, maximum, sum, out);
         for (int h = 0; h < group; ++h) {
             float* head = out + size_t(h) * dim;
             for (int d = 0; d < dim; ++d) head[d] /= sum[h];

@@ -103,7 +103,7 @@ int blocks_per_item(const Matrix& matrix, int tokens) {
 MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const EngineOptions& options) {
     MemoryPlan plan;
     for (const auto& [section, bytes] : dense_sections(index)) plan.dense += bytes;
-    plan.state = SequenceState::bytes(kv_shapes(spec, options), options.context, options.chunk);
+    plan.state = StatePool::bytes(kv_shapes(spec, options), options.sequences, options.context, options.chunk);
     plan.scratch = Scratch::bytes(spec, options.chunk);
     const StoreLayout experts(index, use_all_levels(index, options));
     plan.slot = experts.slot_bytes();
@@ -205,6 +205,8 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
     scratch_ = std::make_unique<Scratch>(spec_, options_.chunk);
     options_.store.all_levels = use_all_levels(index_, options_);
     if (!index_.experts.empty()) store_ = std::make_unique<ExpertStore>(index_, files_, options_.store);
+    states_ =
+        std::make_unique<StatePool>(kv_shapes(spec_, options_), options_.sequences, options_.context, options_.chunk);
     add_sequence();
 }
 
@@ -341,12 +343,20 @@ FeedForward Engine::feed_forward(const std::string& name, int dim, bool bias) co
 }
 
 int Engine::add_sequence() {
-    sequences_.push_back(std::make_unique<SequenceState>(kv_shapes(spec_, options_), options_.context, options_.chunk));
-    return static_cast<int>(sequences_.size()) - 1;
+    auto state = std::make_unique<SequenceState>(*states_);
+    auto place = std::find(sequences_.begin(), sequences_.end(), nullptr);
+    if (place == sequences_.end()) place = sequences_.emplace(place);
+    *place = std::move(state);
+    return static_cast<int>(place - sequences_.begin());
+}
+
+void Engine::remove_sequence(int id) {
+    sequence(id);
+    sequences_[id].reset();
 }
 
 SequenceState& Engine::sequence(int id) {
-    if (id < 0 || id >= static_cast<int>(sequences_.size()))
+    if (id < 0 || id >= static_cast<int>(sequences_.size()) || !sequences_[id])
         throw std::invalid_argument("there is no sequence " + std::to_string(id));
     return *sequences_[id];
 }
@@ -369,7 +379,7 @@ void Engine::forward(std::span<const int32_t> tokens, std::span<const int32_t> p
     if (positions.size() != count || sequence_ids.size() != count)
         throw std::invalid_argument("tokens, positions and sequence_ids differ in length");
     std::vector<int> lengths;
-    for (const auto& state : sequences_) lengths.push_back(state->length());
+    for (const auto& state : sequences_) lengths.push_back(state ? state->length() : 0);
     for (size_t i = 0; i < count; ++i) {
         sequence(sequence_ids[i]);
         if (tokens[i] < 0 || tokens[i] >= spec_.vocab_size)
@@ -398,7 +408,8 @@ void Engine::forward(std::span<const int32_t> tokens, std::span<const int32_t> p
             forward_chunk(tokens.subspan(done, size), positions.subspan(done, size), sequence_ids.subspan(done, size),
                           local, logits + first_wanted * spec_.vocab_size, check);
         } catch (...) {
-            for (const auto& state : sequences_) state->give_up_writing();
+            for (const auto& state : sequences_)
+                if (state) state->give_up_writing();
             if (store_) store_->hint(0, {});  // what was expected will not come
             throw;
         }

@@ -89,8 +89,7 @@ void Engine::latent_attention(int number, int count, std::span<const int32_t> po
             turn(row.data() + rank);
             for (int h = 0; h < a.heads; ++h) turn(s.queries + t * queries + h * head_dim + plain);
         }
-        kernels_.store_key(options_.key_type, row, positions[t] % kKvBlock,
-                           state.keys(number, positions[t] / kKvBlock, 0));
+        kernels_.store_key(options_.key_type, row, positions[t], state.blocks(number, 0));
     });
 
     // Some heads at a time, because their latents are larger than what they are made of.
@@ -117,12 +116,9 @@ void Engine::latent_attention(int number, int count, std::span<const int32_t> po
             std::fill_n(maximum, many, -std::numeric_limits<float>::infinity());
             std::fill_n(sum, many, 0.0f);
             std::fill_n(out, many * rank, 0.0f);
-            const int length = positions[t] + 1;
-            for (int begin = 0; begin < length; begin += kKvBlock)
-                kernels_.attend_latent(options_.key_type, asked + place * latent, static_cast<int>(many),
-                                       static_cast<int>(latent), a.kv_rank, a.scale,
-                                       state.keys(number, begin / kKvBlock, 0), 0, std::min(kKvBlock, length - begin),
-                                       maximum, sum, out);
+            kernels_.attend_latent(options_.key_type, asked + place * latent, static_cast<int>(many),
+                                   static_cast<int>(latent), a.kv_rank, a.scale, state.blocks(number, 0), 0,
+                                   positions[t] + 1, maximum, sum, out);
             for (size_t h = 0; h < many; ++h)
                 for (size_t d = 0; d < rank; ++d) out[h * rank + d] /= sum[h];
         });

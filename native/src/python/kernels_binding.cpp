@@ -318,20 +318,48 @@ void require_kv(KvType type, py::ssize_t dim) {
                                                              std::to_string(kKvGroup) + ", not " + std::to_string(dim));
 }
 
-// Blocks of keys (or values) for positions `start` ... of `vectors`; what is not stored keeps a NaN pattern.
-std::vector<Buffer> make_cache(const Kernels& kernels, KvType type, bool keys, const Floats& vectors, int start) {
-    const auto dim = static_cast<int>(vectors.shape(1));
-    const auto positions = static_cast<int>(vectors.shape(0));
-    std::vector<Buffer> blocks;
-    for (int position = 0; position < positions; ++position) {
-        if (position % kKvBlock == 0) blocks.emplace_back(edgemoe::kv_block_bytes(type, dim));
-        if (position < start) continue;
-        const std::span<const float> vector{vectors.data(position, 0), static_cast<size_t>(dim)};
-        (keys ? kernels.store_key : kernels.store_value)(type, vector, position % kKvBlock,
-                                                         blocks.back().as<std::byte>());
+// One sequence's positions `start` ... in blocks of a pool; what is not stored keeps a NaN pattern. values: none where
+// keys are all there is. table: where in the pool the sequence's blocks are, one after the other if there is none;
+// entries of blocks without stored positions may be anything.
+class Cache {
+  public:
+    Cache(const Kernels& kernels, KvType key_type, KvType value_type, const Floats& keys, const Floats* values,
+          int start, const std::optional<std::vector<int32_t>>& table) {
+        const auto dim = static_cast<int>(keys.shape(1)), positions = static_cast<int>(keys.shape(0));
+        const int count = (positions + kKvBlock - 1) / kKvBlock;
+        require(start >= 0 && start <= positions, "start must lie in 0.." + std::to_string(positions));
+        for (int number = 0; number < count; ++number) table_.push_back(number);
+        if (table) table_ = *table;
+        require(static_cast<int>(table_.size()) == count,
+                "table must have " + std::to_string(count) + " entries, it has " + std::to_string(table_.size()));
+        std::vector<int32_t> used(table_.begin() + std::min(start / kKvBlock, count), table_.end());
+        std::sort(used.begin(), used.end());
+        require(std::adjacent_find(used.begin(), used.end()) == used.end(), "table names a block twice");
+        require(used.empty() || (used.front() >= 0 && used.back() < 1 << 12), "table must name blocks 0..4095");
+        const size_t key_bytes = edgemoe::kv_block_bytes(key_type, dim);
+        const size_t bytes = key_bytes + (values ? edgemoe::kv_block_bytes(value_type, dim) : 0);
+        pool_.emplace(bytes * (used.empty() ? 0 : static_cast<size_t>(used.back()) + 1));
+        for (int position = start; position < positions; ++position) {
+            kernels.store_key(key_type, {keys.data(position, 0), static_cast<size_t>(dim)}, position,
+                              blocks(bytes, key_bytes));
+            if (values)
+                kernels.store_value(value_type, {values->data(position, 0), static_cast<size_t>(dim)}, position,
+                                    blocks(bytes, key_bytes));
+        }
+        blocks_ = blocks(bytes, key_bytes);
     }
-    return blocks;
-}
+
+    const edgemoe::KvBlocks& blocks() const { return blocks_; }
+
+  private:
+    edgemoe::KvBlocks blocks(size_t stride, size_t values) const {
+        return {pool_->as<std::byte>(), stride, values, table_.data()};
+    }
+
+    std::vector<int32_t> table_;
+    std::optional<Buffer> pool_;
+    edgemoe::KvBlocks blocks_{};
+};
 
 Bytes store(const std::string& isa, const std::string& type_name, bool keys, const Floats& vectors) {
     const Kernels& kernels = edgemoe::select_kernels(isa);
@@ -340,53 +368,43 @@ Bytes store(const std::string& isa, const std::string& type_name, bool keys, con
     require_kv(type, vectors.shape(1));
     require(vectors.shape(0) >= 1 && vectors.shape(0) <= kKvBlock,
             "a block holds 1.." + std::to_string(kKvBlock) + " positions, not " + std::to_string(vectors.shape(0)));
-    const std::vector<Buffer> blocks = make_cache(kernels, type, keys, vectors, 0);
     Bytes out(static_cast<py::ssize_t>(edgemoe::kv_block_bytes(type, static_cast<int>(vectors.shape(1)))));
-    std::memcpy(out.mutable_data(), blocks[0].as<uint8_t>(), size_of(out));
+    const Buffer block(size_of(out));
+    const int32_t number = 0;
+    for (py::ssize_t position = 0; position < vectors.shape(0); ++position)
+        (keys ? kernels.store_key : kernels.store_value)(
+            type, {vectors.data(position, 0), static_cast<size_t>(vectors.shape(1))}, static_cast<int>(position),
+            {block.as<std::byte>(), size_of(out), 0, &number});
+    std::memcpy(out.mutable_data(), block.as<uint8_t>(), size_of(out));
     return out;
 }
 
 py::tuple attend(const std::string& isa, const std::string& key_name, const std::string& value_name,
-                 const Floats& queries, const Floats& keys, const Floats& values, float scale, int start) {
+                 const Floats& queries, const Floats& keys, const Floats& values, float scale, int start,
+                 const std::optional<std::vector<int32_t>>& table) {
     const Kernels& kernels = edgemoe::select_kernels(isa);
     const KvType key_type = kv_type(key_name);
     const KvType value_type = kv_type(value_name);
     require_dimensions(queries, 2, "queries");
     require_dimensions(keys, 2, "keys");
     require_dimensions(values, 2, "values");
-    const py::ssize_t heads = queries.shape(0);
-    const py::ssize_t dim = queries.shape(1);
+    const auto heads = static_cast<int>(queries.shape(0)), dim = static_cast<int>(queries.shape(1));
     require_kv(key_type, dim);
     require_kv(value_type, dim);
     require(keys.shape(1) == dim && values.shape(1) == dim, "queries, keys and values must have one dimension");
     require(keys.shape(0) == values.shape(0), "keys and values must be as many");
-    const auto positions = static_cast<int>(keys.shape(0));
-    require(start >= 0 && start <= positions, "start must lie in 0.." + std::to_string(positions));
-
-    const std::vector<Buffer> key_blocks = make_cache(kernels, key_type, true, keys, start);
-    const std::vector<Buffer> value_blocks = make_cache(kernels, value_type, false, values, start);
-    Floats maximum(heads);
-    Floats sum(heads);
-    Floats accumulator({heads, dim});
-    for (py::ssize_t head = 0; head < heads; ++head) {
-        maximum.mutable_at(head) = -std::numeric_limits<float>::infinity();
-        sum.mutable_at(head) = 0.0f;
-    }
-    std::memset(accumulator.mutable_data(), 0, size_of(accumulator) * sizeof(float));
-    for (int block = 0; block < static_cast<int>(key_blocks.size()); ++block) {
-        const int first = block * kKvBlock;
-        const int begin = start > first ? start - first : 0;
-        const int end = positions - first < kKvBlock ? positions - first : kKvBlock;
-        kernels.attend(key_type, value_type, queries.data(), static_cast<int>(heads), static_cast<int>(dim), scale,
-                       key_blocks[block].as<std::byte>(), value_blocks[block].as<std::byte>(), begin, end,
-                       maximum.mutable_data(), sum.mutable_data(), accumulator.mutable_data());
-    }
+    const Cache cache(kernels, key_type, value_type, keys, &values, start, table);
+    const std::vector<float> none(heads, -std::numeric_limits<float>::infinity()), zeros(size_t(heads) * dim);
+    Floats maximum(heads, none.data()), sum(heads, zeros.data()), accumulator({heads, dim}, zeros.data());
+    kernels.attend(key_type, value_type, queries.data(), heads, dim, scale, cache.blocks(), start,
+                   static_cast<int>(keys.shape(0)), maximum.mutable_data(), sum.mutable_data(),
+                   accumulator.mutable_data());
     return py::make_tuple(maximum, sum, accumulator);
 }
 
 // Values are the first value_dim elements of the keys.
 py::tuple attend_latent(const std::string& isa, const std::string& type_name, const Floats& queries, const Floats& keys,
-                        int value_dim, float scale, int start) {
+                        int value_dim, float scale, int start, const std::optional<std::vector<int32_t>>& table) {
     const Kernels& kernels = edgemoe::select_kernels(isa);
     const KvType type = kv_type(type_name);
     require_dimensions(queries, 2, "queries");
@@ -395,18 +413,12 @@ py::tuple attend_latent(const std::string& isa, const std::string& type_name, co
     require_kv(type, dim);
     require(keys.shape(1) == dim, "queries and keys must have one dimension");
     require(value_dim > 0 && value_dim <= dim, "value_dim must lie in 1.." + std::to_string(dim));
-    const auto positions = static_cast<int>(keys.shape(0));
-    require(start >= 0 && start <= positions, "start must lie in 0.." + std::to_string(positions));
-
-    const std::vector<Buffer> blocks = make_cache(kernels, type, true, keys, start);
+    const Cache cache(kernels, type, type, keys, nullptr, start, table);
     const std::vector<float> none(heads, -std::numeric_limits<float>::infinity()), zeros(size_t(heads) * value_dim);
     Floats maximum(heads, none.data()), sum(heads, zeros.data()), accumulator({heads, value_dim}, zeros.data());
-    for (int block = 0; block < static_cast<int>(blocks.size()); ++block) {
-        const int first = block * kKvBlock;
-        kernels.attend_latent(type, queries.data(), heads, dim, value_dim, scale, blocks[block].as<std::byte>(),
-                              std::max(start - first, 0), std::min(positions - first, kKvBlock), maximum.mutable_data(),
-                              sum.mutable_data(), accumulator.mutable_data());
-    }
+    kernels.attend_latent(type, queries.data(), heads, dim, value_dim, scale, cache.blocks(), start,
+                          static_cast<int>(keys.shape(0)), maximum.mutable_data(), sum.mutable_data(),
+                          accumulator.mutable_data());
     return py::make_tuple(maximum, sum, accumulator);
 }
 
@@ -554,9 +566,9 @@ void bind_kernels(py::module_& module) {
     kernels.def("rope", rope, arg("isa"), arg("head"), arg("cosine"), arg("sine"));
     kernels.def("store", store, arg("isa"), arg("type"), arg("keys"), arg("vectors"));
     kernels.def("attend", attend, arg("isa"), arg("key_type"), arg("value_type"), arg("queries"), arg("keys"),
-                arg("values"), arg("scale"), arg("start") = 0);
+                arg("values"), arg("scale"), arg("start") = 0, arg("table") = py::none());
     kernels.def("attend_latent", attend_latent, arg("isa"), arg("type"), arg("queries"), arg("keys"), arg("value_dim"),
-                arg("scale"), arg("start") = 0);
+                arg("scale"), arg("start") = 0, arg("table") = py::none());
     kernels.def("sigmoid_multiply", sigmoid_multiply, arg("isa"), arg("gate"), arg("x"));
     kernels.def("convolve", convolve, arg("isa"), arg("weights"), arg("rows"), arg("missing"), arg("silu"));
     kernels.def("gated_delta", gated_delta, arg("isa"), arg("state"), arg("query"), arg("key"), arg("value"),

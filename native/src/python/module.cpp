@@ -209,6 +209,7 @@ edgemoe::KvType make_kv_type(const std::string& name) {
 EngineOptions make_options(const py::dict& data) {
     EngineOptions options;
     options.threads = field<int>(data, "threads");
+    if (data.contains("sequences")) options.sequences = field<int>(data, "sequences");
     options.context = field<int>(data, "context");
     options.chunk = field<int>(data, "chunk");
     options.store.slots = field<int>(data, "expert_slots");
@@ -222,8 +223,9 @@ EngineOptions make_options(const py::dict& data) {
     options.key_type = make_kv_type(field<std::string>(data, "cache_type_k"));
     options.value_type = make_kv_type(field<std::string>(data, "cache_type_v"));
     if (options.level_cap < 0) throw std::invalid_argument("level_cap is negative");
-    if (options.threads < 1 || options.context < 1 || options.chunk < 1 || options.store.readers < 1)
-        throw std::invalid_argument("threads, context, chunk and readers are at least 1");
+    if (options.threads < 1 || options.sequences < 1 || options.context < 1 || options.chunk < 1 ||
+        options.store.readers < 1)
+        throw std::invalid_argument("threads, sequences, context, chunk and readers are at least 1");
     return options;
 }
 
@@ -367,6 +369,7 @@ PYBIND11_MODULE(_core, module) {
         .def("forward_layer", &forward_layer, py::arg("layer"), py::arg("tokens"), py::arg("residual").noconvert(),
              py::arg("embed"), py::arg("wanted"))
         .def("add_sequence", &Engine::add_sequence)
+        .def("remove_sequence", &Engine::remove_sequence)
         .def("length", [](Engine& engine, int id) { return engine.sequence(id).length(); })
         .def("truncate", [](Engine& engine, int id, int length) { engine.sequence(id).truncate(length); })
         .def("mark", [](Engine& engine, int id) { engine.sequence(id).mark(); })
