@@ -100,7 +100,7 @@ def decode(
             "prompt": {name: before[name] - start[name] for name in before},
             "token_seconds": seconds,
             "decode": {name: after[name] - before[name] for name in after},
-            "mean_bits": model.stats()["mean_bits"],
+            "mean_bits": model.counters()["mean_bits"],
             "logits_sha256": digest.hexdigest(),
             "expert_slots": budget.expert_slots,
             "slot_bytes": budget.slot_bytes,
@@ -112,7 +112,7 @@ def decode(
 
 def _counters(model: edgemoe.Model) -> dict[str, float]:
     """Sums since the model was loaded."""
-    stats = model.stats()
+    stats = model.counters()
     names = ("experts_requested", "experts_hit", "sections_read", "bytes_read", "stall_ms", "compute_ms", "evictions")
     names += ("prefetch_issued", "prefetch_used", "prefetch_late", "prefetch_wasted")
     sums = {name: float(stats[name]) for name in names}

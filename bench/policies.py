@@ -49,10 +49,10 @@ def with_room_for(path: Path, slots: int, context: int, **options: Any) -> edgem
 def walk(model: edgemoe.Model, tokens: Sequence[int]) -> tuple[dict[str, float], float, str]:
     """Computes `tokens` one by one: the engine's counters, seconds, and a digest of all logits."""
     digest = hashlib.sha256()
-    before, begin = model.stats(), time.perf_counter()
+    before, begin = model.counters(), time.perf_counter()
     for position, token in enumerate(tokens):
         digest.update(model.forward([token], [position], [0], [0]).tobytes())
-    seconds, after = time.perf_counter() - begin, model.stats()
+    seconds, after = time.perf_counter() - begin, model.counters()
     counted = {name: after[name] - before[name] for name in ("experts_requested", "experts_hit", "bytes_read")}
     return counted, seconds, digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""The C++ core. `edgemoe.model` is the only user of `Engine`; `kernels` is there for tests, `profiling` for
+"""The C++ core. `edgemoe.engine` is the user of `Engine`; `kernels` is there for tests, `profiling` for
 `edgemoe.profiling` and `edgemoe.machine`."""
 
 from types import ModuleType
@@ -15,6 +15,12 @@ profiling: ModuleType
 def crc32c(buffer: Buffer, crc: int = 0) -> int: ...
 def plan(spec: dict[str, Any], index: dict[str, Any], options: dict[str, Any]) -> dict[str, int]: ...
 
+class Cancelled(Exception): ...
+
+class Cancel:
+    def set(self) -> None: ...
+    def is_set(self) -> bool: ...
+
 class Engine:
     def __init__(self, spec: dict[str, Any], index: dict[str, Any], options: dict[str, Any]) -> None: ...
     def forward(
@@ -23,6 +29,7 @@ class Engine:
         positions: NDArray[np.int32],
         sequence_ids: NDArray[np.int32],
         wanted: NDArray[np.int32],
+        cancel: Cancel | None = None,
     ) -> NDArray[np.float32]: ...
     def forward_layer(
         self,

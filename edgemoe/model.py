@@ -6,13 +6,11 @@ import hashlib
 import os
 import resource
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,19 +18,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgemoe import _core
 from edgemoe.disk import DEFAULT_READERS, reading_threads
-from edgemoe.errors import ContextLengthError, EdgemoeError, OptionError, SourceError, StateError, TokenizerError
+from edgemoe.engine import Engine
+from edgemoe.errors import ContextLengthError, OptionError, SourceError, TokenizerError
 from edgemoe.formats.gguf import is_gguf
 from edgemoe.formats.gguf_index import GgufIndex, GgufSource, build_index
 from edgemoe.formats.pack import PARTS, Pack
 from edgemoe.memory import Budget, parse_size, plan_budget
+from edgemoe.serving.conversations import Conversations
+from edgemoe.serving.generation import Generation, Request, Tally, figures
+from edgemoe.serving.session import Sequences, Session
 from edgemoe.spec import ModelSpec
 from edgemoe.text.reasoning import Part, ReasoningSplitter, check_format, end_of_thoughts, mark_ids
 from edgemoe.text.sampling import Sampler, SamplingOptions
 from edgemoe.text.stream import StopStrings, TextStream
 from edgemoe.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-
-if TYPE_CHECKING:
-    from edgemoe.profiling.trace import TraceWriter
+from edgemoe.text.tokens import token_ids
 
 DEFAULT_CONTEXT = 4096
 # A folder of a model's original weights is converted at this width when it is run.
@@ -147,7 +147,8 @@ def load(
 class Model:
     """A model that is ready to generate. Use `load`; close it, or use it in a `with` statement.
 
-    Usable from several threads: one generation runs at a time, the others wait for their turn.
+    Usable from several threads. Generations that run at the same time take turns, a token each or some; none of them
+    sees the others but in time.
     """
 
     tokenizer: Tokenizer
@@ -160,7 +161,6 @@ class Model:
     """Reads under way at once."""
     quality: str
     thresholds: list[float]
-    last_stop_reason: str
 
     def __init__(
         self,
@@ -233,17 +233,12 @@ class Model:
             options["readers"] = reading_threads(path, self.budget.slot_bytes, default_cache_dir())
         self.readers = int(options["readers"])
         try:
-            self._engine: _core.Engine | None = _core.Engine(spec, index, options)
+            self._engine = Engine(_core.Engine(spec, index, options))
         except ValueError as error:  # what only the engine can know: EDGEMOE_ISA, sizes of tensors in the file
             raise OptionError(f"{path}: {error}") from error
-        self._turns = _Turns()
-        self._tokens: list[int] = []  # what sequence 0 holds
-        self._trace: tuple[TraceWriter, str] | None = None
-        self._before: dict[str, float] = self._engine.counters()
-        self._times: dict[str, float] = {}
-        # The last conversation as text and as the tokens that the model read and wrote.
-        self._spoken: tuple[str, list[int]] = ("", [])
-        self.last_stop_reason = ""
+        self._sequences = Sequences(self._engine, self.budget.chunk)
+        self._conversations = Conversations()
+        self._last = Tally(0, {})  # of the generation that computed last
 
     # -- text ---------------------------------------------------------------------------------------------------
 
@@ -255,23 +250,25 @@ class Model:
         stop: str | Sequence[str] = (),
         add_special: bool = True,
         **sampling: Any,
-    ) -> Iterator[str]:
-        """Yields the continuation of `prompt` in pieces of text, as they come.
+    ) -> Generation:
+        """The continuation of `prompt` in pieces of text, as they come.
 
         prompt: text (BOS is added where the model wants it, unless add_special is False) or token ids.
         max_tokens: at most this many; None until the model ends or the context is full.
         stop: strings that end the text and are not part of it.
         sampling: fields of SamplingOptions (temperature, top_k, ..., ignore_eos, grammar, json_schema, seed).
-        Afterwards `last_stop_reason` is "eos", "stop" or "length", and `stats()` describes the run.
+        The generation's `result` describes the run.
 
         Raises ContextLengthError, OptionError, ReadError.
         """
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, add_special=add_special, limit=self.context)
         else:
-            tokens = list(prompt)
+            tokens = token_ids(prompt, self.spec.vocab_size, "a prompt that is not text (str)", self.context)
+            if len(tokens) > self.context and isinstance(prompt, Sized):
+                raise self._too_long(str(len(prompt)))
         stream = TextStream(self.tokenizer)
-        return self._start(tokens, isinstance(prompt, str), stream, max_tokens, stop, sampling)
+        return self._start(tokens, stream, max_tokens, stop, sampling)
 
     def chat(
         self,
@@ -281,8 +278,8 @@ class Model:
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         **sampling: Any,
-    ) -> Iterator[str]:
-        """Yields the answer to a conversation, `[{"role": "user", "content": ...}, ...]`, by the model's own template.
+    ) -> Generation:
+        """The answer to a conversation, `[{"role": "user", "content": ...}, ...]`, by the model's own template.
 
         What the model thinks before it answers is part of the text, with the marks around it; `chat_parts` takes it
         apart. A conversation that goes on costs its new tokens only.
@@ -318,31 +315,28 @@ class Model:
 
     def _answer(
         self, prompt: str, max_tokens: int | None, stop: str | Sequence[str], sampling: Mapping[str, Any]
-    ) -> Iterator[str]:
+    ) -> Generation:
         # The model's own words need not be the tokens that their text becomes: where the conversation goes on, they
         # stay what they were. What follows begins with a special token, so nothing joins at the seam.
-        text, tokens = self._spoken
-        if text and prompt.startswith(text):
+        text, tokens = self._conversations.recall(prompt)
+        if text:
             rest = self.tokenizer.encode(prompt[len(text) :], limit=self.context)
             tokens = [*tokens, *rest] if rest and self.tokenizer.is_special(rest[0]) else []
-        else:
-            tokens = []
         tokens = tokens or self.tokenizer.encode(prompt, limit=self.context)
         stream = TextStream(self.tokenizer, spelled=mark_ids(self.tokenizer))
-        return self._start(tokens, True, stream, max_tokens, stop, sampling, prompt)
+        return self._start(tokens, stream, max_tokens, stop, sampling, prompt)
 
     def _start(
         self,
         tokens: list[int],
-        cut: bool,
         stream: TextStream,
         max_tokens: int | None,
         stop: str | Sequence[str],
         sampling: Mapping[str, Any],
         prompt: str | None = None,
-    ) -> Iterator[str]:
-        """cut: whether there may be more tokens than these, if there are too many; prompt: of a conversation."""
-        # Not a generator itself: wrong options are refused here and now, not when the first piece is asked for.
+    ) -> Generation:
+        """tokens: there may be more than these, if there are too many; prompt: of a conversation."""
+        # Wrong options are refused here and now, not when the first piece is asked for.
         explicit = {name: value for name, value in sampling.items() if value is not None}
         options = SamplingOptions.merged(explicit, self.generation_defaults)
         if max_tokens is not None and max_tokens < 0:
@@ -352,80 +346,46 @@ class Model:
         if not tokens:
             raise OptionError("the prompt is empty and the model has no token to begin with")
         if len(tokens) > self.context:
-            raise ContextLengthError(
-                f"a prompt of {'more than ' if cut else ''}{self.context if cut else len(tokens)} tokens does not fit "
-                f"into the context of {self.context} (-c / context=)"
-            )
+            raise self._too_long(f"more than {self.context}")
         for token, _ in options.logit_bias:
             if token >= self.spec.vocab_size:
                 raise OptionError(f"logit_bias: token {token}, but the vocabulary has {self.spec.vocab_size}")
         # A grammar is for the answer, not for thoughts that the prompt has begun.
         sampler = Sampler(options, self.tokenizer, self.tokenizer.token_id(end_of_thoughts(prompt or "")))
-        return self._generate(tokens, stream, max_tokens, StopStrings(stop), sampler, prompt)
 
-    def _generate(
-        self,
-        tokens: list[int],
-        stream: TextStream,
-        max_tokens: int | None,
-        stop_strings: StopStrings,
-        sampler: Sampler,
-        prompt: str | None,
-    ) -> Iterator[str]:
-        with self._turns.take():
-            engine = self._open()
-            history, generated = list(tokens), 0
-            spoken: list[str] = []
-            begin = time.perf_counter()
-            self._before = engine.counters()
-            self._times = {"prompt_tokens": len(tokens), "generated_tokens": 0}
-            self.last_stop_reason = "length"
-            while max_tokens is None or generated < max_tokens:
-                logits = self._next_logits(history)
-                if generated == 0:
-                    self._times["computed_prompt_tokens"] = engine.counters()["tokens"] - self._before["tokens"]
-                token = sampler.sample(logits, history)
-                now = time.perf_counter()
-                if generated == 0:
-                    first = now
-                    self._times["ttft_ms"] = 1e3 * (now - begin)
-                generated += 1
-                self._times |= {"generated_tokens": generated, "generation_seconds": now - first}
-                if token in self.tokenizer.end_ids:
-                    self.last_stop_reason = "eos"
-                    break
-                history.append(token)
-                piece, stopped = stop_strings.push(stream.push(token))
-                if piece:
-                    spoken.append(piece)
-                    yield piece
-                if stopped:
-                    self.last_stop_reason = "stop"
-                    return
-                if sampler.finished:
-                    self.last_stop_reason = "eos"
-                    break
-                if len(history) > self.context:
-                    break
-            piece, stopped = stop_strings.push(stream.finish())
-            if stopped:
-                self.last_stop_reason = "stop"
-            else:
-                piece += stop_strings.finish()
-                if prompt is not None:
-                    self._spoken = ("".join([prompt, *spoken, piece]), history)
-            if piece:
-                yield piece
+        def on_step(tally: Tally) -> None:
+            self._last = tally
+
+        def on_text(text: str, tokens: list[int]) -> None:
+            if prompt is not None:
+                self._conversations.remember(prompt + text, tokens)
+
+        return Generation(
+            Request(
+                self._sequences,
+                tokens,
+                sampler,
+                stream,
+                StopStrings(stop),
+                max_tokens,
+                self.tokenizer.end_ids,
+                self.context,
+                on_step,
+                on_text,
+            )
+        )
+
+    def _too_long(self, count: str) -> ContextLengthError:
+        return ContextLengthError(
+            f"a prompt of {count} tokens does not fit into the context of {self.context} (-c / context=)"
+        )
 
     # -- numbers ------------------------------------------------------------------------------------------------
 
     def logits(self, tokens: ArrayLike, first: int = 0) -> NDArray[np.float32]:
         """float32 [tokens - first, vocab]: the logits after each token of a sequence of its own, from `first` on."""
-        ids = np.asarray(tokens, np.int32).reshape(-1)
-        with self._turns.take():
-            self._open().truncate(0, 0)
-            self._tokens = []
-            return self._forward(ids, np.arange(first, len(ids), dtype=np.int32))
+        ids = np.asarray(token_ids(tokens, self.spec.vocab_size, "the text"), np.int32)
+        return self._sequences.all_logits(ids, first)
 
     def forward(
         self, tokens: ArrayLike, positions: ArrayLike, sequence_ids: ArrayLike, wanted: ArrayLike
@@ -433,55 +393,16 @@ class Model:
         """One pass of the engine: logits float32 [wanted, vocab] after those tokens whose indexes are in `wanted`.
 
         Token i stands at positions[i] of sequence sequence_ids[i]; a sequence goes on where it ends. Sequence 0 is the
-        one that generate() and logits() use. Raises ContextLengthError, ReadError, ValueError.
+        one that generate() and logits() use. Raises ContextLengthError, ReadError, OptionError, ValueError.
         """
-        arrays = [np.asarray(array, np.int32).reshape(-1) for array in (tokens, positions, sequence_ids, wanted)]
-        with self._turns.take():
-            self._tokens = []  # not known any more what sequence 0 holds
-            return self._open().forward(*arrays)
+        ids = token_ids(tokens, self.spec.vocab_size, "the text")
+        with self._engine.lock:
+            self._sequences.forget()
+            return self._engine.forward(ids, positions, sequence_ids, wanted)
 
-    def _next_logits(self, history: list[int]) -> NDArray[np.float32]:
-        """float32 [vocab] after `history`, of which only what sequence 0 does not hold yet is computed."""
-        engine = self._open()
-        held = min(len(self._tokens), len(history) - 1)
-        if self._tokens[:held] != history[:held]:
-            held = next(i for i in range(held) if self._tokens[i] != history[i])
-        self._go_back(min(held, engine.length(0)))
-        held = engine.length(0)
-        del self._tokens[held:]
-        new = np.asarray(history[held:], np.int32)
-        if len(new) > 1 and engine.has_constants(0):
-            # What another answer to this prompt, or what follows an answer that is told otherwise, can go back to.
-            self._forward(new[:-1], np.empty(0, np.int32))
-            engine.mark(0)
-            new = new[-1:]
-        logits: NDArray[np.float32] = self._forward(new, np.asarray([len(new) - 1], np.int32))[0]
-        return logits
-
-    def _go_back(self, length: int) -> None:
-        """Truncates sequence 0 to the most positions, up to `length`, that its layers can go back to."""
-        engine = self._open()
-        marked = engine.marked(0)
-        for possible in (length, marked if marked < length else 0, 0):
-            try:
-                return engine.truncate(0, possible)
-            except StateError:  # a window has moved on, or a recurrence went over it
-                continue
-
-    def _forward(self, tokens: NDArray[np.int32], wanted: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Appends `tokens` to sequence 0. If it fails, what was finished is kept and known; layers with a recurrence go
-        back to their mark."""
-        engine = self._open()
-        begin = engine.length(0)
-        positions = np.arange(begin, begin + len(tokens), dtype=np.int32)
-        try:
-            return engine.forward(tokens, positions, np.zeros(len(tokens), np.int32), wanted)
-        finally:
-            self._tokens = (self._tokens + tokens.tolist())[: engine.length(0)]
-            if self._trace is not None:
-                writer, part = self._trace
-                picks, weights, predicted = engine.take_routing()
-                writer.extend([part] * len(picks), positions[: len(picks)], picks, weights, predicted)
+    def _next_logits(self, history: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [vocab] after `history`, of which only what no sequence holds yet is computed."""
+        return self._sequences.next_logits(Session(list(history)))
 
     @contextmanager
     def trace(self, path: str | os.PathLike[str], part: str = "text") -> Iterator[None]:
@@ -494,87 +415,71 @@ class Model:
 
         layers = self.spec.layers
         experts, top_k = [layer.experts for layer in layers], [layer.top_k for layer in layers]
-        engine = self._open()
         with TraceWriter(path, self.path.name, experts, top_k, self.spec.family, predictions=True) as writer:
-            self._trace = (writer, part)
-            engine.record_routing(True)
+            self._sequences.record((writer, part))
             try:
                 yield
             finally:
-                self._trace = None
-                engine.record_routing(False)
-                engine.take_routing()
+                self._sequences.record(None)
 
     def snapshot(self) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
-        """The state of the current sequence, for `restore`: its tokens and an opaque uint8 array."""
-        with self._turns.take():
-            return tuple(self._tokens), self._open().snapshot(0)
+        """The state of the sequence that was used last, for `restore`: its tokens and an opaque uint8 array."""
+        return self._sequences.snapshot()
 
     def restore(self, snapshot: tuple[tuple[int, ...], NDArray[np.uint8]]) -> None:
         """Goes back to a state that `snapshot` of a model with the same options gave. Raises ValueError."""
-        with self._turns.take():
-            self._tokens = []
-            self._open().restore(0, snapshot[1])
-            self._tokens = list(snapshot[0])
+        self._sequences.restore(*snapshot)
+
+    @property
+    def last_stop_reason(self) -> str:
+        """Why the generation that computed last has ended (`GenerationResult.finish_reason`)."""
+        return self._last.finish_reason
+
+    def counters(self) -> dict[str, float]:
+        """What the engine has counted since it was loaded (docs/architecture.md)."""
+        return figures(self._engine.counters())
 
     def stats(self) -> dict[str, float]:
-        """Counters of the last generation (docs/architecture.md lists them); memory figures are of the process."""
-        engine, times = self._open(), self._times
-        now = engine.counters()
-        run = {name: now[name] - self._before.get(name, 0) for name in now}
-        computed = max(run["tokens"], 1)
-        prompt_seconds = times.get("ttft_ms", 0.0) / 1e3
-        generation_seconds = times.get("generation_seconds", 0.0)
-        later_tokens = max(times.get("generated_tokens", 0) - 1, 0)
+        """Figures of the generation that computed last (docs/architecture.md lists them); memory figures are of the
+        process. Where several run at once, a generation's own `result` says what is its own."""
+        last = self._last
+        self._sequences.settle(last.counters)
+        run = last.result()
+        ttft = run.ttft_seconds or 0.0
+        later_tokens = max(run.generated_tokens - 1, 0)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
-            "prompt_tokens": times.get("prompt_tokens", 0),
-            "computed_prompt_tokens": times.get("computed_prompt_tokens", 0),
-            "generated_tokens": times.get("generated_tokens", 0),
-            "prompt_tps": times.get("computed_prompt_tokens", 0) / prompt_seconds if prompt_seconds else 0.0,
-            "generation_tps": later_tokens / generation_seconds if generation_seconds else 0.0,
-            "ttft_ms": times.get("ttft_ms", 0.0),
-            "experts_requested": run["experts_requested"],
-            "experts_hit": run["experts_hit"],
-            "hit_rate": run["experts_hit"] / run["experts_requested"] if run["experts_requested"] else 0.0,
-            "sections_read": run["sections_read"],
-            "bytes_read": run["bytes_read"],
-            "bytes_read_per_token": run["bytes_read"] / computed,
-            "stall_ms": 1e3 * run["stall_seconds"],
-            "compute_ms": 1e3 * (run["seconds"] - run["stall_seconds"]),
-            "evictions": run["evictions"],
-            "prefetch_issued": run["prefetch_issued"],
-            "prefetch_used": run["prefetch_used"],
-            "prefetch_late": run["prefetch_late"],
-            "prefetch_wasted": run["prefetch_wasted"],
-            "mean_bits": run["expert_bits"] / run["expert_uses"] if run["expert_uses"] else 0.0,
+            "prompt_tokens": run.prompt_tokens,
+            "computed_prompt_tokens": run.computed_prompt_tokens,
+            "generated_tokens": run.generated_tokens,
+            "prompt_tps": run.computed_prompt_tokens / ttft if ttft else 0.0,
+            "generation_tps": later_tokens / run.seconds if run.seconds else 0.0,
+            "ttft_ms": 1e3 * ttft,
+            **figures(run.counters),
             "cache_bytes": self.budget.cache_bytes,
             "memory_limit_bytes": self.budget.limit,
             "memory_peak_bytes": peak,
-            "disk_mb_s": run["bytes_read"] / run["read_seconds"] / 1e6 if run["read_seconds"] else 0.0,
         }
 
     @property
     def direct_io(self) -> bool:
         """Whether weights are read past the page cache."""
-        return self._open().direct_io
+        return self._engine.direct_io
 
     @property
     def isa(self) -> str:
         """The instruction set in use."""
-        return self._open().isa
+        return self._engine.isa
 
     # -- lifetime -----------------------------------------------------------------------------------------------
 
-    def _open(self) -> _core.Engine:
-        if self._engine is None:
-            raise EdgemoeError("the model is closed")
+    def _open(self) -> Engine:
         return self._engine
 
     def close(self) -> None:
-        """Gives the memory back. A generation that is under way elsewhere ends first."""
-        with self._turns.take():
-            self._engine = None
+        """Gives the memory back. A pass that is under way elsewhere ends at its next layer; generations that were not
+        at their end raise EdgemoeError when they are read on."""
+        self._engine.close()
 
     def __enter__(self) -> Model:
         return self
@@ -583,29 +488,6 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Turns:
-    """One user of the engine at a time. The thread whose turn it is may start something else meanwhile (a generator
-    that it has not run to its end must not lock it out), and a turn may end on any thread (a generator is closed by
-    whoever drops it)."""
-
-    def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._holders: list[tuple[object, int]] = []
-
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        turn, thread = object(), threading.get_ident()
-        with self._free:
-            self._free.wait_for(lambda: all(holder == thread for _, holder in self._holders))
-            self._holders.append((turn, thread))
-        try:
-            yield
-        finally:
-            with self._free:
-                self._holders = [held for held in self._holders if held[0] is not turn]
-                self._free.notify_all()
 
 
 def _context(asked: int | None, spec: ModelSpec) -> int:

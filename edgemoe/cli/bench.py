@@ -117,14 +117,14 @@ def _measure(model: Model, kind: str, count: int, repetitions: int) -> dict[str,
     empty = model.snapshot()
     model.restore(empty)
     run(1)
-    before, seconds = model.stats(), []
+    before, seconds = model.counters(), []
     for _ in range(repetitions):
         model.restore(empty)
         begin = time.perf_counter()
         run(count)
         seconds.append(time.perf_counter() - begin)
     model.restore(empty)
-    stats = model.stats()
+    stats = model.counters()
     requested, hit, read = (stats[key] - before[key] for key in ("experts_requested", "experts_hit", "bytes_read"))
     rates = [count / value for value in seconds]
     return {

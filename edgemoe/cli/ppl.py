@@ -89,7 +89,7 @@ def command(
                 f"({estimate.tokens} tokens scored in {estimate.chunks} chunks of {context})"
             )
         if verbose:
-            print_counters({name: value for name, value in engine.stats().items() if value})
+            print_counters({name: value for name, value in engine.counters().items() if value})
 
 
 def _number(value: float) -> float | None:

@@ -71,8 +71,12 @@ class StopStrings:
     """
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
+        if isinstance(stops, (bytes, bytearray)) or not isinstance(stops, Iterable):
+            raise OptionError(f"stop = {stops!r} is neither a text nor a list of texts")
         self._stops = [stops] if isinstance(stops, str) else list(stops)
-        if not all(isinstance(stop, str) and stop for stop in self._stops):
+        if not all(isinstance(stop, str) for stop in self._stops):
+            raise OptionError(f"stop = {self._stops!r}: a stop string is a text")
+        if not all(self._stops):
             raise OptionError(f"stop = {self._stops!r}: a stop string must not be empty")
         self._held = ""
         self._stopped = False

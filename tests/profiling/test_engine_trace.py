@@ -10,6 +10,7 @@ import pytest
 
 import edgemoe
 from edgemoe.convert import convert
+from edgemoe.errors import ContextLengthError
 from edgemoe.profiling.trace import read_trace
 
 
@@ -44,7 +45,7 @@ def test_a_trace_holds_the_routing_of_every_computed_token(pack: Path, tmp_path:
 
 def test_a_failed_run_leaves_no_trace(pack: Path, tmp_path: Path) -> None:
     with edgemoe.load(pack) as model:
-        with pytest.raises(ValueError, match="vocabulary"), model.trace(tmp_path / "broken.trace"):
-            model.logits([1, 999])
+        with pytest.raises(ContextLengthError), model.trace(tmp_path / "broken.trace"):
+            model.logits([1] * (model.context + 1))
         assert list(tmp_path.glob("broken*")) == []
         model.logits([1, 2])

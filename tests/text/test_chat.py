@@ -81,7 +81,7 @@ def test_the_conversation_is_the_one_that_was_told(model: edgemoe.Model) -> None
     answer = "".join(model.chat(messages, **letters(model, "lazy", ending=200)))
     longer = [*messages, assistant(answer), user("jumps")]
     with_memory = list(model.chat(longer, max_tokens=8, temperature=0))
-    model._spoken = ("", [])
+    model._conversations.clear()
     fresh = list(model.chat(longer, max_tokens=8, temperature=0))
     told = model.tokenizer.apply_chat_template(longer)
     assert list(model.generate(told, add_special=False, max_tokens=8, temperature=0)) == fresh
@@ -98,7 +98,7 @@ def test_a_stop_string_is_no_part_of_the_conversation(model: edgemoe.Model) -> N
     messages = [user("The quick")]
     answer = "".join(model.chat(messages, stop="zy", **letters(model, "lazy")))
     assert answer == "la" and model.last_stop_reason == "stop"
-    assert model._spoken == ("", [])
+    assert model._conversations.recall(model.tokenizer.apply_chat_template([*messages, assistant(answer)])) == ("", [])
     list(model.chat([*messages, assistant(answer), user("fox")], max_tokens=1))
     assert model.stats()["computed_prompt_tokens"] < model.stats()["prompt_tokens"]
 

@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -244,18 +246,34 @@ void raise(const char* name, const std::exception& error) {
     PyErr_SetString(type.ptr(), error.what());
 }
 
-// Called between layers, without the lock: Ctrl-C ends the pass.
+// Ends a pass between two layers. May be set from any thread, and stays set.
+struct Cancel {
+    std::atomic<bool> set{false};
+};
+
+struct Cancelled : std::runtime_error {
+    Cancelled() : std::runtime_error("the pass was cancelled") {}
+};
+
+unsigned long main_thread = 0;  // the only one that Python handles signals in
+
+// Called between layers, without the interpreter's lock: Ctrl-C ends the pass.
 void check_signals() {
+    if (PyThread_get_thread_ident() != main_thread) return;
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
 py::array_t<float> forward(Engine& engine, const Integers& tokens, const Integers& positions,
-                           const Integers& sequence_ids, const Integers& wanted) {
+                           const Integers& sequence_ids, const Integers& wanted, const Cancel* cancel) {
     py::array_t<float> logits({wanted.size(), static_cast<py::ssize_t>(engine.spec().vocab_size)});
     float* out = logits.mutable_data();
+    const auto check = [cancel] {
+        if (cancel && cancel->set) throw Cancelled();
+        check_signals();
+    };
     const py::gil_scoped_release release;
-    engine.forward(view(tokens), view(positions), view(sequence_ids), view(wanted), out, check_signals);
+    engine.forward(view(tokens), view(positions), view(sequence_ids), view(wanted), out, check);
     return logits;
 }
 
@@ -320,6 +338,8 @@ py::dict counters(const Engine& engine) {
 
 PYBIND11_MODULE(_core, module) {
     module.attr("__version__") = EDGEMOE_VERSION;
+    main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+    py::register_exception<Cancelled>(module, "Cancelled");
 
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {
@@ -357,6 +377,11 @@ PYBIND11_MODULE(_core, module) {
         return result;
     });
 
+    py::class_<Cancel>(module, "Cancel")
+        .def(py::init())
+        .def("set", [](Cancel& cancel) { cancel.set = true; })
+        .def("is_set", [](const Cancel& cancel) { return cancel.set.load(); });
+
     py::class_<Engine>(module, "Engine")
         .def(py::init([](const py::dict& spec, const py::dict& index, const py::dict& options) {
             ModelSpec model = make_spec(spec);
@@ -365,7 +390,8 @@ PYBIND11_MODULE(_core, module) {
             const py::gil_scoped_release release;
             return std::make_unique<Engine>(std::move(model), std::move(pack), std::move(engine));
         }))
-        .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("sequence_ids"), py::arg("wanted"))
+        .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("sequence_ids"), py::arg("wanted"),
+             py::arg("cancel") = nullptr)
         .def("forward_layer", &forward_layer, py::arg("layer"), py::arg("tokens"), py::arg("residual").noconvert(),
              py::arg("embed"), py::arg("wanted"))
         .def("add_sequence", &Engine::add_sequence)

@@ -1,0 +1,145 @@
+"""The engine as the rest of the program sees it: calls from any thread, one at a time."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edgemoe import _core
+from edgemoe.errors import EdgemoeError
+
+Cancel = _core.Cancel
+"""Ends a pass between two layers: `set()` from any thread; it stays set."""
+
+Cancelled = _core.Cancelled
+"""Raised by a pass whose `Cancel` was set."""
+
+
+class Engine:
+    """`_core.Engine`, whose calls must not run at the same time.
+
+    lock: held during every call; reentrant. Who needs several calls to be one step holds it around them.
+    After `close` every call raises EdgemoeError.
+    """
+
+    def __init__(self, core: _core.Engine) -> None:
+        self.lock = threading.RLock()
+        self.isa = core.isa
+        self.direct_io = core.direct_io
+        self._core: _core.Engine | None = core
+        self._closed = False
+        self._running: Cancel | None = None  # of the pass that is under way
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def check_open(self) -> None:
+        """Raises EdgemoeError if the model is closed."""
+        if self._closed or self._core is None:
+            raise EdgemoeError("the model is closed")
+
+    def check_idle(self) -> None:
+        """Raises EdgemoeError if the model is closed, or at work. To be called with the lock held: then it is at work
+        only if this is a signal handler that interrupted a pass."""
+        if self._running is not None:
+            raise EdgemoeError("the model is at work: a signal handler cannot use it")
+        self.check_open()
+
+    def close(self) -> None:
+        """Gives the memory back. A pass that is under way ends at its next layer. Waits for nothing else."""
+        self._closed = True
+        running = self._running
+        if running is not None:
+            running.set()
+        with self.lock:
+            self._core = None
+
+    def forward(
+        self,
+        tokens: ArrayLike,
+        positions: ArrayLike,
+        sequence_ids: ArrayLike,
+        wanted: ArrayLike,
+        cancel: Cancel | None = None,
+    ) -> NDArray[np.float32]:
+        """One pass: logits float32 [wanted, vocab] after those tokens whose indexes are in `wanted`.
+
+        tokens, positions, sequence_ids: int32 [tokens]; token i stands at positions[i] of sequence sequence_ids[i]; a
+        sequence goes on where it ends. Raises ContextLengthError, ReadError, ValueError; Cancelled once `cancel` is
+        set.
+        """
+        arrays = [np.asarray(array, np.int32).reshape(-1) for array in (tokens, positions, sequence_ids, wanted)]
+        with self.lock:
+            core = self._idle()
+            self._running = Cancel() if cancel is None else cancel
+            try:
+                self.check_open()  # after the pass can be seen by close()
+                return core.forward(arrays[0], arrays[1], arrays[2], arrays[3], self._running)
+            except Cancelled:
+                self.check_open()
+                raise
+            finally:
+                self._running = None
+
+    def add_sequence(self) -> int:
+        """The id of a new, empty sequence. Sequence 0 is there from the beginning."""
+        with self.lock:
+            return self._idle().add_sequence()
+
+    def length(self, id: int) -> int:
+        """Positions of a sequence."""
+        with self.lock:
+            return self._idle().length(id)
+
+    def truncate(self, id: int, length: int) -> None:
+        """Forgets all positions from `length` on. Raises StateError where the sequence cannot go back so far."""
+        with self.lock:
+            self._idle().truncate(id, length)
+
+    def mark(self, id: int) -> None:
+        """Keeps a copy of what `truncate` could not get back otherwise, in place of the last one."""
+        with self.lock:
+            self._idle().mark(id)
+
+    def marked(self, id: int) -> int:
+        """The length that `mark` was called at; 0 if there is no copy."""
+        with self.lock:
+            return self._idle().marked(id)
+
+    def has_constants(self, id: int) -> bool:
+        """Whether layers have states that go back to a mark only."""
+        with self.lock:
+            return self._idle().has_constants(id)
+
+    def snapshot(self, id: int) -> NDArray[np.uint8]:
+        """A sequence's state, for `restore`; opaque."""
+        with self.lock:
+            return self._idle().snapshot(id)
+
+    def restore(self, id: int, source: NDArray[np.uint8]) -> None:
+        """Puts a state back that `snapshot` of an engine with the same options gave. Raises ValueError."""
+        with self.lock:
+            self._idle().restore(id, source)
+
+    def record_routing(self, on: bool) -> None:
+        """While switched on, every finished chunk's routing is kept until it is taken."""
+        with self.lock:
+            self._idle().record_routing(on)
+
+    def take_routing(self) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.uint16]]:
+        """(picks, weights, predicted), each [tokens, picks of all layers]."""
+        with self.lock:
+            return self._idle().take_routing()
+
+    def counters(self) -> dict[str, float]:
+        """Sums since the engine was made."""
+        with self.lock:
+            return self._idle().counters()
+
+    def _idle(self) -> _core.Engine:
+        self.check_idle()
+        assert self._core is not None
+        return self._core

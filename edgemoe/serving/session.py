@@ -1,0 +1,298 @@
+"""Sessions that share an engine: each has its tokens, the engine's sequences go to those that compute.
+
+A session whose sequence another one took computes its tokens again when it goes on: logits have the same bits, so
+nobody sees a difference but in time. Turns are taken step by step, one forward pass each; no lock is held between two
+steps, so a session may stop anywhere, for as long as it likes, and on any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.engine import Cancel, Cancelled, Engine
+from edgemoe.errors import StateError
+
+if TYPE_CHECKING:
+    from edgemoe.profiling.trace import TraceWriter
+
+# A session keeps its sequence for so many tokens, or a quarter of those it had to compute to begin with, if these are
+# more: where several take turns on too few sequences, most of the time is then spent on new tokens.
+SLICE = 32
+# As long as its steps follow each other within so many seconds.
+PAUSE = 0.02
+
+
+class Session:
+    """One conversation's tokens. `Sequences.next_logits` says what comes after them.
+
+    tokens: append to it what is said next. prompt: how many of them are the prompt. computed: positions that its passes
+    computed. counters: what the engine counted from the begin of its steps on. done: it will not go on, and needs no
+    sequence any more.
+    """
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.prompt = len(tokens)
+        self.computed = 0
+        self.counters: dict[str, float] = {}
+        self.done = False
+
+
+class _Sequence:
+    """One of the engine's sequences: the tokens it holds, and the session that has it."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+        self.tokens: list[int] = []
+        self.left = 0  # tokens of the holder's slice
+        self.stepped = 0.0  # when the last step ended
+        self.turn = 0  # of the last step, counted
+        self._holder: weakref.ref[Session] | None = None
+
+    @property
+    def holder(self) -> Session | None:
+        # A session that was dropped holds nothing. Nobody has to be told: finalizers run at any time on any thread,
+        # also within a lock, and must not wait for one.
+        session = None if self._holder is None else self._holder()
+        return None if session is None or session.done else session
+
+    def give(self, session: Session) -> None:
+        self._holder = weakref.ref(session)
+
+
+class Sequences:
+    """The engine's sequences, and who has them.
+
+    A session that begins takes the idle sequence that holds the longest beginning of its tokens, otherwise the one that
+    was used least recently among those whose holder's slice is over or who pauses. Sessions that wait are served in the
+    order in which they came.
+    """
+
+    def __init__(self, engine: Engine, chunk: int) -> None:
+        self._trace: tuple[TraceWriter, str] | None = None
+        self._engine = engine
+        self._chunk = chunk
+        self._sequences = [_Sequence(0)]
+        self._stepped = threading.Condition(engine.lock)
+        self._turns = 0
+        # Appended to before the lock is asked for: who comes back for the next step must see who waits already.
+        self._waiting: list[Session] = []
+        # Whose step was the last, and the engine's counters when it began. Not the session itself: it may be dropped.
+        self._counted: tuple[dict[str, float] | None, dict[str, float]] = (None, engine.counters())
+
+    def check_open(self) -> None:
+        """Raises EdgemoeError if the model is closed."""
+        self._engine.check_open()
+
+    def next_logits(self, session: Session, cancel: Cancel | None = None) -> NDArray[np.float32]:
+        """float32 [vocab] after the session's tokens, of which only what no sequence holds for it is computed.
+
+        Raises EdgemoeError when the model is closed, Cancelled once `cancel` is set, ReadError.
+        """
+        cancel = Cancel() if cancel is None else cancel
+        while True:
+            try:
+                self._waiting.append(session)
+                with self._stepped:
+                    sequence = self._wait(session, cancel)
+                    try:
+                        logits = self._advance(sequence, session, cancel)
+                    finally:
+                        self._end_step(sequence)
+            finally:
+                self._leave(session)
+            if logits is not None:
+                return logits
+
+    def all_logits(self, tokens: NDArray[np.int32], first: int, cancel: Cancel | None = None) -> NDArray[np.float32]:
+        """float32 [tokens - first, vocab]: the logits after each of the tokens from `first` on, computed anew."""
+        session, cancel = Session([]), Cancel() if cancel is None else cancel
+        try:
+            self._waiting.append(session)
+            with self._stepped:
+                sequence = self._wait(session, cancel)
+                try:
+                    self._engine.truncate(sequence.id, 0)
+                    sequence.tokens = []
+                    return self._forward(sequence, session, tokens, np.arange(first, len(tokens)), cancel)
+                finally:
+                    session.done = True
+                    self._end_step(sequence)
+        finally:
+            self._leave(session)
+
+    def record(self, trace: tuple[TraceWriter, str] | None) -> None:
+        """From now on what the routers choose goes to this trace, as this kind of text; None: no more."""
+        with self._engine.lock:
+            self._trace = trace
+            if not self._engine.closed:
+                self._engine.record_routing(trace is not None)
+                self._engine.take_routing()
+
+    def forget(self) -> None:
+        """To be called, with the engine's lock held, when sequences were changed by somebody else."""
+        for sequence in self._sequences:
+            sequence.tokens = []
+
+    def snapshot(self) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
+        """The tokens and the state of the sequence that was used last."""
+        with self._engine.lock:
+            sequence = max(self._sequences, key=lambda sequence: sequence.turn)
+            return tuple(sequence.tokens), self._engine.snapshot(sequence.id)
+
+    def restore(self, tokens: Sequence[int], state: NDArray[np.uint8]) -> None:
+        """Puts a state back, in place of the idle sequence that was used least recently."""
+        with self._engine.lock:
+            sequence = min(self._sequences, key=lambda sequence: (sequence.holder is not None, sequence.turn))
+            sequence.tokens = []
+            self._engine.restore(sequence.id, state)
+            sequence.tokens = list(tokens)
+            sequence.turn = self._next_turn()
+
+    def settle(self, counters: dict[str, float]) -> None:
+        """Brings a session's counters up to date: what is read after a step belongs to it, until the next one begins.
+        Does not wait where a step is under way; if it is another session's, they are up to date."""
+        if self._engine.lock.acquire(blocking=False):
+            try:
+                if self._counted[0] is counters and not self._engine.closed:
+                    self._count(counters)
+            finally:
+                self._engine.lock.release()
+
+    # -- turns, with the lock held ------------------------------------------------------------------------------
+
+    def _wait(self, session: Session, cancel: Cancel) -> _Sequence:
+        """The session's sequence, once it is its turn."""
+        while True:
+            self._engine.check_idle()
+            if cancel.is_set():
+                raise Cancelled
+            now = time.monotonic()
+            if next((other for other in list(self._waiting) if self._choices(other, now)), None) is session:
+                break
+            # Woken up after every step; pauses and ends of sessions wake nobody up.
+            self._stepped.wait(PAUSE)
+        self._leave(session)
+        sequence = self._choose(session, self._choices(session, now))
+        if sequence.holder is not session:
+            sequence.give(session)
+            sequence.left = SLICE
+        self._count(session.counters)
+        return sequence
+
+    def _leave(self, session: Session) -> None:
+        if session in self._waiting:
+            self._waiting.remove(session)
+
+    def _choices(self, session: Session, now: float) -> list[_Sequence]:
+        """The sequences that the session may have now."""
+        waiting = list(self._waiting)
+        choices = []
+        for sequence in self._sequences:
+            holder = sequence.holder
+            if holder is session:
+                return [sequence]
+            pauses = holder not in waiting and now - sequence.stepped > PAUSE
+            if holder is None or sequence.left <= 0 or pauses:
+                choices.append(sequence)
+        return choices
+
+    def _choose(self, session: Session, choices: list[_Sequence]) -> _Sequence:
+        def rank(sequence: _Sequence) -> tuple[bool, int, int]:
+            idle = sequence.holder is None
+            return idle, common_prefix(sequence.tokens, session.tokens) if idle else 0, -sequence.turn
+
+        return choices[0] if len(choices) == 1 else max(choices, key=rank)
+
+    def _end_step(self, sequence: _Sequence) -> None:
+        sequence.stepped = time.monotonic()
+        sequence.turn = self._next_turn()
+        self._stepped.notify_all()
+
+    def _next_turn(self) -> int:
+        self._turns += 1
+        return self._turns
+
+    def _count(self, counters: dict[str, float] | None) -> None:
+        """Adds what was counted since the last step began to that step's session; from now on it is for `counters`."""
+        (last, before), now = self._counted, self._engine.counters()
+        if last is not None:
+            for name, value in now.items():
+                last[name] = last.get(name, 0) + value - before[name]
+        self._counted = (counters, now)
+
+    # -- passes, with the lock held -----------------------------------------------------------------------------
+
+    def _advance(self, sequence: _Sequence, session: Session, cancel: Cancel) -> NDArray[np.float32] | None:
+        """One pass of the session: float32 [vocab] if it reached the end of the tokens."""
+        engine, id = self._engine, sequence.id
+        held = self._go_back(sequence, min(common_prefix(sequence.tokens, session.tokens), len(session.tokens) - 1))
+        end = min(held + self._chunk, len(session.tokens))
+        # What another answer to this prompt, or what follows an answer that is told otherwise, can go back to.
+        mark = session.prompt - 1 if engine.has_constants(id) else 0
+        if held < mark:
+            end = min(end, mark)
+        last = end == len(session.tokens)
+        new = np.asarray(session.tokens[held:end], np.int32)
+        logits = self._forward(sequence, session, new, np.arange(len(new) - 1 if last else len(new), len(new)), cancel)
+        session.computed += len(new)
+        if end == mark:
+            engine.mark(id)
+        sequence.left += len(new) // 4
+        if not last:
+            return None
+        sequence.left -= 1
+        row: NDArray[np.float32] = logits[0]
+        return row
+
+    def _go_back(self, sequence: _Sequence, length: int) -> int:
+        """Truncates a sequence to the most positions, up to `length`, that its layers can go back to."""
+        engine = self._engine
+        length = min(length, engine.length(sequence.id))
+        marked = engine.marked(sequence.id)
+        for possible in (length, marked if marked < length else 0, 0):
+            try:
+                engine.truncate(sequence.id, possible)
+            except StateError:  # a window has moved on, or a recurrence went over it
+                continue
+            break
+        held = engine.length(sequence.id)
+        del sequence.tokens[held:]
+        return held
+
+    def _forward(
+        self,
+        sequence: _Sequence,
+        session: Session,
+        tokens: NDArray[np.int32],
+        wanted: NDArray[np.int_],
+        cancel: Cancel,
+    ) -> NDArray[np.float32]:
+        """Appends `tokens`. If it fails, what was finished is kept and known; layers with a recurrence go back to their
+        mark."""
+        engine = self._engine
+        begin = len(sequence.tokens)
+        positions = np.arange(begin, begin + len(tokens), dtype=np.int32)
+        try:
+            return engine.forward(tokens, positions, np.full(len(tokens), sequence.id), wanted, cancel)
+        finally:
+            sequence.tokens = (sequence.tokens + tokens.tolist())[: engine.length(sequence.id)]
+            if self._trace is not None:
+                writer, part = self._trace
+                picks, weights, predicted = engine.take_routing()
+                writer.extend([part] * len(picks), positions[: len(picks)], picks, weights, predicted)
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    count = min(len(left), len(right))
+    if left[:count] == right[:count]:
+        return count
+    return next(i for i in range(count) if left[i] != right[i])
