@@ -85,9 +85,15 @@ class Engine:
                 self._running = None
 
     def add_sequence(self) -> int:
-        """The id of a new, empty sequence. Sequence 0 is there from the beginning."""
+        """The id of a new, empty sequence. Sequence 0 is there from the beginning. Raises StateError where there is no
+        room for another one."""
         with self.lock:
             return self._idle().add_sequence()
+
+    def remove_sequence(self, id: int) -> None:
+        """Its id may be given to a new one."""
+        with self.lock:
+            self._idle().remove_sequence(id)
 
     def length(self, id: int) -> int:
         """Positions of a sequence."""
