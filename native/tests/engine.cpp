@@ -166,9 +166,11 @@ Aligned<float> logits(Engine& engine, int count, int step) {
     Aligned<float> result(static_cast<size_t>(count) * kVocabulary);
     for (int done = 0; done < count; done += step) {
         const int size = std::min(step, count - done);
-        engine.forward(std::span(tokens).subspan(done, size), std::span(positions).subspan(done, size),
-                       std::span(ids).first(size), std::span(wanted).first(size),
-                       result.data() + static_cast<size_t>(done) * kVocabulary, [] {});
+        const Batch batch{.tokens = std::span(tokens).subspan(done, size),
+                          .positions = std::span(positions).subspan(done, size),
+                          .sequences = std::span(ids).first(size),
+                          .wanted = std::span(wanted).first(size)};
+        engine.forward(batch, result.data() + static_cast<size_t>(done) * kVocabulary, [] {});
     }
     return result;
 }
@@ -281,7 +283,8 @@ void test_several_sequences() {
         std::vector<int32_t> positions(kCount), ids(kCount, 0);
         std::iota(positions.begin(), positions.end(), 0);
         Aligned<float> result(size_t{kCount} * kVocabulary);
-        other.forward(text, positions, ids, positions, result.data(), [] {});
+        other.forward({.tokens = text, .positions = positions, .sequences = ids, .wanted = positions}, result.data(),
+                      [] {});
         return result;
     };
     for (int i = 0; i < 3; ++i) {
@@ -300,7 +303,8 @@ void test_several_sequences() {
         }
         std::iota(wanted.begin(), wanted.end(), 0);
         Aligned<float> result(rows.size() * kVocabulary);
-        engine.forward(batch, positions, ids, wanted, result.data(), check_layer);
+        engine.forward({.tokens = batch, .positions = positions, .sequences = ids, .wanted = wanted}, result.data(),
+                       check_layer);
         for (size_t row = 0; row < rows.size(); ++row)
             check(
                 std::memcmp(&result[row * kVocabulary],
@@ -372,7 +376,8 @@ void test_predictions_for_the_last_layer() {
     const auto prompt = [&](Engine& engine, std::span<const int32_t> wanted) {
         for (int32_t& token : tokens) token = pick(random, 0, kVocabulary - 1);
         engine.sequence(0).truncate(0);
-        engine.forward(tokens, positions, ids, wanted, last.data(), [] {});
+        engine.forward({.tokens = tokens, .positions = positions, .sequences = ids, .wanted = wanted}, last.data(),
+                       [] {});
         return engine.counters().store;
     };
     const int32_t wanted = kCount - 1;

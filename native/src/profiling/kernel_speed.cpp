@@ -7,9 +7,9 @@
 #include <cstring>
 #include <vector>
 
+#include "backend/cpu/blocks.h"
 #include "edgemoe/arena.h"
 #include "edgemoe/thread_pool.h"
-#include "model/engine_parts.h"
 
 #if defined(EDGEMOE_X86)
 #include <immintrin.h>
@@ -107,12 +107,14 @@ Loop byte_products(std::string_view isa) {
     return nullptr;
 }
 
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 }  // namespace
 
 KernelSpeed product_speed(const Kernels& kernels, const Matrix& shape, int tokens, int threads, uint64_t memory,
                           double seconds) {
     const int rows = shape.rows, cols = shape.cols;
-    const size_t information = block_bytes(shape) * blocks(rows);
+    const size_t information = block_bytes(shape) * row_blocks(rows);
     // A matrix's levels lie one after the other, each in memory of its own.
     std::array<size_t, kMaxLevels> begins{};
     size_t bytes = aligned(information);
@@ -146,7 +148,7 @@ KernelSpeed product_speed(const Kernels& kernels, const Matrix& shape, int token
     const Activations input{values.data(), cols, code, scales.data(), sums.data()};
 
     ThreadPool pool(threads);
-    const int step = blocks_per_item(shape, tokens), items = (blocks(rows) + step - 1) / step;
+    const int step = blocks_per_item(shape, tokens), items = (row_blocks(rows) + step - 1) / step;
     const auto pass = [&] {
         pool.run(items * matrices, [&](int item) {
             Matrix matrix = shape;
@@ -154,7 +156,7 @@ KernelSpeed product_speed(const Kernels& kernels, const Matrix& shape, int token
             for (int level = 0; level < shape.levels.count; ++level)
                 matrix.levels.data[level] = matrix.data + begins[level];
             const int first = item % items * step;
-            kernels.matmul(matrix, input, {}, tokens, first, std::min(first + step, blocks(rows)), outputs.data(),
+            kernels.matmul(matrix, input, {}, tokens, first, std::min(first + step, row_blocks(rows)), outputs.data(),
                            rows);
         });
     };

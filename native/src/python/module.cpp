@@ -7,6 +7,7 @@
 #include <atomic>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,7 @@
 
 #include "edgemoe/crc32c.h"
 #include "edgemoe/engine.h"
+#include "edgemoe/recorders.h"
 
 namespace py = pybind11;
 
@@ -208,6 +210,22 @@ edgemoe::KvType make_kv_type(const std::string& name) {
     throw std::invalid_argument("cache type " + name + " is not one of f32, f16, q8_0");
 }
 
+// How exactly rows are computed unless they say otherwise.
+edgemoe::Quality make_quality(const py::dict& data) {
+    edgemoe::Quality quality;
+    if (data.contains("thresholds")) quality.thresholds = field<std::vector<float>>(data, "thresholds");
+    if (data.contains("level_cap")) quality.level_cap = field<int>(data, "level_cap");
+    if (quality.level_cap < 0) throw std::invalid_argument("level_cap is negative");
+    return quality;
+}
+
+// Whether every expert works with all levels that it has, whatever the router says.
+bool use_all_levels(const PackIndex& index, const edgemoe::Quality& quality) {
+    return quality.thresholds.empty() && std::ranges::all_of(index.experts, [&](const auto& layer) {
+               return static_cast<int>(layer.second.levels.size()) <= quality.level_cap + 1;
+           });
+}
+
 EngineOptions make_options(const py::dict& data) {
     EngineOptions options;
     options.threads = field<int>(data, "threads");
@@ -218,13 +236,10 @@ EngineOptions make_options(const py::dict& data) {
     options.store.readers = field<int>(data, "readers");
     options.store.eviction = edgemoe::eviction_from_name(field<std::string>(data, "eviction"));
     options.store.prefetch = field<bool>(data, "prefetch");
-    if (data.contains("thresholds")) options.thresholds = field<std::vector<float>>(data, "thresholds");
-    if (data.contains("level_cap")) options.level_cap = field<int>(data, "level_cap");
     if (data.contains("arrival_jitter_us"))
         options.store.arrival_jitter = std::chrono::microseconds(field<int>(data, "arrival_jitter_us"));
     options.key_type = make_kv_type(field<std::string>(data, "cache_type_k"));
     options.value_type = make_kv_type(field<std::string>(data, "cache_type_v"));
-    if (options.level_cap < 0) throw std::invalid_argument("level_cap is negative");
     if (options.threads < 1 || options.sequences < 1 || options.context < 1 || options.chunk < 1 ||
         options.store.readers < 1)
         throw std::invalid_argument("threads, sequences, context, chunk and readers are at least 1");
@@ -264,23 +279,39 @@ void check_signals() {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-py::array_t<float> forward(Engine& engine, const Integers& tokens, const Integers& positions,
+// An engine with what Python sets once instead of with every batch.
+struct BoundEngine {
+    Engine engine;
+    edgemoe::Quality quality;
+    std::optional<edgemoe::RoutingRecorder> recorder{};
+
+    edgemoe::SequenceState& sequence(int id) { return engine.sequence(id); }
+};
+
+py::array_t<float> forward(BoundEngine& bound, const Integers& tokens, const Integers& positions,
                            const Integers& sequence_ids, const Integers& wanted, const Cancel* cancel) {
+    Engine& engine = bound.engine;
     py::array_t<float> logits({wanted.size(), static_cast<py::ssize_t>(engine.spec().vocab_size)});
     float* out = logits.mutable_data();
+    const edgemoe::Batch batch{.tokens = view(tokens),
+                               .positions = view(positions),
+                               .sequences = view(sequence_ids),
+                               .wanted = view(wanted),
+                               .qualities = {&bound.quality, 1}};
     const auto check = [cancel] {
         if (cancel && cancel->set) throw Cancelled();
         check_signals();
     };
     const py::gil_scoped_release release;
-    engine.forward(view(tokens), view(positions), view(sequence_ids), view(wanted), out, check);
+    engine.forward(batch, out, check, bound.recorder ? &*bound.recorder : nullptr);
     return logits;
 }
 
-// A dict of what the layer's experts saw and made (LayerPass), and the logits [wanted, vocab]; the residual stream is
-// changed in place.
-py::dict forward_layer(Engine& engine, int layer, const Integers& tokens, py::array_t<float> residual, bool embed,
+// A dict of what the layer's experts saw and made, and the logits [wanted, vocab]; the residual stream is changed in
+// place. The tokens are those of sequence 0 from its first on, and it is empty afterwards.
+py::dict forward_layer(BoundEngine& bound, int layer, const Integers& tokens, py::array_t<float> residual, bool embed,
                        const Integers& wanted) {
+    Engine& engine = bound.engine;
     const auto& spec = engine.spec();
     if (layer < 0 || layer >= static_cast<int>(spec.layers.size()))
         throw py::value_error("there is no layer " + std::to_string(layer));
@@ -295,26 +326,43 @@ py::dict forward_layer(Engine& engine, int layer, const Integers& tokens, py::ar
         result[name] = array;
         return array.mutable_data();
     };
-    edgemoe::LayerPass pass{};
-    pass.layer = layer;
-    pass.embed = embed;
-    pass.residual = residual.mutable_data();
-    pass.inputs = floats("inputs", {top_k ? count : 0, hidden});
+    edgemoe::LayerRecorder::Arrays arrays{};
+    arrays.residual = residual.mutable_data();
+    arrays.inputs = floats("inputs", {top_k ? count : 0, hidden});
     py::array_t<int32_t> picks({count, top_k});
     result["picks"] = picks;
-    pass.picks = picks.mutable_data();
-    pass.weights = floats("weights", {count, top_k});
-    pass.hidden = floats("hidden", {count, top_k, ffn});
-    pass.peaks = floats("peaks", {count, top_k});
-    pass.energies = floats("energies", {count, top_k});
+    arrays.picks = picks.mutable_data();
+    arrays.weights = floats("weights", {count, top_k});
+    arrays.hidden = floats("hidden", {count, top_k, ffn});
+    arrays.peaks = floats("peaks", {count, top_k});
+    arrays.energies = floats("energies", {count, top_k});
     float* logits = floats("logits", {wanted.size(), static_cast<py::ssize_t>(spec.vocab_size)});
+
+    std::vector<int32_t> positions(count), sequences(count, 0), rows(count, edgemoe::Batch::kEmbedding);
+    std::iota(positions.begin(), positions.end(), 0);
+    edgemoe::Batch batch{.tokens = view(tokens),
+                         .positions = positions,
+                         .sequences = sequences,
+                         .wanted = view(wanted),
+                         .qualities = {&bound.quality, 1}};
+    if (!embed) {
+        batch.tokens = rows;
+        batch.embeddings = {arrays.residual, static_cast<size_t>(count * hidden)};
+    }
+    edgemoe::LayerRecorder recorder(arrays);
     const py::gil_scoped_release release;
-    engine.forward_layer(pass, view(tokens), view(wanted), logits, check_signals);
+    struct EmptyBeforeAndAfter {
+        edgemoe::SequenceState& state;
+        explicit EmptyBeforeAndAfter(edgemoe::SequenceState& of) : state(of) { state.truncate(0); }
+        ~EmptyBeforeAndAfter() { state.truncate(0); }
+    };
+    const EmptyBeforeAndAfter emptied(engine.sequence(0));
+    engine.forward(batch, {layer, layer + 1}, logits, check_signals, &recorder);
     return result;
 }
 
-py::dict counters(const Engine& engine) {
-    const edgemoe::EngineCounters c = engine.counters();
+py::dict counters(const BoundEngine& bound) {
+    const edgemoe::EngineCounters c = bound.engine.counters();
     py::dict result;
     result["tokens"] = c.tokens;
     result["seconds"] = c.seconds;
@@ -366,7 +414,10 @@ PYBIND11_MODULE(_core, module) {
         py::arg("buffer"), py::arg("crc") = 0);
 
     module.def("plan", [](const py::dict& spec, const py::dict& index, const py::dict& options) {
-        const MemoryPlan plan = Engine::plan(make_spec(spec), make_index(index), make_options(options));
+        const PackIndex pack = make_index(index);
+        EngineOptions engine = make_options(options);
+        engine.store.all_levels = use_all_levels(pack, make_quality(options));
+        const MemoryPlan plan = Engine::plan(make_spec(spec), pack, engine);
         py::dict result;
         result["dense"] = plan.dense;
         result["state"] = plan.state;
@@ -382,41 +433,51 @@ PYBIND11_MODULE(_core, module) {
         .def("set", [](Cancel& cancel) { cancel.set = true; })
         .def("is_set", [](const Cancel& cancel) { return cancel.set.load(); });
 
-    py::class_<Engine>(module, "Engine")
+    py::class_<BoundEngine>(module, "Engine")
         .def(py::init([](const py::dict& spec, const py::dict& index, const py::dict& options) {
             ModelSpec model = make_spec(spec);
             PackIndex pack = make_index(index);
             EngineOptions engine = make_options(options);
+            const edgemoe::Quality quality = make_quality(options);
+            engine.store.all_levels = use_all_levels(pack, quality);
             const py::gil_scoped_release release;
-            return std::make_unique<Engine>(std::move(model), std::move(pack), std::move(engine));
+            return std::unique_ptr<BoundEngine>(
+                new BoundEngine{Engine(std::move(model), std::move(pack), std::move(engine)), quality});
         }))
         .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("sequence_ids"), py::arg("wanted"),
              py::arg("cancel") = nullptr)
         .def("forward_layer", &forward_layer, py::arg("layer"), py::arg("tokens"), py::arg("residual").noconvert(),
              py::arg("embed"), py::arg("wanted"))
-        .def("add_sequence", &Engine::add_sequence)
-        .def("remove_sequence", &Engine::remove_sequence)
-        .def("length", [](Engine& engine, int id) { return engine.sequence(id).length(); })
-        .def("truncate", [](Engine& engine, int id, int length) { engine.sequence(id).truncate(length); })
-        .def("mark", [](Engine& engine, int id) { engine.sequence(id).mark(); })
-        .def("marked", [](Engine& engine, int id) { return engine.sequence(id).marked(); })
-        .def("has_constants", [](Engine& engine, int id) { return engine.sequence(id).has_constants(); })
+        .def("add_sequence", [](BoundEngine& bound) { return bound.engine.add_sequence(); })
+        .def("remove_sequence", [](BoundEngine& bound, int id) { bound.engine.remove_sequence(id); })
+        .def("length", [](BoundEngine& engine, int id) { return engine.sequence(id).length(); })
+        .def("truncate", [](BoundEngine& engine, int id, int length) { engine.sequence(id).truncate(length); })
+        .def("mark", [](BoundEngine& engine, int id) { engine.sequence(id).mark(); })
+        .def("marked", [](BoundEngine& engine, int id) { return engine.sequence(id).marked(); })
+        .def("has_constants", [](BoundEngine& engine, int id) { return engine.sequence(id).has_constants(); })
         .def("snapshot",
-             [](Engine& engine, int id) {
+             [](BoundEngine& engine, int id) {
                  const edgemoe::SequenceState& state = engine.sequence(id);
                  py::array_t<uint8_t> target(static_cast<py::ssize_t>(state.snapshot_bytes()));
                  state.snapshot({reinterpret_cast<std::byte*>(target.mutable_data()), state.snapshot_bytes()});
                  return target;
              })
         .def("restore",
-             [](Engine& engine, int id, const py::buffer& source) {
+             [](BoundEngine& engine, int id, const py::buffer& source) {
                  const py::buffer_info info = source.request();
                  engine.sequence(id).restore(bytes_of(info));
              })
-        .def("record_routing", &Engine::record_routing)
+        .def("record_routing",
+             [](BoundEngine& bound, bool on) {
+                 if (on)
+                     bound.recorder.emplace(bound.engine.spec());
+                 else
+                     bound.recorder.reset();
+             })
         .def("take_routing",
-             [](Engine& engine) {
-                 const edgemoe::RoutingRecord record = engine.take_routing();
+             [](BoundEngine& bound) {
+                 const edgemoe::RoutingRecord record =
+                     bound.recorder ? bound.recorder->take() : edgemoe::RoutingRecord{};
                  const auto width = static_cast<py::ssize_t>(record.width);
                  const auto tokens = width ? static_cast<py::ssize_t>(record.picks.size()) / width : 0;
                  const std::vector<py::ssize_t> shape{tokens, width};
@@ -425,8 +486,8 @@ PYBIND11_MODULE(_core, module) {
                                        py::array_t<uint16_t>(shape, record.predicted.data()));
              })
         .def("counters", &counters)
-        .def_property_readonly("isa", [](const Engine& engine) { return std::string(engine.isa()); })
-        .def_property_readonly("direct_io", &Engine::direct_io);
+        .def_property_readonly("isa", [](const BoundEngine& bound) { return std::string(bound.engine.isa()); })
+        .def_property_readonly("direct_io", [](const BoundEngine& bound) { return bound.engine.direct_io(); });
 
     bind_kernels(module);
     bind_profiling(module);

@@ -1,0 +1,80 @@
+// What a state is advanced by, position by position: convolutions and the gated delta rule. No result depends on how a
+// prompt is cut.
+#include <cmath>
+#include <vector>
+
+#include "blocks.h"
+#include "cpu_backend.h"
+
+namespace edgemoe {
+
+// The last taps inputs of a sequence stay in its state, that of position p in row p % taps.
+void CpuBackend::convolve(const Matrix& weights, int layer, ConstFloats in, bool silu, Floats out) {
+    const int taps = weights.cols, all = row_blocks(weights.rows), count = rows_.count();
+    const size_t channels = weights.rows;
+    constexpr int kStep = 32;  // row blocks per item, which sees the rows of the chunk in their order
+    pool_.run((all + kStep - 1) / kStep, [&](int item) {
+        const int first = item * kStep, last = std::min(first + kStep, all);
+        const size_t begin = size_t(first) * kRowBlock, size = std::min(size_t(last) * kRowBlock, channels) - begin;
+        std::vector<const float*> inputs(taps);
+        for (int t = 0; t < count; ++t) {
+            float* kept = rows_.states[t]->convolution(layer);
+            const int position = rows_.positions[t];
+            std::copy_n(in.address() + t * channels + begin, size, kept + position % taps * channels + begin);
+            for (int tap = 0; tap < taps; ++tap) {
+                const int earlier = position - (taps - 1) + tap;
+                inputs[tap] = earlier < 0 ? nullptr : kept + earlier % taps * channels;
+            }
+            kernels_.convolve(weights, inputs.data(), first, last, silu, out.address() + t * channels);
+        }
+    });
+}
+
+void CpuBackend::gated_delta(const DeltaHeads& a, int layer, const DeltaBuffers& b) {
+    // Added to the sum of squares of a query or key head before it is normalized.
+    constexpr float kLengthEpsilon = 1e-6f;
+    const int count = rows_.count(), heads = a.heads, shared = a.heads / a.kv_heads;
+    const size_t key_dim = a.key_dim, value_dim = a.value_dim, keys = a.kv_heads * key_dim, values = heads * value_dim,
+                 channels = 2 * keys + values;
+    each_row(count, [&](int t) {
+        float* row = b.mixed.address() + t * channels;
+        for (int h = 0; h < 2 * a.kv_heads; ++h) {
+            const std::span<float> head{row + h * key_dim, key_dim};
+            // The norm's mean of squares is their sum over key_dim.
+            kernels_.rms_norm(head, (h < a.kv_heads ? a.query_norm : a.key_norm).address(),
+                              kLengthEpsilon / static_cast<float>(key_dim), head.data());
+        }
+    });
+    pool_.run(heads, [&](int h) {
+        const int key_head = a.tiled_heads ? h % a.kv_heads : h / shared;
+        for (int t = 0; t < count; ++t) {
+            float* state = rows_.states[t]->recurrence(layer) + h * key_dim * value_dim;
+            if (rows_.positions[t] == 0) std::fill_n(state, key_dim * value_dim, 0.0f);
+            float beta, alpha;
+            if (a.fused_beta_alpha) {
+                const float* both =
+                    b.beta.address() + size_t(t) * 2 * heads + size_t(h) / shared * 2 * shared + h % shared;
+                beta = both[0];
+                alpha = both[shared];
+            } else {
+                beta = b.beta.address()[size_t(t) * heads + h];
+                alpha = b.alpha.address()[size_t(t) * heads + h];
+            }
+            // In double precision with the C library, rounded once, as the angles of the rotary embedding.
+            const double step = static_cast<double>(alpha) + a.step_bias.address()[h];
+            const double softplus = step > 30.0 ? step : std::log1p(std::exp(step));
+            const auto decay = static_cast<float>(std::exp(a.decay_rate.address()[h] * softplus));
+            const auto rate = static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(beta))));
+
+            const float* row = b.mixed.address() + t * channels;
+            const std::span<float> out{b.out.address() + t * values + h * value_dim, value_dim};
+            kernels_.gated_delta(state, a.key_dim, a.value_dim, row + key_head * key_dim,
+                                 row + keys + key_head * key_dim, row + 2 * keys + h * value_dim, decay, rate,
+                                 out.data());
+            kernels_.rms_norm(out, a.head_norm.address(), a.norm_epsilon, out.data());
+            kernels_.silu_multiply({b.gates.address() + t * values + h * value_dim, value_dim}, out.data(), out.data());
+        }
+    });
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,51 @@
+// What lets a position see others: the first half of a layer. One file for each kind: its weights, its buffers, its
+// state and how it runs. A kind is added by such a file, its name in AttentionKind and its row in mixers.cpp.
+#pragma once
+
+#include <memory>
+
+#include "edgemoe/backend.h"
+#include "edgemoe/model_spec.h"
+#include "edgemoe/sequence_state.h"
+#include "model/weights.h"
+
+namespace edgemoe {
+
+class Mixer {
+  public:
+    virtual ~Mixer() = default;
+
+    // x [rows, hidden], normalized -> [rows, heads * value_dim], which the output projection reads.
+    virtual ConstFloats run(Backend& backend, ConstFloats x, int count) = 0;
+};
+
+struct MixerSetting {
+    const ModelSpec& model;
+    const AttentionSpec& spec;
+    int layer;
+    KvType key_type, value_type;
+};
+
+struct MixerKind {
+    // What a sequence keeps of a layer.
+    KvShape (*state)(const AttentionSpec& spec, KvType key_type, KvType value_type);
+    // Groups of kGroup columns of the widest input of a product, for one row, beside that of the layer itself.
+    size_t (*input_groups)(const AttentionSpec& spec);
+    // Bytes of the buffers for so many rows.
+    size_t (*buffer_bytes)(const AttentionSpec& spec, int rows);
+    std::unique_ptr<Mixer> (*load)(const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* buffers);
+};
+
+extern const MixerKind kAttention, kLatentAttention, kGatedDelta, kShortConvolution;
+
+const MixerKind& mixer_kind(AttentionKind kind);
+
+// The buffers of a kind are a struct with a function place(Places&, spec, rows).
+template <class Buffers>
+size_t mixer_buffer_bytes(const AttentionSpec& spec, int rows) {
+    Places measured;
+    Buffers{}.place(measured, spec, rows);
+    return measured.used();
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,317 @@
+#include "model/mixture.h"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <stdexcept>
+
+#include "model/quality.h"
+
+namespace edgemoe {
+namespace {
+
+// Whether every level of every expert has the layer's shapes, lies within its section, and goes with the others.
+void check_experts(const HalfSetting& setting, const ExpertLayer& experts) {
+    const int hidden = setting.model.hidden_size, ffn = setting.spec.ffn_dim;
+    const std::string which = "an expert of layer " + std::to_string(setting.layer);
+    const size_t levels = experts.levels.size();
+    if (levels < 1 || levels > kMaxLevels) throw std::invalid_argument(which + " has no or too many levels");
+    for (int part = 0; part < 3; ++part) {
+        int bits = 0;
+        for (size_t level = 0; level < levels; ++level) {
+            const StoredLayout& stored = experts.levels[level].parts[part].stored;
+            bits += stored.level_bits;
+            if ((levels > 1 && stored.layout != Layout::nested) || stored.refines != (level > 0) || bits > 8 ||
+                (level == 0 && stored.later != static_cast<int>(levels) - 1))
+                throw std::invalid_argument(which + " has levels that are not nested");
+        }
+    }
+    for (const std::vector<uint32_t>& sections : experts.sections) {
+        if (sections.empty() || sections.size() > levels)
+            throw std::invalid_argument(which + " has other levels than its layer");
+        for (size_t level = 0; level < sections.size(); ++level)
+            for (int part = 0; part < 3; ++part) {
+                const auto& parts = experts.levels[level].parts;
+                const ExpertPart& place = parts[part];
+                const int rows = part < 2 ? ffn : hidden, cols = part < 2 ? hidden : ffn;
+                const auto& extents = setting.index.sections.at(sections[level]).extents;
+                const size_t bytes = stored_bytes(place.stored, rows, cols);
+                if (place.rows != rows || place.cols != cols || place.extent >= extents.size() ||
+                    place.offset > extents[place.extent].length || bytes > extents[place.extent].length - place.offset)
+                    throw std::invalid_argument(which + " does not fit into its section");
+                const bool shares_extent = std::ranges::count(parts, place.extent, &ExpertPart::extent) > 1;
+                if (place.stored.row_major && shares_extent &&
+                    (place.rows % kRowBlock != 0 || (extents[0].offset + place.offset) % 64 != 0))
+                    throw std::invalid_argument(
+                        which + " is row-major and neither alone in its extent nor in whole, aligned blocks");
+            }
+    }
+}
+
+const ExpertLayer& find_experts(const HalfSetting& setting) {
+    const auto found = setting.index.experts.find(setting.layer);
+    if (found == setting.index.experts.end() || found->second.sections.size() != size_t(setting.spec.experts))
+        throw std::invalid_argument("layer " + std::to_string(setting.layer) + " lacks experts");
+    check_experts(setting, found->second);
+    return found->second;
+}
+
+// Shape and layout of one of the three matrices; its data comes and goes.
+Matrix shape_of(const ExpertLayer& experts, int part, int rows, int cols) {
+    const StoredLayout& first = experts.levels[0].parts[part].stored;
+    Matrix matrix{first.layout, rows, cols, nullptr};
+    matrix.levels.later = first.later;
+    for (size_t level = 0; matrix.layout == Layout::nested && level < experts.levels.size(); ++level)
+        matrix.levels.bits[level] = static_cast<uint8_t>(experts.levels[level].parts[part].stored.level_bits);
+    return matrix;
+}
+
+}  // namespace
+
+void Mixture::Buffers::place(Places& places, const ModelSpec& model, const LayerSpec& spec, int rows) {
+    const size_t count = rows, hidden_size = model.hidden_size, pairs = count * spec.top_k;
+    router.place(places, model, spec, rows);
+    places.place(picks, pairs);
+    places.place(weights, pairs);
+    shared.place(places, spec.shared_dim, rows);
+    places.place(shared_out, spec.shared_dim ? count * hidden_size : 0);
+    places.place(input, spec.branch_norms ? count * hidden_size : 0);
+    places.place(pair_rows, pairs);
+    places.place(this->places, pairs);
+    places.place(hidden, pairs * spec.ffn_dim);
+    places.place(up, pairs * spec.ffn_dim);
+    places.place(outputs, pairs * hidden_size);
+    places.place(sum, spec.branch_norms || spec.output_norms ? count * hidden_size : 0);
+}
+
+void Mixture::AheadBuffers::place(Places& places, const ModelSpec& model, const LayerSpec& spec, int rows) {
+    const size_t count = rows;
+    router.place(places, model, spec, rows);
+    places.place(x, count * model.hidden_size);
+    places.place(normed, count * model.hidden_size);
+    places.place(picks, count * spec.top_k);
+    places.place(weights, count * spec.top_k);
+}
+
+Mixture::Mixture(const HalfSetting& setting, LayerWeights& weights, const HalfMemory& memory)
+    : model_(setting.model),
+      spec_(setting.spec),
+      layer_(setting.layer),
+      store_(*setting.store),
+      layer_norm_(setting.norm),
+      router_(setting.model, setting.spec, weights) {
+    const int hidden = model_.hidden_size, ffn = spec_.ffn_dim;
+    if (spec_.output_norms) output_norm_ = weights.norm("ffn_output_norm", hidden);
+    if (spec_.branch_norms) {
+        expert_norm_ = weights.norm("expert_norm", hidden);
+        expert_output_norm_ = weights.norm("expert_output_norm", hidden);
+        shared_output_norm_ = weights.norm("shared_output_norm", hidden);
+    }
+    if (spec_.shared_dim) shared_.emplace(model_, spec_, weights, "shared.", spec_.shared_dim);
+    if (spec_.shared_gate) shared_gate_ = weights.vector("shared_gate", hidden);
+    const ExpertLayer& experts = find_experts(setting);
+    shapes_.gate = shape_of(experts, 0, ffn, hidden);
+    shapes_.up = shape_of(experts, 1, ffn, hidden);
+    shapes_.down = shape_of(experts, 2, hidden, ffn);
+    if (spec_.expert_bias) {
+        shapes_.gate_bias = weights.vector("expert_gate_bias", spec_.experts * ffn);
+        shapes_.up_bias = weights.vector("expert_up_bias", spec_.experts * ffn);
+        shapes_.down_bias = weights.vector("expert_down_bias", spec_.experts * hidden);
+    }
+    shapes_.activation = activation_of(spec_);
+    for (const auto& sections : experts.sections) finest_.push_back(static_cast<uint8_t>(sections.size() - 1));
+    for (const ExpertLevel& level : experts.levels) bits_.push_back(level.bits);
+    Places places(memory.half), ahead_places(memory.ahead);
+    buffers_.place(places, model_, spec_, memory.rows);
+    ahead_.place(ahead_places, model_, spec_, memory.rows);
+}
+
+struct Mixture::Demand {
+    std::vector<int32_t> begins;     // [experts * levels + 1] of a group's pairs
+    std::vector<int32_t> pair_rows;  // [pairs]
+    std::vector<int32_t> places;     // [pairs]
+    std::vector<ExpertStream::Need> needs;
+};
+
+// Experts are asked for in the order of their rows, most first; for a single row that is its slot order, the router's
+// first choice first.
+Mixture::Demand Mixture::demand(std::span<const int32_t> picks, std::span<const float> weights,
+                                const HalfInput& input) const {
+    const size_t top_k = spec_.top_k, pairs = picks.size();
+    const int experts = spec_.experts, levels = static_cast<int>(bits_.size());
+    std::vector<int32_t> level_of(pairs);
+    for (int t = 0; t < input.count; ++t)
+        choose_levels(*input.qualities[t], finest_, picks.subspan(t * top_k, top_k), weights.subspan(t * top_k, top_k),
+                      std::span(level_of).subspan(t * top_k, top_k));
+    const auto group_of = [&](size_t pair) { return size_t(picks[pair]) * levels + level_of[pair]; };
+
+    Demand found;
+    found.begins.assign(size_t(experts) * levels + 1, 0);
+    std::vector<int32_t> uses(experts, 0), active;
+    std::vector<float> group_weights(size_t(experts) * levels, 0.0f);
+    for (size_t pair = 0; pair < pairs; ++pair) {
+        if (uses[picks[pair]]++ == 0) active.push_back(picks[pair]);
+        ++found.begins[group_of(pair) + 1];
+        group_weights[group_of(pair)] += weights[pair];
+        input.counters.expert_bits += static_cast<uint64_t>(bits_[level_of[pair]]);
+    }
+    input.counters.expert_uses += pairs;
+    std::stable_sort(active.begin(), active.end(),
+                     [&](int32_t left, int32_t right) { return uses[left] > uses[right]; });
+    std::partial_sum(found.begins.begin(), found.begins.end(), found.begins.begin());
+    std::vector<int32_t> cursor(found.begins.begin(), found.begins.end() - 1);
+    found.pair_rows.resize(pairs);
+    found.places.resize(pairs);
+    for (size_t pair = 0; pair < pairs; ++pair) {
+        const int32_t place = cursor[group_of(pair)]++;
+        found.places[pair] = place;
+        found.pair_rows[place] = static_cast<int32_t>(pair / top_k);
+    }
+    for (const int32_t expert : active)
+        for (int level = 0; level < levels; ++level) {
+            const size_t group = size_t(expert) * levels + level;
+            const int first = found.begins[group], end = found.begins[group + 1];
+            if (first < end)
+                found.needs.push_back({expert, level, found.pair_rows[end - 1], end - first, group_weights[group]});
+        }
+    return found;
+}
+
+// A matrix of an expert that works at a level, with what is in memory of it.
+Matrix Mixture::at_level(const Matrix& shape, const std::array<const std::byte*, kMaxLevels>& data, int level) const {
+    Matrix matrix = shape;
+    matrix.data = data[0];
+    if (matrix.layout == Layout::nested) {
+        matrix.levels.count = level + 1;
+        matrix.levels.data = data;
+    }
+    return matrix;
+}
+
+void Mixture::run(Backend& backend, const HalfInput& input) {
+    const Buffers& b = buffers_;
+    const int count = input.count, hidden = model_.hidden_size;
+    const size_t pairs = size_t(count) * spec_.top_k;
+    router_.route(backend, b.router, input.x, input.normed, count, b.picks, b.weights);
+    const std::span picks = backend.read(Buffer<const int32_t>(b.picks), pairs);
+    const std::span weights = backend.read(ConstFloats(b.weights), pairs);
+    const Demand demanded = demand(picks, weights, input);
+    ExpertStream stream(store_, layer_, count, demanded.needs);
+    if (input.observer) input.observer->routed(layer_, picks, weights);
+    if (input.next) input.next->expect(backend, input);
+
+    if (shared_) {  // while missing experts are read
+        shared_->run(backend, b.shared, input.normed, count, b.shared_out);
+        if (shared_gate_) backend.gate_rows(shared_gate_, input.normed, hidden, count, b.shared_out);
+    }
+    ConstFloats experts_input = input.normed;
+    if (expert_norm_) {
+        backend.normalize(expert_norm_, input.x, count, b.input);
+        experts_input = b.input;
+    }
+    backend.write(demanded.pair_rows, b.pair_rows);
+    backend.write(demanded.places, b.places);
+    backend.begin_experts(shapes_, experts_input, count);
+    std::vector<ExpertWork> work;
+    for (auto ready = stream.next(); !ready.empty(); ready = stream.next()) {
+        work.clear();
+        for (const ExpertStream::Item& item : ready) {
+            const ExpertStream::Need& need = demanded.needs[item.position];
+            const auto& parts = item.weights.parts;
+            const size_t group = size_t(need.expert) * bits_.size() + need.level;
+            work.push_back({need.expert, at_level(shapes_.gate, parts[0], need.level),
+                            at_level(shapes_.up, parts[1], need.level), at_level(shapes_.down, parts[2], need.level),
+                            demanded.begins[group], demanded.begins[group + 1] - demanded.begins[group]});
+        }
+        backend.experts(shapes_, work, {b.pair_rows, b.hidden, b.up, b.outputs});
+        backend.wait();
+    }
+    if (input.observer && input.observer->wants_experts()) observe(backend, input, demanded, experts_input);
+    add_up(backend, input);
+}
+
+void Mixture::observe(Backend& backend, const HalfInput& input, const Demand& demanded,
+                      ConstFloats experts_input) const {
+    const size_t count = input.count, hidden = model_.hidden_size, pairs = count * spec_.top_k;
+    input.observer->experts(layer_, {.top_k = spec_.top_k,
+                                     .picks = backend.read(Buffer<const int32_t>(buffers_.picks), pairs),
+                                     .weights = backend.read(ConstFloats(buffers_.weights), pairs),
+                                     .places = demanded.places,
+                                     .inputs = backend.read(experts_input, count * hidden),
+                                     .hidden = backend.read(ConstFloats(buffers_.hidden), pairs * spec_.ffn_dim),
+                                     .outputs = backend.read(ConstFloats(buffers_.outputs), pairs * hidden)});
+}
+
+// Each row adds its experts' outputs in slot order, whenever they were computed: to the residual stream, or where norms
+// come between, to a sum of their own.
+void Mixture::add_up(Backend& backend, const HalfInput& input) const {
+    const Buffers& b = buffers_;
+    const int count = input.count, hidden = model_.hidden_size;
+    const bool direct = !expert_output_norm_ && !output_norm_;
+    Combination combination{.from_zero = !direct,
+                            .scale = direct ? model_.residual_multiplier : 1.0f,
+                            .weights = b.weights,
+                            .picks = b.picks,
+                            .places = b.places,
+                            .outputs = b.outputs,
+                            .down_bias = shapes_.down_bias,
+                            .top_k = spec_.top_k,
+                            .sum = direct ? input.x : b.sum};
+    if (shared_ && !shared_output_norm_) combination.shared = b.shared_out;
+    backend.combine(combination, hidden, count);
+    if (direct) return;
+    if (expert_output_norm_) backend.normalize(expert_output_norm_, b.sum, count, b.sum);
+    if (shared_output_norm_) {
+        backend.normalize(shared_output_norm_, b.shared_out, count, b.shared_out);
+        backend.add(1.0f, b.shared_out, b.sum, hidden, count);
+    }
+    if (output_norm_) backend.normalize(output_norm_, b.sum, count, b.sum);
+    backend.add(model_.residual_multiplier, b.sum, input.x, hidden, count);
+}
+
+// The choice of this layer's router on the stream as it is before the experts of an earlier layer have been added to
+// it: the choice of most rows first.
+void Mixture::expect(Backend& backend, const HalfInput& input) {
+    const bool hints = store_.wants_hints(), shows = input.observer && input.observer->wants_predictions();
+    if (!hints && !shows) return;
+    const AheadBuffers& b = ahead_;
+    const size_t top_k = spec_.top_k;
+    const int count = input.next_rows ? static_cast<int>(input.next_rows->size()) : input.count;
+    if (count == 0) return store_.hint(layer_, {});
+    ConstFloats x = input.x;
+    if (input.next_rows) {
+        backend.gather(x, *input.next_rows, model_.hidden_size, b.x);
+        x = b.x;
+    }
+    if (!router_.reads_stream()) backend.normalize(layer_norm_, x, count, b.normed);
+    // Without thresholds levels do not depend on the weights.
+    const auto quality = [&](int i) -> const Quality& {
+        return *input.qualities[input.next_rows ? (*input.next_rows)[i] : i];
+    };
+    bool weighted = false;
+    for (int i = 0; i < count; ++i) weighted |= !quality(i).thresholds.empty();
+    router_.route(backend, b.router, x, b.normed, count, b.picks, weighted ? b.weights : Floats());
+    const std::span picks = backend.read(Buffer<const int32_t>(b.picks), count * top_k);
+    const std::span weights = backend.read(ConstFloats(b.weights), weighted ? count * top_k : 0);
+    if (hints) {
+        std::vector<int32_t> uses(spec_.experts, 0), finest(spec_.experts, 0), levels(top_k);
+        std::vector<ExpertStore::Hint> expected;
+        for (int t = 0; t < count; ++t) {
+            const std::span own = picks.subspan(t * top_k, top_k);
+            choose_levels(quality(t), finest_, own, weighted ? weights.subspan(t * top_k, top_k) : weights, levels);
+            for (size_t slot = 0; slot < top_k; ++slot) {
+                if (uses[own[slot]]++ == 0) expected.push_back({own[slot], 0});
+                finest[own[slot]] = std::max(finest[own[slot]], levels[slot]);
+            }
+        }
+        for (ExpertStore::Hint& hint : expected) hint.level = finest[hint.expert];
+        std::stable_sort(expected.begin(), expected.end(),
+                         [&](const ExpertStore::Hint& left, const ExpertStore::Hint& right) {
+                             return uses[left.expert] > uses[right.expert];
+                         });
+        store_.hint(layer_, expected);
+    }
+    if (shows) input.observer->predicted(layer_, picks);
+}
+
+}  // namespace edgemoe

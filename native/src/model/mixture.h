@@ -1,0 +1,71 @@
+// A mixture of experts: each expert is computed when it is in memory.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "model/dense_part.h"
+#include "model/feed_forward.h"
+#include "model/router.h"
+
+namespace edgemoe {
+
+class Mixture final : public FeedForwardHalf {
+  public:
+    struct Buffers {
+        Router::Buffers router;
+        Buffer<int32_t> picks;  // [rows, top_k]
+        Floats weights;         // [rows, top_k]
+        DensePart::Buffers shared;
+        Floats shared_out;          // [rows, hidden]
+        Floats input;               // [rows, hidden] of experts with a norm of their own
+        Buffer<int32_t> pair_rows;  // [pairs] rows of pairs, sorted by expert
+        Buffer<int32_t> places;     // [pairs] where a pair stands among these
+        Floats hidden, up;          // [pairs, ffn]
+        Floats outputs;             // [pairs, hidden]
+        Floats sum;                 // [rows, hidden] where norms come after it
+
+        void place(Places& places, const ModelSpec& model, const LayerSpec& spec, int rows);
+    };
+
+    // Of expect(), which runs amid another layer's run().
+    struct AheadBuffers {
+        Router::Buffers router;
+        Floats x, normed;       // [rows, hidden]
+        Buffer<int32_t> picks;  // [rows, top_k]
+        Floats weights;         // [rows, top_k]
+
+        void place(Places& places, const ModelSpec& model, const LayerSpec& spec, int rows);
+    };
+
+    // Throws std::invalid_argument where the index has other experts than the model.
+    Mixture(const HalfSetting& setting, LayerWeights& weights, const HalfMemory& memory);
+
+    void run(Backend& backend, const HalfInput& input) override;
+    void expect(Backend& backend, const HalfInput& input) override;
+
+  private:
+    // What a chunk wants of the experts: pairs of (row, slot) in groups by expert and level.
+    struct Demand;
+    Demand demand(std::span<const int32_t> picks, std::span<const float> weights, const HalfInput& input) const;
+    Matrix at_level(const Matrix& shape, const std::array<const std::byte*, kMaxLevels>& data, int level) const;
+    void observe(Backend& backend, const HalfInput& input, const Demand& demand, ConstFloats experts_input) const;
+    void add_up(Backend& backend, const HalfInput& input) const;
+
+    const ModelSpec& model_;
+    const LayerSpec& spec_;
+    int layer_;
+    ExpertStore& store_;
+    Norm layer_norm_;  // before the whole half: what the router sees when it is asked ahead
+    Router router_;
+    std::optional<DensePart> shared_;
+    ConstFloats shared_gate_;  // [hidden]
+    Norm expert_norm_, expert_output_norm_, shared_output_norm_, output_norm_;
+    ExpertShapes shapes_;
+    std::vector<uint8_t> finest_;  // [experts] the finest level of each
+    std::vector<int> bits_;        // [levels] stored width
+    Buffers buffers_;
+    AheadBuffers ahead_;
+};
+
+}  // namespace edgemoe
