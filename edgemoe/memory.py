@@ -112,9 +112,9 @@ class Budget:
     """How the memory is divided, in bytes.
 
     limit: the budget. base: what the process held before weights were loaded, plus a reserve. dense, state, scratch:
-    weights always in memory, one sequence's state, activations of a chunk. expert_slots: memory for experts, in the
-    largest of them with all its levels, slot_bytes each; all_slots hold all experts. chunk: tokens of a prompt computed
-    together.
+    weights always in memory, the states of all sequences, activations of a chunk. expert_slots: memory for experts, in
+    the largest of them with all its levels, slot_bytes each; all_slots hold all experts. chunk: tokens of a prompt
+    computed together.
     """
 
     limit: int
@@ -148,10 +148,13 @@ def plan_budget(
             break
     least = fixed + plan["minimum_slots"] * plan["slot"]
     if limit < least:
+        count = options.get("sequences", 1)
+        sequences = f"{count} sequences of " if count > 1 else ""
         raise MemoryBudgetError(
             f"{path}: {'the memory that is free' if automatic else 'a memory budget'} of {format_size(limit)} is too "
             f"small: {format_size(base)} for the program, {format_size(plan['dense'])} dense weights, "
-            f"{format_size(plan['state'])} state for {options['context']} positions, {format_size(plan['scratch'])} "
+            f"{format_size(plan['state'])} state for {sequences}{options['context']} positions, "
+            f"{format_size(plan['scratch'])} "
             f"activations, {format_size(plan['minimum_slots'] * plan['slot'])} for one token's experts; "
             f"the least that works is {-(-least // 1000**2)}MB"
         )

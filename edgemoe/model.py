@@ -25,16 +25,17 @@ from edgemoe.formats.gguf_index import GgufIndex, GgufSource, build_index
 from edgemoe.formats.pack import PARTS, Pack
 from edgemoe.memory import Budget, parse_size, plan_budget
 from edgemoe.serving.conversations import Conversations
-from edgemoe.serving.generation import Generation, Request, Tally, figures
+from edgemoe.serving.generation import Answer, Generation, GenerationResult, Request, Tally, figures
 from edgemoe.serving.session import Sequences, Session
 from edgemoe.spec import ModelSpec
-from edgemoe.text.reasoning import Part, ReasoningSplitter, check_format, end_of_thoughts, mark_ids
+from edgemoe.text.reasoning import ReasoningSplitter, check_format, end_of_thoughts, mark_ids
 from edgemoe.text.sampling import Sampler, SamplingOptions
 from edgemoe.text.stream import StopStrings, TextStream
 from edgemoe.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from edgemoe.text.tokens import token_ids
 
 DEFAULT_CONTEXT = 4096
+MAX_PARALLEL = 256
 # A folder of a model's original weights is converted at this width when it is run.
 DEFAULT_BITS = 8
 CACHE_TYPES = ("f32", "f16", "q8_0")
@@ -108,6 +109,7 @@ def load(
     memory: str | int | None = None,
     threads: int | None = None,
     context: int | None = None,
+    parallel: int = 1,
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
     eviction: str = "next_use",
@@ -123,6 +125,8 @@ def load(
     memory: bytes, "8GB" (10^9), "6GiB" or "auto" (default): what the process may take in all.
     threads: default: the processors this process may use. context: positions of a sequence, default 4096 or what the
     model was made for, if that is less; 0 for all the model was made for.
+    parallel: sequences whose state is kept; each takes memory for the whole context. Any number of generations may run,
+    but where there are more of them than sequences, what one has computed is computed again when it goes on.
     cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
     eviction: which expert leaves memory first, one of EVICTION_POLICIES. prefetch: read the experts that the next layer
     will probably want while the disk is idle. Neither changes a bit of the result.
@@ -136,6 +140,7 @@ def load(
         memory=memory,
         threads=threads,
         context=context,
+        parallel=parallel,
         cache_type_k=cache_type_k,
         cache_type_v=cache_type_v,
         eviction=eviction,
@@ -169,6 +174,7 @@ class Model:
         memory: str | int | None = None,
         threads: int | None = None,
         context: int | None = None,
+        parallel: int = 1,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
         eviction: str = "next_use",
@@ -195,6 +201,8 @@ class Model:
         if not 1 <= threads <= 1024:
             raise OptionError(f"{threads} threads are not between 1 and 1024")
         self.threads = threads
+        if not 1 <= parallel <= MAX_PARALLEL:
+            raise OptionError(f"{parallel} sequences (parallel) are not between 1 and {MAX_PARALLEL}")
         for name in (cache_type_k, cache_type_v):
             if name not in CACHE_TYPES:
                 raise OptionError(f"cache type {name!r} is not one of {', '.join(CACHE_TYPES)}")
@@ -217,6 +225,7 @@ class Model:
         spec, index = self.spec.for_context(self.context).to_dict(), _engine_index(pack)
         options: dict[str, Any] = {
             "threads": threads,
+            "sequences": parallel,
             "context": self.context,
             "readers": DEFAULT_READERS,
             "cache_type_k": cache_type_k,
@@ -236,7 +245,7 @@ class Model:
             self._engine = Engine(_core.Engine(spec, index, options))
         except ValueError as error:  # what only the engine can know: EDGEMOE_ISA, sizes of tensors in the file
             raise OptionError(f"{path}: {error}") from error
-        self._sequences = Sequences(self._engine, self.budget.chunk)
+        self._sequences = Sequences(self._engine, parallel, self.budget.chunk)
         self._conversations = Conversations()
         self._last = Tally(0, {})  # of the generation that computed last
 
@@ -298,15 +307,17 @@ class Model:
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         **sampling: Any,
-    ) -> Iterator[Part]:
+    ) -> Answer:
         """As `chat`, in parts (kind, text): kind is "reasoning" for what the model thinks and "content" for its answer.
 
         reasoning_format: "auto" or "deepseek" to tell them apart; "none": all is content, with its marks.
         """
         check_format(reasoning_format)
         text = self._chat_prompt(messages, chat_template_kwargs)
-        splitter = ReasoningSplitter(text, reasoning_format)
-        return splitter.split(self._answer(text, max_tokens, stop, sampling))
+        return Answer(
+            self._answer(text, max_tokens, stop, sampling),
+            ReasoningSplitter(text, reasoning_format),
+        )
 
     def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> str:
         if self.tokenizer.chat_template is None:
@@ -439,12 +450,16 @@ class Model:
         """What the engine has counted since it was loaded (docs/architecture.md)."""
         return figures(self._engine.counters())
 
-    def stats(self) -> dict[str, float]:
-        """Figures of the generation that computed last (docs/architecture.md lists them); memory figures are of the
-        process. Where several run at once, a generation's own `result` says what is its own."""
-        last = self._last
-        self._sequences.settle(last.counters)
-        run = last.result()
+    @property
+    def last_result(self) -> GenerationResult:
+        """The result of the generation that computed last; where several run at once, ask the generation itself."""
+        self._sequences.settle(self._last.counters)
+        return self._last.result()
+
+    def stats(self, result: GenerationResult | None = None) -> dict[str, float]:
+        """Figures of a generation, of the one that computed last by default (docs/architecture.md lists them); those of
+        memory are of the process."""
+        run = self.last_result if result is None else result
         ttft = run.ttft_seconds or 0.0
         later_tokens = max(run.generated_tokens - 1, 0)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

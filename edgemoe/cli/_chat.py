@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +14,7 @@ from edgemoe.errors import ContextLengthError, EdgemoeError
 
 if TYPE_CHECKING:
     from edgemoe.model import Model
+    from edgemoe.serving.generation import Answer, Generation
 
 
 def converse(engine: Model, templated: bool, system_prompt: str | None, options: dict[str, Any], verbose: bool) -> None:
@@ -36,10 +36,8 @@ def converse(engine: Model, templated: bool, system_prompt: str | None, options:
         prompt = f"{written}\n{line}" if written else line
         writer = AnswerWriter()
         try:
-            if templated:
-                _speak(writer, engine.chat_parts(asked, **options))
-            else:
-                _speak(writer, (("content", piece) for piece in engine.generate(prompt, **options)))
+            generation = engine.chat_parts(asked, **options) if templated else engine.generate(prompt, **options)
+            _speak(writer, generation)
         except ContextLengthError as error:
             report_error(error)
             if messages != begin or written:
@@ -56,14 +54,13 @@ def converse(engine: Model, templated: bool, system_prompt: str | None, options:
         messages = [*asked, answer]
         written = prompt + writer.content
         if verbose:
-            print_counters(engine.stats())
+            print_counters(engine.stats(generation.result))
 
 
-def _speak(writer: AnswerWriter, parts: Iterator[tuple[str, str]]) -> None:
+def _speak(writer: AnswerWriter, generation: Answer | Generation) -> None:
     """Writes an answer as it comes, until its end or Ctrl-C."""
     try:
-        for kind, text in parts:
-            writer.write(kind, text)
+        writer.write_all(generation)
     except KeyboardInterrupt:
         note(" (stopped)")
     except EdgemoeError:

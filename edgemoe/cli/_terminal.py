@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,11 @@ class AnswerWriter:
             if not self._silent:
                 self._stop_thinking()
                 emit(text)
+
+    def write_all(self, pieces: Iterable[tuple[str, str] | str]) -> None:
+        """pieces: parts of an answer, (kind, text), or text that is all content."""
+        for piece in pieces:
+            self.write(*(("content", piece) if isinstance(piece, str) else piece))
 
     def finish(self, line: bool) -> None:
         """line: end the line that the answer ends in."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from edgemoe.text.named_templates import NAMED_TEMPLATES
 
 if TYPE_CHECKING:
     from edgemoe.model import Model
+    from edgemoe.serving.generation import Answer, Generation
 
 # Far more text than any context holds; it bounds what is read before the prompt is found to be too long.
 MAX_PROMPT = 16 * 1024**2
@@ -262,27 +262,27 @@ def _decode(data: bytes, where: str) -> str:
 
 def _start(
     engine: Model, templated: bool, system_prompt: str | None, text: str, options: dict[str, Any]
-) -> Iterator[tuple[str, str]]:
+) -> Answer | Generation:
     if not templated:
-        return (("content", piece) for piece in engine.generate(text, **options))
+        return engine.generate(text, **options)
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return engine.chat_parts([*system, {"role": "user", "content": text}], **options)
 
 
 def _answer(
-    parts: Iterator[tuple[str, str]], engine: Model, options: dict[str, Any], verbose: bool, as_json: bool
+    generation: Answer | Generation, engine: Model, options: dict[str, Any], verbose: bool, as_json: bool
 ) -> None:
     writer = AnswerWriter(silent=as_json)
-    for kind, text in parts:
-        writer.write(kind, text)
+    writer.write_all(generation)
+    result = generation.result
     if as_json:
         report: dict[str, Any] = {"text": writer.content}
         if writer.reasoning:
             report["reasoning_content"] = writer.reasoning
-        report |= {"stop_reason": engine.last_stop_reason, "seed": options["seed"], "stats": engine.stats()}
+        report |= {"stop_reason": result.finish_reason, "seed": options["seed"], "stats": engine.stats(result)}
         click.echo(json.dumps(report, ensure_ascii=False))
     else:
         writer.finish(line=sys.stdout.isatty())
     if verbose and not as_json:
-        note(f"stopped by {engine.last_stop_reason}, seed {options['seed']}")
-        print_counters(engine.stats())
+        note(f"stopped by {result.finish_reason}, seed {options['seed']}")
+        print_counters(engine.stats(result))

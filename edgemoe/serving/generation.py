@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from edgemoe.engine import Cancel, Cancelled
 from edgemoe.errors import EdgemoeError
 from edgemoe.serving.session import Sequences, Session
+from edgemoe.text.reasoning import Part, ReasoningSplitter
 from edgemoe.text.sampling import Sampler
 from edgemoe.text.stream import StopStrings, TextStream
+
+_BUSY = "another thread is in this generation"
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
     """What a generation has done, up to now or in all.
 
-    text: all of it so far. finish_reason: "eos" (the model ended it), "stop" (a stop string did), "length" (max_tokens,
-    or the context is full), "cancelled" (stop() or close()), "error"; empty while it is not finished.
-    prompt_tokens: of the prompt; computed_prompt_tokens: positions that were computed before the first token, less than
+    text: all of it so far. tokens: drawn for it, the one that ended it included.
+    finish_reason: "eos" (the model ended it), "stop" (a stop string did), "length" (max_tokens, or the context is
+    full), "cancelled" (stop() or close()), "error"; empty while it is not finished.
+    prompt_tokens: of the prompt. computed_prompt_tokens: positions that were computed before the first token, less than
     those of the prompt where a sequence held its beginning. computed_tokens: in all; more than were new where other
-    generations took the sequence meanwhile. generated_tokens: drawn, the one that ended the text included.
+    generations took the sequence meanwhile.
     ttft_seconds: from the first call to the first token, None before it. seconds: from the first token to the last.
     counters: what the engine counted from the begin of this generation's steps on (docs/architecture.md).
     """
 
     text: str
+    tokens: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
     computed_prompt_tokens: int
     computed_tokens: int
-    generated_tokens: int
     ttft_seconds: float | None
     seconds: float
     counters: dict[str, float]
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(slots=True)
@@ -46,21 +54,21 @@ class Tally:
     prompt_tokens: int
     counters: dict[str, float]
     pieces: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
     computed_prompt_tokens: int = 0
     computed_tokens: int = 0
-    generated_tokens: int = 0
     ttft_seconds: float | None = None
     seconds: float = 0.0
 
     def result(self) -> GenerationResult:
         return GenerationResult(
             "".join(self.pieces),
+            tuple(self.tokens),
             self.finish_reason,
             self.prompt_tokens,
             self.computed_prompt_tokens,
             self.computed_tokens,
-            self.generated_tokens,
             self.ttft_seconds,
             self.seconds,
             dict(self.counters),
@@ -112,15 +120,19 @@ class Request:
             raise
 
     def finish(self, reason: str) -> None:
-        """It will not go on; the first reason counts."""
+        """It will not go on; the first reason counts. Waits for nothing: it is also called by the garbage collector."""
         if not self.tally.finish_reason:
             self.tally.finish_reason = reason
         self.session.done = True
 
+    def _end(self, reason: str) -> None:
+        self.finish(reason)
+        self.sequences.wake()
+
     def _run(self) -> Iterator[str]:
         session, tally, stops, sampler = self.session, self.tally, self._stops, self._sampler
         reason, begin, first = "length", time.perf_counter(), 0.0
-        while self._max_tokens is None or tally.generated_tokens < self._max_tokens:
+        while self._max_tokens is None or len(tally.tokens) < self._max_tokens:
             self._on_step(tally)
             try:
                 logits = self.sequences.next_logits(session, self.cancel)
@@ -134,7 +146,7 @@ class Request:
                 first = now
                 tally.ttft_seconds = now - begin
                 tally.computed_prompt_tokens = session.computed
-            tally.generated_tokens += 1
+            tally.tokens.append(token)
             tally.seconds = now - first
             if token in self._end_ids:
                 reason = "eos"
@@ -142,7 +154,7 @@ class Request:
             session.tokens.append(token)
             piece, stopped = stops.push(self._stream.push(token))
             if stopped:
-                self.finish("stop")
+                self._end("stop")
             if piece:
                 tally.pieces.append(piece)
                 yield piece
@@ -158,7 +170,7 @@ class Request:
             piece += stops.finish()
         if piece:
             tally.pieces.append(piece)
-        self.finish("stop" if stopped else reason)
+        self._end("stop" if stopped else reason)
         if not stopped:
             self._on_text("".join(tally.pieces), session.tokens)
         if piece:
@@ -185,7 +197,7 @@ class Generation:
         """The next piece of text. Raises ReadError, and EdgemoeError when the model is closed or another thread is in
         this generation."""
         if not self._busy.acquire(blocking=False):
-            raise EdgemoeError("another thread is in this generation")
+            raise EdgemoeError(_BUSY)
         try:
             if self._closed:
                 raise StopIteration
@@ -218,6 +230,7 @@ class Generation:
                 self._request.finish("cancelled")
             finally:
                 self._busy.release()
+            self._request.sequences.wake()
 
     @property
     def result(self) -> GenerationResult:
@@ -226,6 +239,57 @@ class Generation:
         return self._request.tally.result()
 
     def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Answer:
+    """An answer in parts (kind, text), thoughts told from content, as they come. Otherwise as a `Generation`.
+
+    generation: whose text it takes apart; its result has all of the text, with the marks around the thoughts.
+    """
+
+    def __init__(self, generation: Generation, splitter: ReasoningSplitter) -> None:
+        self.generation = generation
+        self._splitter = splitter
+        self._ready: deque[Part] = deque()
+        self._ended = False
+        self._busy = threading.Lock()
+
+    def __iter__(self) -> Answer:
+        return self
+
+    def __next__(self) -> Part:
+        """The next part. Raises as `Generation`."""
+        if not self._busy.acquire(blocking=False):
+            raise EdgemoeError(_BUSY)
+        try:
+            while not self._ready and not self._ended:
+                piece = next(self.generation, None)
+                self._ended = piece is None
+                self._ready.extend(self._splitter.finish() if piece is None else self._splitter.push(piece))
+            if not self._ready:
+                raise StopIteration
+            return self._ready.popleft()
+        finally:
+            self._busy.release()
+
+    @property
+    def result(self) -> GenerationResult:
+        """As `Generation.result`."""
+        return self.generation.result
+
+    def stop(self) -> None:
+        """As `Generation.stop`."""
+        self.generation.stop()
+
+    def close(self) -> None:
+        """As `Generation.close`, except that parts which were told apart already still come."""
+        self.generation.close()
+
+    def __enter__(self) -> Answer:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -75,11 +75,12 @@ class Sequences:
     order in which they came.
     """
 
-    def __init__(self, engine: Engine, chunk: int) -> None:
+    def __init__(self, engine: Engine, count: int, chunk: int) -> None:
+        """count: of sequences, which the engine must have room for. chunk: tokens of one pass."""
         self._trace: tuple[TraceWriter, str] | None = None
         self._engine = engine
         self._chunk = chunk
-        self._sequences = [_Sequence(0)]
+        self._sequences = [_Sequence(0), *(_Sequence(engine.add_sequence()) for _ in range(count - 1))]
         self._stepped = threading.Condition(engine.lock)
         self._turns = 0
         # Appended to before the lock is asked for: who comes back for the next step must see who waits already.
@@ -90,6 +91,14 @@ class Sequences:
     def check_open(self) -> None:
         """Raises EdgemoeError if the model is closed."""
         self._engine.check_open()
+
+    def wake(self) -> None:
+        """To be called when a session is done: who waits for its sequence need not wait until it seems to pause."""
+        if self._engine.lock.acquire(blocking=False):  # otherwise a step is under way, whose end wakes them
+            try:
+                self._stepped.notify_all()
+            finally:
+                self._engine.lock.release()
 
     def next_logits(self, session: Session, cancel: Cancel | None = None) -> NDArray[np.float32]:
         """float32 [vocab] after the session's tokens, of which only what no sequence holds for it is computed.
@@ -177,7 +186,7 @@ class Sequences:
             now = time.monotonic()
             if next((other for other in list(self._waiting) if self._choices(other, now)), None) is session:
                 break
-            # Woken up after every step; pauses and ends of sessions wake nobody up.
+            # Woken up after every step; when a session pauses, or is dropped, nobody is.
             self._stepped.wait(PAUSE)
         self._leave(session)
         sequence = self._choose(session, self._choices(session, now))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ class Tokenizer:
         self.name = name
         self.chat_template = chat_template
         self._backend = backend
+        self._encoding = threading.Lock()  # how special tokens are taken is the backend's, not a call's
         backend.no_truncation()
         backend.no_padding()
         self._special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
@@ -189,11 +191,12 @@ class Tokenizer:
             before = text[-1:] or before
 
     def _encode(self, text: str, parse_special: bool = True, add_special: bool = False) -> list[int]:
-        self._backend.encode_special_tokens = not parse_special
-        try:
-            return self._backend.encode(text, add_special_tokens=add_special).ids
-        except BaseException as error:
-            raise _failure(error, f"{self.name}: encoding failed") from None
+        with self._encoding:
+            self._backend.encode_special_tokens = not parse_special
+            try:
+                return self._backend.encode(text, add_special_tokens=add_special).ids
+            except BaseException as error:
+                raise _failure(error, f"{self.name}: encoding failed") from None
 
     def _begin_of_text(self, add_bos: Any) -> tuple[int, ...]:
         """What goes in front of a text: a setting in the configuration, otherwise the post-processor's habit (whose

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -25,12 +26,22 @@ from edgemoe.text.named_templates import NAMED_TEMPLATES
 WORDS = [" there", " was", " a", " cat", "."]
 
 
+class FakeGeneration:
+    """Pieces that come, and a result."""
+
+    def __init__(self, pieces: Iterator[Any]) -> None:
+        self.pieces = pieces
+        self.result = types.SimpleNamespace(finish_reason="eos")
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.pieces
+
+
 class FakeModel:
     """Answers with five words and remembers what it was asked."""
 
     def __init__(self, template: str | None = None) -> None:
         self.tokenizer = types.SimpleNamespace(chat_template=template, use_chat_template=self.use_chat_template)
-        self.last_stop_reason = "eos"
         self.asked: list[Any] = []
         self.options: dict[str, Any] = {}
         self.loaded: tuple[Any, dict[str, Any]] = (None, {})
@@ -46,14 +57,15 @@ class FakeModel:
         progress(1, 2)
         return self
 
-    def generate(self, prompt: Any, **options: Any) -> Iterator[str]:
+    def generate(self, prompt: Any, **options: Any) -> FakeGeneration:
         self.asked.append(prompt)
         self.options = options
-        return self._words()
+        return FakeGeneration(self._words())
 
-    def chat_parts(self, messages: Any, **options: Any) -> Iterator[tuple[str, str]]:
-        yield from (("reasoning", thought) for thought in self.thoughts)
-        yield from (("content", word) for word in self.generate(messages, **options))
+    def chat_parts(self, messages: Any, **options: Any) -> FakeGeneration:
+        thoughts = [("reasoning", thought) for thought in self.thoughts]
+        words = self.generate(messages, **options)
+        return FakeGeneration(itertools.chain(thoughts, (("content", word) for word in words)))
 
     def use_chat_template(self, source: str) -> None:
         self.tokenizer.chat_template = source
@@ -64,7 +76,7 @@ class FakeModel:
                 raise self.failure
             yield word
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, result: Any = None) -> dict[str, Any]:
         return {"prompt_tokens": 3, "hit_rate": 0.5, "bytes_read": 2_000_000, "ttft_ms": 1.25, "generation_tps": 7.0}
 
     def __enter__(self) -> FakeModel:
@@ -470,7 +482,7 @@ def test_a_full_context_begins_anew(converse: Callable[..., None], capsys: pytes
     model = FakeModel("T")
     chat = model.chat_parts
 
-    def limited(messages: list[Any], **options: Any) -> Iterator[tuple[str, str]]:
+    def limited(messages: list[Any], **options: Any) -> FakeGeneration:
         if len(messages) > 2:
             raise ContextLengthError("a prompt of 99 tokens")
         return chat(messages, **options)

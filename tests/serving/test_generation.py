@@ -99,7 +99,7 @@ def test_close_waits_for_no_generation(model: edgemoe.Model) -> None:
 
 
 def test_close_ends_a_pass_that_is_under_way(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path) -> None:
-    convert(tiny_qwen3_moe(num_hidden_layers=40, max_position_embeddings=30_000), tmp_path / "deep.emoe", 8)
+    convert(tiny_qwen3_moe(num_hidden_layers=8, max_position_embeddings=30_000), tmp_path / "deep.emoe", 8)
     model = edgemoe.load(tmp_path / "deep.emoe", threads=1, context=30_000)
     begun, failures = threading.Event(), []
 

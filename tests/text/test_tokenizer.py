@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +246,24 @@ def test_spellings(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
     assert sentencepiece.spelling(cat) == b" cat" and sentencepiece.spelling(1) == b"<s>"
     ids = byte_level.encode("Äpfel 🙂")
     assert b"".join(byte_level.spelling(token) for token in ids).decode() == "Äpfel 🙂"
+
+
+def test_threads_do_not_mix_up_what_special_tokens_are(tiny_tokenizer: bytes) -> None:
+    """Whether the backend takes special tokens as text is a switch of its own, not an argument."""
+    tokenizer = Tokenizer.from_files(tiny_tokenizer)
+    real = tokenizer._backend
+
+    class Slow:
+        """Gives other threads time between the switch and the call."""
+
+        def __setattr__(self, name: str, value: object) -> None:
+            setattr(real, name, value)
+            time.sleep(0.01)
+
+        def encode(self, text: str, add_special_tokens: bool) -> object:
+            return real.encode(text, add_special_tokens=add_special_tokens)
+
+    tokenizer._backend = Slow()  # type: ignore[assignment]
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(lambda number: tokenizer.encode("<|endoftext|>", parse_special=number % 2 == 0), range(12)))
+    assert [found == [0] for found in ids] == [True, False] * 6
