@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgemoe.families import TensorSource
+from edgemoe.families._common import grouped_attention, mixture_layers, model
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, LAYER, GgufNames, layers_used
 from edgemoe.families._names import ATTENTION, Names, flat, gated
@@ -76,16 +77,10 @@ def gated_delta_spec(c: Config, family: str, *, fused: bool, tied: bool) -> Mode
     Every norm but that of the linear attention's heads is zero-centred.
     """
     c.require(hidden_act="silu", attention_bias=False, attn_output_gate=True, quantization_config=None)
-    hidden, heads, layers = c.integer("hidden_size"), c.integer("num_attention_heads"), c.layers()
+    layers = c.layers()
     head_dim = c.integer("head_dim", default=256, most=1 << 14)
-    attention = AttentionSpec(
-        kind="full",
-        heads=heads,
-        kv_heads=c.integer("num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        value_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=c.rope(head_dim, partial=0.25, types=("default", "yarn")),
+    attention = replace(
+        grouped_attention(c, head_dim, c.rope(head_dim, partial=0.25, types=("default", "yarn"))),
         qk_norm="head",
         output_gate=True,
     )
@@ -103,12 +98,10 @@ def gated_delta_spec(c: Config, family: str, *, fused: bool, tied: bool) -> Mode
     interval = c.integer("full_attention_interval", default=4)
     kinds = c.choices("layer_types", _KINDS, layers)
     kinds = kinds or [_LINEAR if (number + 1) % interval else _FULL for number in range(layers)]
-    dense_layers = c.integers("mlp_only_layers")
-    sparse_step = c.integer("decoder_sparse_step", default=1)
 
-    def layer(number: int) -> LayerSpec:
-        mixer = attention if kinds[number] == _FULL else recurrence
-        if number in dense_layers or (number + 1) % sparse_step:
+    def layer(kind: str, mixture: bool) -> LayerSpec:
+        mixer = attention if kind == _FULL else recurrence
+        if not mixture:
             return LayerSpec(mixer, ffn_dim=c.integer("intermediate_size"))
         return LayerSpec(
             mixer,
@@ -120,16 +113,8 @@ def gated_delta_spec(c: Config, family: str, *, fused: bool, tied: bool) -> Mode
             shared_gate=True,
         )
 
-    return ModelSpec(
-        family=family,
-        vocab_size=c.integer("vocab_size"),
-        hidden_size=hidden,
-        context=c.integer("max_position_embeddings", most=1 << 30),
-        layers=tuple(layer(number) for number in range(layers)),
-        norm_epsilon=c.number("rms_norm_eps", default=1e-6),
-        norm_offset=1.0,
-        tied_embeddings=tied,
-    )
+    mixed = [layer(kind, mixture) for kind, mixture in zip(kinds, mixture_layers(c), strict=True)]
+    return replace(model(c, family, mixed, norm_epsilon=1e-6), norm_offset=1.0, tied_embeddings=tied)
 
 
 def gated_delta_sources(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from edgemoe.families import TensorSource, deepseek_v3
+from edgemoe.families._common import model
 from edgemoe.families._config import Config
 from edgemoe.families._latent import (
     GGUF,
@@ -55,15 +56,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         shared_dim=expert_dim * c.integer("n_shared_experts", default=2, most=1 << 10),
     )
     dense_layers = c.integer("first_k_dense_replace", default=0, least=0)
-    return ModelSpec(
-        family=MODEL_TYPE,
-        vocab_size=c.integer("vocab_size"),
-        hidden_size=c.integer("hidden_size"),
-        context=c.integer("max_position_embeddings", most=1 << 30),
-        layers=tuple(dense if number < dense_layers else mixture for number in range(c.layers())),
-        norm_epsilon=c.number("rms_norm_eps", default=1e-6),
-        tied_embeddings=c.flag("tie_word_embeddings", default=False),
-    )
+    layers = [dense if number < dense_layers else mixture for number in range(c.layers())]
+    return model(c, MODEL_TYPE, layers, norm_epsilon=1e-6)
 
 
 def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str]) -> dict[str, TensorSource]:

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from edgemoe.families import TensorSource
+from edgemoe.families import TensorSource, _common
+from edgemoe.families._common import sigmoid_router
 from edgemoe.families._config import Config
 from edgemoe.families._latent import gguf_configuration, latent_attention, latent_gguf_sources, latent_sources
-from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
+from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec
 
 MODEL_TYPE = "deepseek_v3"
 GGUF_ARCHITECTURE = None  # deepseek_v2's, which tells them apart
@@ -27,32 +28,16 @@ def model(c: Config, attention: AttentionSpec, dense: list[bool], family: str, w
     """A model of this router. dense: which layers are; weight_scale: its default."""
     c.require(hidden_act="silu", topk_method="noaux_tc", scoring_func="sigmoid", quantization_config=None)
     expert_dim = c.integer("moe_intermediate_size")
-    router = RouterSpec(
-        scores="sigmoid",
-        renormalize=c.flag("norm_topk_prob", default=True),
-        renormalize_epsilon=1e-20,
-        selection_bias=True,
-        groups=c.integer("n_group", default=1),
-        groups_kept=c.integer("topk_group", default=1),
-        weight_scale=c.number("routed_scaling_factor", default=weight_scale),
-    )
     mixture = LayerSpec(
         attention,
         ffn_dim=expert_dim,
         experts=c.integer("n_routed_experts", "num_local_experts"),
         top_k=c.integer("num_experts_per_tok"),
-        router=router,
+        router=sigmoid_router(c, weight_scale),
         shared_dim=expert_dim * c.integer("n_shared_experts", default=1, most=1 << 10),
     )
-    return ModelSpec(
-        family=family,
-        vocab_size=c.integer("vocab_size"),
-        hidden_size=c.integer("hidden_size"),
-        context=c.integer("max_position_embeddings", most=1 << 30),
-        layers=tuple(LayerSpec(attention, ffn_dim=c.integer("intermediate_size")) if d else mixture for d in dense),
-        norm_epsilon=c.number("rms_norm_eps", default=1e-6),
-        tied_embeddings=c.flag("tie_word_embeddings", default=False),
-    )
+    layers = [LayerSpec(attention, ffn_dim=c.integer("intermediate_size")) if d else mixture for d in dense]
+    return _common.model(c, family, layers, norm_epsilon=1e-6)
 
 
 def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str]) -> dict[str, TensorSource]:

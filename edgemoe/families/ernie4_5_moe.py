@@ -4,13 +4,15 @@ the choice, shared experts, some dense layers."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgemoe.families import TensorSource
+from edgemoe.families._common import grouped_attention, head_size, model
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, GgufNames
 from edgemoe.families._names import ATTENTION, MODEL, Names, gated
-from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
+from edgemoe.spec import LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "ernie4_5_moe"
 
@@ -49,21 +51,14 @@ GGUF_ARCHITECTURE = _GGUF.architecture
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     c = Config(config, MODEL_TYPE)
     c.require(hidden_act="silu", quantization_config=None)
-    hidden, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
-    head_dim = c.integer("head_dim", default=max(1, hidden // heads), most=1 << 14)
+    head_dim = head_size(c)
     bias = c.flag("use_bias", default=False)
-    attention = AttentionSpec(
-        kind="full",
-        heads=heads,
-        kv_heads=c.integer("num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        value_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=c.rope(head_dim, 500000.0, interleaved=True),
+    attention = replace(
+        grouped_attention(c, head_dim, c.rope(head_dim, 500000.0, interleaved=True)),
         bias=bias,
         output_bias=bias,
     )
-    expert_dim, layers = c.integer("moe_intermediate_size"), c.layers()
+    expert_dim = c.integer("moe_intermediate_size")
     dense = LayerSpec(attention, ffn_dim=c.integer("intermediate_size"), ffn_bias=bias)
     shared = c.integer("moe_num_shared_experts", default=2, least=0, most=1 << 10)
     mixture = LayerSpec(
@@ -87,16 +82,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         inside = first <= number and (last == -1 or number <= last)
         return mixture if inside and (number + 1) % step == 0 else dense
 
-    return ModelSpec(
-        family=MODEL_TYPE,
-        vocab_size=c.integer("vocab_size"),
-        hidden_size=hidden,
-        context=c.integer("max_position_embeddings", most=1 << 30),
-        layers=tuple(layer(number) for number in range(layers)),
-        norm_epsilon=c.number("rms_norm_eps", default=1e-5),
-        tied_embeddings=c.flag("tie_word_embeddings", default=True),
-        head_bias=bias,
-    )
+    layers = [layer(number) for number in range(c.layers())]
+    return replace(model(c, MODEL_TYPE, layers, norm_epsilon=1e-5, tied=True), head_bias=bias)
 
 
 def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str]) -> dict[str, TensorSource]:

@@ -8,14 +8,16 @@ a float type. GGUF files have gates and ups apart.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgemoe.errors import UnsupportedModelError
 from edgemoe.families import TensorSource
+from edgemoe.families._common import grouped_attention, model
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
 from edgemoe.families._names import ATTENTION, MODEL
-from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
+from edgemoe.spec import LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "gpt_oss"
 
@@ -57,7 +59,6 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         method = c.part("quantization_config").text("quant_method", "")
         if method != "mxfp4":
             raise UnsupportedModelError(f"{MODEL_TYPE}: quant_method = {method!r} is not supported (only 'mxfp4' is)")
-    hidden, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
     head_dim = c.integer("head_dim", default=64, most=1 << 14)
     bias = c.flag("attention_bias", default=True)
     window, layers = c.integer("sliding_window", default=128, most=1 << 30), c.layers()
@@ -65,14 +66,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
 
     def layer(kind: str) -> LayerSpec:
         return LayerSpec(
-            AttentionSpec(
-                kind="full",
-                heads=heads,
-                kv_heads=c.integer("num_key_value_heads", default=heads),
-                head_dim=head_dim,
-                value_dim=head_dim,
-                scale=head_dim**-0.5,
-                rope=c.rope(head_dim, 150000.0, types=("default", "yarn")),
+            replace(
+                grouped_attention(c, head_dim, c.rope(head_dim, 150000.0, types=("default", "yarn"))),
                 window=window if kind == "sliding_attention" else None,
                 sinks=True,
                 bias=bias,
@@ -88,15 +83,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
             swiglu_limit=c.number("swiglu_limit", default=7.0),
         )
 
-    return ModelSpec(
-        family=MODEL_TYPE,
-        vocab_size=c.integer("vocab_size"),
-        hidden_size=hidden,
-        context=c.integer("max_position_embeddings", default=131072, most=1 << 30),
-        layers=tuple(layer(kind) for kind in kinds),
-        norm_epsilon=c.number("rms_norm_eps", default=1e-5),
-        tied_embeddings=c.flag("tie_word_embeddings", default=False),
-    )
+    return model(c, MODEL_TYPE, [layer(kind) for kind in kinds], norm_epsilon=1e-5, context=131072)
 
 
 def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str]) -> dict[str, TensorSource]:

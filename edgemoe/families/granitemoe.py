@@ -7,13 +7,15 @@ GGUF files have query and key rows in such an order that neighbours are a rotary
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgemoe.families import TensorSource
+from edgemoe.families._common import grouped_attention, head_size, model
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, GgufNames
 from edgemoe.families._names import ATTENTION, Names
-from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
+from edgemoe.spec import LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "granitemoe"
 
@@ -50,17 +52,12 @@ GGUF_ARCHITECTURE = _GGUF.architecture
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     c = Config(config, MODEL_TYPE)
     c.require(hidden_act="silu", quantization_config=None)
-    hidden, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
-    head_dim = c.integer("head_dim", default=max(1, hidden // heads), most=1 << 14)
+    head_dim = head_size(c)
     bias = c.flag("attention_bias", default=False)
-    attention = AttentionSpec(
-        kind="full",
-        heads=heads,
-        kv_heads=c.integer("num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        value_dim=head_dim,
+    rope = c.rope(head_dim, interleaved=c.flag("rope_interleaved", default=False))
+    attention = replace(
+        grouped_attention(c, head_dim, rope),
         scale=c.number("attention_multiplier", default=1.0),
-        rope=c.rope(head_dim, interleaved=c.flag("rope_interleaved", default=False)),
         bias=bias,
         output_bias=bias,
     )
@@ -71,14 +68,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         top_k=c.integer("num_experts_per_tok"),
         router=RouterSpec(scores="softmax_topk", renormalize=False),
     )
-    return ModelSpec(
-        family=MODEL_TYPE,
-        vocab_size=c.integer("vocab_size"),
-        hidden_size=hidden,
-        context=c.integer("max_position_embeddings", most=1 << 30),
-        layers=(layer,) * c.layers(),
-        norm_epsilon=c.number("rms_norm_eps", default=1e-6),
-        tied_embeddings=c.flag("tie_word_embeddings", default=False),
+    return replace(
+        model(c, MODEL_TYPE, [layer] * c.layers(), norm_epsilon=1e-6),
         embedding_multiplier=c.number("embedding_multiplier", default=1.0),
         residual_multiplier=c.number("residual_multiplier", default=1.0),
         logits_divisor=c.number("logits_scaling", default=1.0),

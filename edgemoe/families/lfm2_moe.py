@@ -4,9 +4,11 @@ norms; sigmoid router with a bias for the choice, dense first layers."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgemoe.families import TensorSource
+from edgemoe.families._common import grouped_attention, head_size
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
 from edgemoe.families._names import MODEL, Names, flat
@@ -64,19 +66,9 @@ GGUF_ARCHITECTURE = _GGUF.architecture
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     c = Config(config, MODEL_TYPE)
-    hidden, heads, layers = c.integer("hidden_size"), c.integer("num_attention_heads"), c.layers()
-    head_dim = c.integer("head_dim", default=max(1, hidden // heads), most=1 << 14)
+    hidden, head_dim, layers = c.integer("hidden_size"), head_size(c), c.layers()
     c.require(conv_bias=False, quantization_config=None, rotary_dim=head_dim)
-    attention = AttentionSpec(
-        kind="full",
-        heads=heads,
-        kv_heads=c.integer("num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        value_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=c.rope(head_dim, default_theta=1e6),
-        qk_norm="head",
-    )
+    attention = replace(grouped_attention(c, head_dim, c.rope(head_dim, 1e6)), qk_norm="head")
     convolution = AttentionSpec(
         kind="short_conv",
         heads=1,

@@ -7,13 +7,15 @@ name without experts are not of this family.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgemoe.families import TensorSource
+from edgemoe.families._common import grouped_attention, head_size, model, window
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, GgufNames
 from edgemoe.families._names import ATTENTION, MIXTRAL_EXPERTS, Names
-from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
+from edgemoe.spec import LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "mixtral"
 
@@ -43,18 +45,9 @@ GGUF_ARCHITECTURE = _GGUF.architecture
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     c = Config(config, MODEL_TYPE)
     c.require(hidden_act="silu", quantization_config=None)
-    hidden, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
-    head_dim = c.integer("head_dim", default=max(1, hidden // heads), most=1 << 14)
-    attention = AttentionSpec(
-        kind="full",
-        heads=heads,
-        kv_heads=c.integer("num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        value_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=c.rope(head_dim, 1e6, interleaved=c.flag("rope_interleaved", default=False)),
-        window=c.integer("sliding_window", most=1 << 30) if c.has("sliding_window") else None,
-    )
+    head_dim = head_size(c)
+    rope = c.rope(head_dim, 1e6, interleaved=c.flag("rope_interleaved", default=False))
+    attention = replace(grouped_attention(c, head_dim, rope), window=window(c))
     layer = LayerSpec(
         attention,
         ffn_dim=c.integer("intermediate_size"),
@@ -62,15 +55,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         top_k=c.integer("num_experts_per_tok", default=2),
         router=RouterSpec(renormalize=True),
     )
-    return ModelSpec(
-        family=MODEL_TYPE,
-        vocab_size=c.integer("vocab_size"),
-        hidden_size=hidden,
-        context=c.integer("max_position_embeddings", most=1 << 30),
-        layers=(layer,) * c.layers(),
-        norm_epsilon=c.number("rms_norm_eps", default=1e-5),
-        tied_embeddings=c.flag("tie_word_embeddings", default=False),
-    )
+    return model(c, MODEL_TYPE, [layer] * c.layers(), norm_epsilon=1e-5)
 
 
 def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str]) -> dict[str, TensorSource]:

@@ -9,13 +9,15 @@ not the configuration's short_mscale and long_mscale): they are taken to be thos
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgemoe.families import TensorSource
+from edgemoe.families._common import grouped_attention, head_size, model, window
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
 from edgemoe.families._names import ATTENTION, MIXTRAL_EXPERTS, MODEL, Names
-from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
+from edgemoe.spec import LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "phimoe"
 
@@ -62,18 +64,11 @@ GGUF_VALUES = _GGUF.known
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     c = Config(config, MODEL_TYPE)
     c.require(hidden_act="silu", quantization_config=None)
-    hidden, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
-    head_dim = c.integer("head_dim", default=max(1, hidden // heads), most=1 << 14)
+    head_dim = head_size(c)
     bias = c.flag("attention_bias", default=False)
-    attention = AttentionSpec(
-        kind="full",
-        heads=heads,
-        kv_heads=c.integer("num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        value_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=c.rope(head_dim, 1e6, types=("default", "longrope")),
-        window=c.integer("sliding_window", most=1 << 30) if c.has("sliding_window") else None,
+    attention = replace(
+        grouped_attention(c, head_dim, c.rope(head_dim, 1e6, types=("default", "longrope"))),
+        window=window(c),
         bias=bias,
         output_bias=bias,
     )
@@ -88,15 +83,9 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
             mask_threshold=2 * c.number("router_jitter_noise", default=0.01),
         ),
     )
-    return ModelSpec(
-        family=MODEL_TYPE,
-        vocab_size=c.integer("vocab_size"),
-        hidden_size=hidden,
-        context=c.integer("max_position_embeddings", most=1 << 30),
-        layers=(layer,) * c.layers(),
-        norm_epsilon=c.number("rms_norm_eps", default=1e-5),
+    return replace(
+        model(c, MODEL_TYPE, [layer] * c.layers(), norm_epsilon=1e-5),
         norm="layer",
-        tied_embeddings=c.flag("tie_word_embeddings", default=False),
         head_bias=c.flag("lm_head_bias", default=False),
     )
 

@@ -4,13 +4,15 @@ softmax router, no shared expert. Some layers may be dense."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgemoe.families import TensorSource
+from edgemoe.families._common import grouped_attention, head_size, mixture_layers, model
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, GgufNames
 from edgemoe.families._names import ATTENTION, Names, gated
-from edgemoe.spec import MAX_LAYERS, AttentionSpec, LayerSpec, ModelSpec, RouterSpec
+from edgemoe.spec import LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "qwen3_moe"
 
@@ -41,24 +43,13 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         shared_expert_intermediate_size=0,
         quantization_config=None,
     )
-    hidden, heads = c.integer("hidden_size"), c.integer("num_attention_heads")
-    head_dim = c.integer("head_dim", default=max(1, hidden // heads), most=1 << 14)
-    attention = AttentionSpec(
-        kind="full",
-        heads=heads,
-        kv_heads=c.integer("num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        value_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=c.rope(head_dim, types=("default", "linear", "yarn")),
-        qk_norm="head",
-    )
-    dense_layers = c.integers("mlp_only_layers")
-    sparse_step = c.integer("decoder_sparse_step", default=1)
+    head_dim = head_size(c)
+    rope = c.rope(head_dim, types=("default", "linear", "yarn"))
+    attention = replace(grouped_attention(c, head_dim, rope), qk_norm="head")
     experts = c.integer("num_experts", "num_local_experts", least=0)
 
-    def layer(number: int) -> LayerSpec:
-        if not experts or number in dense_layers or (number + 1) % sparse_step:
+    def layer(mixture: bool) -> LayerSpec:
+        if not mixture or not experts:
             return LayerSpec(attention, ffn_dim=c.integer("intermediate_size"))
         return LayerSpec(
             attention,
@@ -68,15 +59,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
             router=RouterSpec(renormalize=c.flag("norm_topk_prob", default=False)),
         )
 
-    return ModelSpec(
-        family=MODEL_TYPE,
-        vocab_size=c.integer("vocab_size"),
-        hidden_size=hidden,
-        context=c.integer("max_position_embeddings", most=1 << 30),
-        layers=tuple(layer(number) for number in range(c.integer("num_hidden_layers", most=MAX_LAYERS))),
-        norm_epsilon=c.number("rms_norm_eps", default=1e-6),
-        tied_embeddings=c.flag("tie_word_embeddings", default=False),
-    )
+    return model(c, MODEL_TYPE, [layer(mixture) for mixture in mixture_layers(c)], norm_epsilon=1e-6)
 
 
 def tensor_sources(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str]) -> dict[str, TensorSource]:
