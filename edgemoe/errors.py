@@ -3,6 +3,13 @@
 Every message names the file, the tensor or section, and the wrong number.
 """
 
+from __future__ import annotations
+
+import reprlib
+
+QUOTED = 80
+"""Characters of a value that a message quotes at most."""
+
 
 class EdgemoeError(Exception):
     """Base of every error that edgemoe raises on purpose; the command line prints it on one line."""
@@ -51,3 +58,18 @@ class ThreadError(EdgemoeError):
 
 class TraceError(EdgemoeError):
     """A routing trace is missing, truncated, or not one."""
+
+
+def quote(value: object) -> str:
+    """What a message says of a value from a file: its `repr`, on one line and cut, however large the value is."""
+    if isinstance(value, (bytes, bytearray)):
+        value = value[:QUOTED]
+    text = " ".join(_REPR.repr(value).split())
+    return text if len(text) <= QUOTED else text[: QUOTED - 3] + "..."
+
+
+# Bounds what is written out before it is cut.
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = _REPR.maxfrozenset = 20
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = QUOTED

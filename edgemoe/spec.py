@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgemoe.errors import UnsupportedModelError
+from edgemoe.errors import UnsupportedModelError, quote
 
 MAX_DIMENSION = 1 << 24
 MAX_LAYERS = 1024
@@ -372,11 +372,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _decode(options[0], value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) > MAX_DIMENSION:
-            raise UnsupportedModelError(f"{where}: a list was expected, not {_short(value)}")
+            raise UnsupportedModelError(f"{where}: a list was expected, not {quote(value)}")
         return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise UnsupportedModelError(f"{where}: a map was expected, not {_short(value)}")
+            raise UnsupportedModelError(f"{where}: a map was expected, not {quote(value)}")
         hints = typing.get_type_hints(kind)
         arguments_by_name: dict[str, Any] = {}
         for field in dataclasses.fields(kind):
@@ -388,13 +388,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UnsupportedModelError(f"{where}: {kind.__name__} was expected, not {_short(value)}")
+        raise UnsupportedModelError(f"{where}: {kind.__name__} was expected, not {quote(value)}")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 _FULL = ("qk_norm", "window", "sinks", "bias", "value_norm", "values_are_keys", "clip_qkv", "output_gate")
@@ -448,7 +443,8 @@ def _validate(spec: ModelSpec) -> None:
             raise UnsupportedModelError(f"{spec.family}: {message}")
 
     def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-        require(value in known, f"{name} = {value!r} is not supported (known: {', '.join(known)})")
+        if value not in known:
+            require(False, f"{name} = {quote(value)} is not supported (known: {', '.join(known)})")
 
     def size(name: str, value: int, limit: int = MAX_DIMENSION) -> None:
         require(1 <= value <= limit, f"{name} = {value} is not between 1 and {limit}")
@@ -458,7 +454,8 @@ def _validate(spec: ModelSpec) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(holder)}
         for name in names:
             value = getattr(holder, name)
-            require(value == defaults[name], f"{where}{name} = {value!r} is not supported")
+            if value != defaults[name]:
+                require(False, f"{where}{name} = {quote(value)} is not supported")
 
     size("vocab_size", spec.vocab_size)
     size("hidden_size", spec.hidden_size)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from edgemoe.errors import UnsupportedModelError
+from edgemoe.errors import UnsupportedModelError, quote
 from edgemoe.spec import ModelSpec
 
 
@@ -94,7 +94,7 @@ def family_for(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises UnsupportedModelError that names the known ones."""
     model_type, known = config.get("model_type"), family_names()
     if model_type not in known:
-        raise UnsupportedModelError(f"model_type = {model_type!r} is not supported (known: {', '.join(known)})")
+        raise UnsupportedModelError(f"model_type = {quote(model_type)} is not supported (known: {', '.join(known)})")
     return _family(str(model_type))
 
 
@@ -105,7 +105,7 @@ def gguf_family_for(metadata: Mapping[str, Any]) -> Family:
     families.pop(None, None)
     if not isinstance(architecture, str) or architecture not in families:
         known = ", ".join(sorted(filter(None, families)))
-        raise UnsupportedModelError(f"general.architecture = {architecture!r:.80} is not supported (known: {known})")
+        raise UnsupportedModelError(f"general.architecture = {quote(architecture)} is not supported (known: {known})")
     return families[architecture]
 
 

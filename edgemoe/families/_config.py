@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from edgemoe.errors import SourceError, UnsupportedModelError
+from edgemoe.errors import SourceError, UnsupportedModelError, quote
 from edgemoe.spec import MAX_DIMENSION, MAX_LAYERS, RopeSpec
 
 
@@ -21,27 +21,29 @@ class Config:
         """The first of `names` that is present; without a default one must be."""
         name, value = self._find(names, default)
         if type(value) is not int or not least <= value <= most:
-            raise UnsupportedModelError(f"{self._family}: {name} = {value!r} is not a number from {least} to {most}")
+            raise UnsupportedModelError(
+                f"{self._family}: {name} = {quote(value)} is not a number from {least} to {most}"
+            )
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:
         """A positive finite number."""
         name, value = self._find(names, default)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise UnsupportedModelError(f"{self._family}: {name} = {value!r} is not a positive number")
+            raise UnsupportedModelError(f"{self._family}: {name} = {quote(value)} is not a positive number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         _, value = self._find((name,), default)
         if type(value) is not bool:
-            raise UnsupportedModelError(f"{self._family}: {name} = {value!r} is not true or false")
+            raise UnsupportedModelError(f"{self._family}: {name} = {quote(value)} is not true or false")
         return value
 
     def integers(self, name: str) -> list[int]:
         """A list of numbers, empty if absent."""
         _, value = self._find((name,), [])
         if not isinstance(value, list) or any(type(item) is not int for item in value):
-            raise UnsupportedModelError(f"{self._family}: {name} = {_short(value)} is not a list of numbers")
+            raise UnsupportedModelError(f"{self._family}: {name} = {quote(value)} is not a list of numbers")
         return value
 
     def require(self, **expected: object) -> None:
@@ -50,12 +52,12 @@ class Config:
             value = self._values.get(name)
             if value is not None and value != wanted:
                 only = "" if wanted is None else f" (only {wanted!r} is)"
-                raise UnsupportedModelError(f"{self._family}: {name} = {_short(value)} is not supported{only}")
+                raise UnsupportedModelError(f"{self._family}: {name} = {quote(value)} is not supported{only}")
 
     def text(self, name: str, default: str) -> str:
         _, value = self._find((name,), default)
         if not isinstance(value, str):
-            raise UnsupportedModelError(f"{self._family}: {name} = {_short(value)} is not a name")
+            raise UnsupportedModelError(f"{self._family}: {name} = {quote(value)} is not a name")
         return value
 
     def numbers(self, name: str) -> list[float]:
@@ -64,18 +66,18 @@ class Config:
         if not isinstance(value, list) or any(
             type(item) not in (int, float) or not 0 < item < math.inf for item in value
         ):
-            raise UnsupportedModelError(f"{self._family}: {name} = {_short(value)} is not a list of positive numbers")
+            raise UnsupportedModelError(f"{self._family}: {name} = {quote(value)} is not a list of positive numbers")
         return [float(item) for item in value]
 
     def choices(self, name: str, known: tuple[str, ...], count: int) -> list[str]:
         """A list of `count` names, each one of `known`; empty if absent."""
         _, value = self._find((name,), [])
         if not isinstance(value, list) or len(value) not in (0, count):
-            raise UnsupportedModelError(f"{self._family}: {name} = {_short(value)} is not a list of {count} names")
+            raise UnsupportedModelError(f"{self._family}: {name} = {quote(value)} is not a list of {count} names")
         for item in value:
             if item not in known:
                 raise UnsupportedModelError(
-                    f"{self._family}: {name}: {_short(item)} is not supported (known: {', '.join(known)})"
+                    f"{self._family}: {name}: {quote(item)} is not supported (known: {', '.join(known)})"
                 )
         return value
 
@@ -83,14 +85,14 @@ class Config:
         """A map within the configuration; an empty one if absent."""
         _, value = self._find((name,), {})
         if not isinstance(value, Mapping):
-            raise UnsupportedModelError(f"{self._family}: {name} = {_short(value)} is not a map")
+            raise UnsupportedModelError(f"{self._family}: {name} = {quote(value)} is not a map")
         return Config(value, f"{self._family}: {name}")
 
     def allow(self, *names: str) -> None:
         """Refuses everything else that is present."""
         for name, value in self._values.items():
             if value is not None and name not in names:
-                raise UnsupportedModelError(f"{self._family}: {name} = {_short(value)} is not supported")
+                raise UnsupportedModelError(f"{self._family}: {name} = {quote(value)} is not supported")
 
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
@@ -135,7 +137,7 @@ class Config:
             kind = scaling.text(name, kind)
             if kind not in types:
                 only = f"only {', '.join(map(repr, types))} {'is' if len(types) == 1 else 'are'}"
-                raise UnsupportedModelError(f"{scaling._family}: {name} = {kind!r} is not supported ({only})")
+                raise UnsupportedModelError(f"{scaling._family}: {name} = {quote(kind)} is not supported ({only})")
         if kind == "proportional":  # the angles of the whole head, the last of them zero
             turning = int(partial * head_dim // 2)
             angles = [theta ** (-2 * pair / head_dim) for pair in range(turning)]
@@ -219,8 +221,3 @@ def _longrope(scaling: Config, plain: tuple[float, ...], context: int, original:
         scaling.number("long_mscale", default=attention_factor),
         original,
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.errors import SourceError, UnsupportedModelError
+from edgemoe.errors import SourceError, UnsupportedModelError, quote
 from edgemoe.families import TensorSource
 from edgemoe.families._names import first_of, stacked
 from edgemoe.spec import MAX_LAYERS, ModelSpec
@@ -129,7 +129,7 @@ class GgufNames:
             known |= set(_SCALING.values())
         elif rope != "none":
             only = ", ".join(("none", *self.scaling))
-            raise UnsupportedModelError(f"{prefix}rope.scaling.type = {_short(rope)} is not supported (only {only})")
+            raise UnsupportedModelError(f"{prefix}rope.scaling.type = {quote(rope)} is not supported (only {only})")
         else:
             config.pop("rope_scaling", None)
         heads = values.get("attention.key_length")
@@ -146,9 +146,9 @@ class GgufNames:
                 continue
             if key in allowed:
                 if allowed[key] and value not in allowed[key]:
-                    raise UnsupportedModelError(f"{prefix}{key} = {_short(value)} is not supported")
+                    raise UnsupportedModelError(f"{prefix}{key} = {quote(value)} is not supported")
             elif key.startswith(_MEANINGFUL):
-                raise UnsupportedModelError(f"{prefix}{key} = {_short(value)} is not supported")
+                raise UnsupportedModelError(f"{prefix}{key} = {quote(value)} is not supported")
         for name, key in self.config.items():
             if key in values:
                 config[name] = values[key] if name in self.per_layer else _single(prefix + key, values[key])
@@ -186,7 +186,7 @@ class GgufNames:
                 continue
             if name not in used and (_layer(name) < len(spec.layers) or name.startswith("rope_")):
                 raise UnsupportedModelError(
-                    f"tensor {_short(name)} is not part of {self.architecture} as it is known here"
+                    f"tensor {quote(name)} is not part of {self.architecture} as it is known here"
                 )
         return sources
 
@@ -223,10 +223,5 @@ def _single(key: str, value: Any) -> Any:
     if not isinstance(value, list):
         return value
     if not value or any(item != value[0] for item in value):
-        raise UnsupportedModelError(f"{key} = {_short(value)}: layers that differ are not supported")
+        raise UnsupportedModelError(f"{key} = {quote(value)}: layers that differ are not supported")
     return value[0]
-
-
-def _short(value: object) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."

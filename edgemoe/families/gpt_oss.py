@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemoe.errors import UnsupportedModelError
+from edgemoe.errors import UnsupportedModelError, quote
 from edgemoe.families import TensorSource
 from edgemoe.families._common import grouped_attention, model
 from edgemoe.families._config import Config
@@ -58,7 +58,9 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     if c.has("quantization_config"):
         method = c.part("quantization_config").text("quant_method", "")
         if method != "mxfp4":
-            raise UnsupportedModelError(f"{MODEL_TYPE}: quant_method = {method!r} is not supported (only 'mxfp4' is)")
+            raise UnsupportedModelError(
+                f"{MODEL_TYPE}: quant_method = {quote(method)} is not supported (only 'mxfp4' is)"
+            )
     head_dim = c.integer("head_dim", default=64, most=1 << 14)
     bias = c.flag("attention_bias", default=True)
     window, layers = c.integer("sliding_window", default=128, most=1 << 30), c.layers()

@@ -14,7 +14,7 @@ import msgpack  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgemoe.errors import TraceError
+from edgemoe.errors import TraceError, quote
 
 VERSION = 1
 
@@ -373,11 +373,13 @@ def _check_header(header: Any, file: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or "version" not in header or "experts" not in header:
         raise TraceError(f"{file}: not a routing trace")
     if header["version"] != VERSION:
-        raise TraceError(f"{file}: a trace of version {header['version']!r}; version {VERSION} is what is read here")
+        raise TraceError(
+            f"{file}: a trace of version {quote(header['version'])}; version {VERSION} is what is read here"
+        )
     experts, top_k, layers = header["experts"], header.get("top_k"), header.get("layers")
     for name, counts in (("experts", experts), ("top_k", top_k)):
         if not isinstance(counts, list) or len(counts) != layers or any(type(count) is not int for count in counts):
-            raise TraceError(f"{file}: {name} is not a list of a number for each of the {layers!r} layers")
+            raise TraceError(f"{file}: {name} is not a list of a number for each of the {quote(layers)} layers")
     assert isinstance(top_k, list)
     if len(experts) > MAX_LAYERS or not any(experts):
         raise TraceError(f"{file}: {len(experts)} layers of which {sum(map(bool, experts))} have experts")
@@ -398,9 +400,9 @@ def _check_record(
         raise TraceError(f"{file}: token {token}: not a record of {4 + predictions} fields")
     part, position = record[0], record[1]
     if type(part) is not int or not 0 <= part < parts:
-        raise TraceError(f"{file}: token {token}: part {part!r} of {parts}")
+        raise TraceError(f"{file}: token {token}: part {quote(part)} of {parts}")
     if type(position) is not int or not 0 <= position < 1 << 31:
-        raise TraceError(f"{file}: token {token}: position {position!r}")
+        raise TraceError(f"{file}: token {token}: position {quote(position)}")
     for name, blob in (("expert ids", record[2]), ("weights", record[3]), ("predictions", record[-1])):
         if not isinstance(blob, bytes):
             raise TraceError(f"{file}: token {token}: {name} are not bytes")

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from edgemoe.errors import SourceError, TokenizerError
+from edgemoe.errors import SourceError, TokenizerError, quote
 from edgemoe.text.tokenizer import Tokenizer
 
 SPACE = "\u2581"
@@ -271,7 +271,7 @@ class _Reader:
         ids = {token: number for number, token in enumerate(tokens)}
         if len(ids) != len(tokens):
             number, token = next((i, token) for i, token in enumerate(tokens) if ids[token] != i)
-            raise self._error(f"tokenizer.ggml.tokens[{number}] = {_short(token)} appears twice")
+            raise self._error(f"tokenizer.ggml.tokens[{number}] = {quote(token)} appears twice")
         bos_ids, eos_ids = self._special_ids(ids)
         pre, unknown = self._pre(), self._special("unknown", len(tokens))
         add_bos = True
@@ -284,7 +284,7 @@ class _Reader:
             backend = self._byte_level(ids, _PRE_TOKENIZERS[pre])
         else:
             known = ", ".join(pre_tokenizer_names())
-            raise self._error(f"tokenizer.ggml.pre = {_short(pre)} is not supported (known: {known})")
+            raise self._error(f"tokenizer.ggml.pre = {quote(pre)} is not supported (known: {known})")
         if pre not in _SENTENCEPIECE_BPE:  # early files of Gemma 4 say false, which is wrong
             add_bos = self._get("add_bos_token", bool, add_bos)
 
@@ -314,7 +314,7 @@ class _Reader:
     def _model(self) -> str:
         model: str = self._get("model", str)
         if model not in ("gpt2", "llama", "gemma4"):
-            raise self._error(f"tokenizer.ggml.model = {_short(model)} is not supported (known: gemma4, gpt2, llama)")
+            raise self._error(f"tokenizer.ggml.model = {quote(model)} is not supported (known: gemma4, gpt2, llama)")
         return model
 
     def _pre(self) -> str:
@@ -329,7 +329,7 @@ class _Reader:
         if value is None:
             raise self._error(f"tokenizer.ggml.{key} is missing")
         if type(value) is not kind:
-            raise self._error(f"tokenizer.ggml.{key} = {_short(value)} is not of type {kind.__name__}")
+            raise self._error(f"tokenizer.ggml.{key} = {quote(value)} is not of type {kind.__name__}")
         return value
 
     def _strings(self, key: str) -> Sequence[str]:
@@ -466,7 +466,7 @@ class _Reader:
             left, right = merge[:space], merge[space + 1 :]
             if space < 0 or left not in ids or right not in ids or left + right not in ids:
                 raise self._error(
-                    f"tokenizer.ggml.merges[{number}] = {_short(merge)} does not join two tokens to a third"
+                    f"tokenizer.ggml.merges[{number}] = {quote(merge)} does not join two tokens to a third"
                 )
             merges.append((left, right))
         return merges
@@ -502,8 +502,3 @@ class _Reader:
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise self._error(f"the vocabulary cannot be used: {error}") from None
             raise
-
-
-def _short(value: object) -> str:
-    text = repr(value[:80] if isinstance(value, str) else value)
-    return text if len(text) <= 80 else text[:77] + "..."
