@@ -249,7 +249,7 @@ class Backend {
     // Logits [count, vocabulary] of x [count, hidden], into host memory.
     virtual void head(const Head& head, ConstFloats x, int count, float* logits) = 0;
 
-    // What a buffer holds, in host memory, until the next operation.
+    // What a buffer holds, in host memory, until the next operation that is not a read().
     virtual std::span<const float> read(ConstFloats buffer, size_t count) = 0;
     virtual std::span<const int32_t> read(Buffer<const int32_t> buffer, size_t count) = 0;
     virtual void write(std::span<const int32_t> values, Buffer<int32_t> buffer) = 0;

@@ -59,9 +59,13 @@ struct EngineCounters {
 class Pass;
 class Weights;
 
+// Makes what computes the passes, with room for so much. `sizes` refers to facts of the model that stay.
+using MakeBackend = std::function<std::unique_ptr<Backend>(const EngineOptions& options, const BackendSizes& sizes)>;
+
 class Engine {
   public:
-    Engine(ModelSpec spec, PackIndex index, EngineOptions options);
+    // Without `make_backend` the CPU computes.
+    Engine(ModelSpec spec, PackIndex index, EngineOptions options, const MakeBackend& make_backend = {});
     ~Engine();
 
     static MemoryPlan plan(const ModelSpec& spec, const PackIndex& index, const EngineOptions& options);

@@ -33,11 +33,14 @@ MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const Eng
     return plan;
 }
 
-Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options)
+Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options, const MakeBackend& make_backend)
     : spec_(std::move(spec)), index_(std::move(index)), options_(std::move(options)) {
-    const Kernels& kernels = select_kernels(options_.isa);
+    const BackendSizes sizes = Pass::backend_sizes(spec_, options_.chunk);
+    if (make_backend)
+        backend_ = make_backend(options_, sizes);
+    else
+        backend_ = std::make_unique<CpuBackend>(select_kernels(options_.isa), options_.threads, sizes);
     for (const std::string& path : index_.files) files_.push_back(std::make_unique<DirectFile>(path));
-    backend_ = std::make_unique<CpuBackend>(kernels, options_.threads, Pass::backend_sizes(spec_, options_.chunk));
     weights_ = std::make_unique<Weights>(index_, files_);
     if (!index_.experts.empty()) store_ = std::make_unique<ExpertStore>(index_, files_, options_.store);
     pass_ = std::make_unique<Pass>(Pass::Setting{spec_, index_, options_.key_type, options_.value_type, options_.chunk},
