@@ -51,7 +51,7 @@ from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.formats.gguf import is_gguf  # noqa: E402
 from edgemoe.formats.gguf_index import GgufSource, build_index  # noqa: E402
 from edgemoe.formats.pack import BLOCK, Extent, Pack  # noqa: E402
-from edgemoe.model import default_cache_dir  # noqa: E402
+from edgemoe.model_files import default_cache_dir  # noqa: E402
 from edgemoe.profiling import read_trace  # noqa: E402
 
 MB = 1e6

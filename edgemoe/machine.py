@@ -15,7 +15,6 @@ import psutil
 
 from edgemoe import _core
 from edgemoe.memory import cgroup_headroom, format_size
-from edgemoe.model import default_cache_dir
 
 BLOCK_SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes of a read
 DEPTHS = (1, 2, 4, 8)  # reads under way at once
@@ -82,23 +81,22 @@ class Machine:
         return max(self.disk, key=lambda speed: speed.bytes_per_second, default=None)
 
 
-def examine(*, folder: Path | None = None, measure: bool = True, announce: Announce | None = None) -> Machine:
+def examine(folder: Path, *, measure: bool = True, announce: Announce | None = None) -> Machine:
     """Looks at the machine; takes a few seconds where it measures, and leaves nothing behind.
 
-    folder: where models lie (default: the cache folder). measure: bandwidths too. announce: gets what is done next.
+    folder: where models lie. measure: bandwidths too. announce: gets what is done next.
     """
     say = announce or (lambda _: None)
     machine = _processor()
     _memory(machine)
-    place = folder or default_cache_dir()
-    machine.cache_folder = str(place)
-    usable = _cache_folder(machine, place)
+    machine.cache_folder = str(folder)
+    usable = _cache_folder(machine, folder)
     if measure:
         say("measuring memory")
         _memory_bandwidth(machine)
         if usable:
-            say(f"measuring the disk under {place}")
-            _disk(machine, place)
+            say(f"measuring the disk under {folder}")
+            _disk(machine, folder)
     return machine
 
 

@@ -22,7 +22,8 @@ from edgemoe.errors import OptionError, ReadError
 from edgemoe.formats.layouts import packed_size
 from edgemoe.formats.pack import Pack
 from edgemoe.memory import Budget, plan_budget
-from edgemoe.model import EVICTION_POLICIES, Model, bundled_model
+from edgemoe.model import EVICTION_POLICIES, Model
+from edgemoe.model_files import bundled_model
 
 TOKENS = np.random.default_rng(8).integers(0, 320, 24).tolist()
 LAYERS, EXPERTS, TOP_K = 3, 12, 3

@@ -19,7 +19,8 @@ import edgemoe
 import edgemoe.model
 from edgemoe.convert import convert
 from edgemoe.memory import Budget, plan_budget
-from edgemoe.model import EVICTION_POLICIES, bundled_model
+from edgemoe.model import EVICTION_POLICIES
+from edgemoe.model_files import bundled_model
 
 TOKENS = np.random.default_rng(8).integers(0, 320, 40).tolist()
 READS = ("sections_read", "bytes_read")

@@ -34,9 +34,10 @@ def command(folder: Path | None, no_measure: bool, as_json: bool) -> int:
     must be mended.
     """
     from edgemoe.machine import examine
+    from edgemoe.model_files import default_cache_dir
 
     machine = examine(
-        folder=folder,
+        folder or default_cache_dir(),
         measure=not no_measure,
         announce=None if as_json else lambda text: click.echo(f"{text} ...", err=True),
     )

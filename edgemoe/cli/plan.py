@@ -68,7 +68,7 @@ def command(
     number that would do where the model cannot fit.
     """
     from edgemoe.memory import parse_size
-    from edgemoe.model import bundled_model
+    from edgemoe.model_files import bundled_model, default_cache_dir
     from edgemoe.planning import plan_model
     from edgemoe.profiling import read_trace
 
@@ -86,7 +86,7 @@ def command(
     if len(speeds) < 2:
         from edgemoe.machine import examine
 
-        machine = examine(announce=lambda text: click.echo(f"{text} ...", err=True))
+        machine = examine(default_cache_dir(), announce=lambda text: click.echo(f"{text} ...", err=True))
         if machine.best_disk:
             speeds.setdefault("disk", int(machine.best_disk.bytes_per_second))
         if machine.memory_bandwidth:

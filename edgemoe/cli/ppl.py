@@ -100,7 +100,7 @@ def _number(value: float) -> float | None:
 def _model_context(model: str | None) -> int:
     """How many positions the model was made for."""
     from edgemoe.formats.pack import Pack
-    from edgemoe.model import resolve
+    from edgemoe.model_files import resolve
 
     with progress_bar("converting") as advance:
         return int(Pack.open(resolve(model, announce=note, progress=advance)).spec.context)

@@ -33,7 +33,7 @@ def command(model: Path | None, as_json: bool) -> None:
     Only the index or the headers are read, no weights.
     """
     from edgemoe.formats.gguf import is_gguf
-    from edgemoe.model import bundled_model
+    from edgemoe.model_files import bundled_model
 
     path = model or bundled_model()
     facts = _folder_facts(path) if path.is_dir() else _gguf_facts(path) if is_gguf(path) else _pack_facts(path)

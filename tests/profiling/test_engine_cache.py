@@ -9,7 +9,8 @@ import pytest
 
 import edgemoe
 from edgemoe.formats.pack import Pack
-from edgemoe.model import Model, bundled_model
+from edgemoe.model import Model
+from edgemoe.model_files import bundled_model
 from edgemoe.profiling import read_trace
 from edgemoe.profiling.simulate import simulate_engine
 
