@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from edgemoe.processors import usable_processors
 
 
 def machine() -> dict[str, Any]:
@@ -18,7 +19,7 @@ def machine() -> dict[str, Any]:
     memory = next((int(line.split()[1]) * 1024 for line in read("/proc/meminfo") if line.startswith("MemTotal")), 0)
     return {
         "processor": model or platform.processor(),
-        "processors": len(os.sched_getaffinity(0)),
+        "processors": usable_processors(),
         "memory": memory,
         "system": platform.platform(),
         "python": platform.python_version(),

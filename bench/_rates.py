@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from bench import _command
 from bench._machine import machine, peer_version, say
 from edgemoe import _core
 from edgemoe.formats.gguf_index import GgufSource, build_index
@@ -101,18 +102,15 @@ def subject(options: argparse.Namespace) -> Iterator[Path]:
         yield path
 
 
-def parser(name: str, description: str, tokens: int) -> argparse.ArgumentParser:
+def parser(name: str, description: str | None, tokens: int) -> argparse.ArgumentParser:
     """The options that the three benchmarks have."""
-    result = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
+    result = _command.parser(name, description)
     result.add_argument("--model", type=Path, help="a GGUF file; it stays (default: a synthetic one is made)")
     result.add_argument("--layers", type=int, default=12, help="of the synthetic model (default: 12)")
     result.add_argument("--tokens", type=int, default=tokens, help=f"default: {tokens}")
     result.add_argument("--repetitions", type=int, default=5, help="rounds (default: 5)")
-    result.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all processors")
     result.add_argument("--peer-python", help="an interpreter that has xllamacpp")
     result.add_argument("--work", type=Path, help="folder for the synthetic model (default: this one)")
-    result.add_argument("--json", type=Path, help="write the results here")
-    result.add_argument("--markdown", type=Path, help="write the report here too")
     return result
 
 
@@ -178,9 +176,4 @@ def preface(options: argparse.Namespace, path: Path, before: float) -> list[str]
 
 
 def publish(options: argparse.Namespace, lines: Sequence[str], results: Mapping[str, Any]) -> None:
-    text = "\n".join(lines) + "\n"
-    print(text, end="")
-    if options.markdown:
-        options.markdown.write_text(text)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    _command.publish(options, "\n".join(lines) + "\n", {"machine": machine(), **results})

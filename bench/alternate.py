@@ -44,6 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from bench._cage import drop_cache  # noqa: E402
+from bench._command import parser as command_line  # noqa: E402
+from bench._command import publish  # noqa: E402
 from bench._machine import machine, say  # noqa: E402
 from edgemoe.convert import convert  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
@@ -190,7 +192,7 @@ def commit(checkout: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.alternate", description=(__doc__ or "").splitlines()[0])
+    parser = command_line("alternate", __doc__)
     parser.add_argument("old", type=Path, metavar="OLD_CHECKOUT")
     parser.add_argument("new", type=Path, metavar="NEW_CHECKOUT")
     parser.add_argument("--models", type=Path, metavar="DIR", help="where models are kept (default: a new folder)")
@@ -198,9 +200,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="default: 15")
     parser.add_argument("--only", default="", metavar="TEXT", help="measurements whose names contain it")
     parser.add_argument("--changed", action="store_true", help="what is computed may differ")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all processors")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(argv)
     options.old, options.new = options.old.resolve(), options.new.resolve()
     if options.rounds < 1:
@@ -239,12 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for one in found
         ],
     }
-    text = table(result)
-    print(text, end="")
-    if options.markdown:
-        options.markdown.write_text(text)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(options, table(result), result)
 
 
 if __name__ == "__main__":

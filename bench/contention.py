@@ -37,7 +37,7 @@ def busy_loop() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    options = parser("contention", __doc__.splitlines()[0], 64)
+    options = parser("contention", __doc__, 64)
     options.set_defaults(layers=4)
     options = parse(options, argv)
     beside: dict[str, list[float]] = {}

@@ -40,7 +40,7 @@ from edgemoe.errors import EdgemoeError
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    options = parse(parser("decode", __doc__.splitlines()[0], 128), argv)
+    options = parse(parser("decode", __doc__, 128), argv)
     try:
         with subject(options) as path:
             before = busy()

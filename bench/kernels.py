@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
+from bench import _command  # noqa: E402
 from bench._machine import machine, peer_version, say  # noqa: E402
 from bench._rates import OURS, QUIET, busy, contenders, publish, read_bandwidth  # noqa: E402
 from edgemoe import _core  # noqa: E402
@@ -125,18 +125,15 @@ def onnx_version(python: str | None) -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     isas = [str(isa) for isa in _core.kernels.available_isas() if isa != "scalar"]
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
+    parser = _command.parser("kernels", __doc__)
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help=f"default: {','.join(LAYOUTS)}")
     parser.add_argument("--isas", default=",".join(isas), help="default: all that this processor has but scalar")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement (default: 0.5)")
     parser.add_argument("--memory", type=int, default=256 << 20, help="bytes at one token (default: 256 MiB)")
     parser.add_argument("--layers", type=int, default=4, help="of the expert layer's model; 0: none (default: 4)")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of the expert layer (default: 5)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all processors")
     parser.add_argument("--peer-python", help="an interpreter that has xllamacpp, onnxruntime and onnx")
     parser.add_argument("--work", type=Path, help="folder for the expert layer's model (default: this one)")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--markdown", type=Path, help="write the report here too")
     options = parser.parse_args(argv)
     options.layouts, options.isas = options.layouts.split(","), options.isas.split(",")
     for name, known in (("layouts", LAYOUTS), ("isas", isas)):

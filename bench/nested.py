@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -35,9 +33,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 import edgemoe  # noqa: E402
-from bench._cage import Cage, drop_cache, run  # noqa: E402
+from bench._cage import drop_cache  # noqa: E402
+from bench._command import Children, can_cage, percentages, publish  # noqa: E402
+from bench._command import parser as command_line  # noqa: E402
 from bench._machine import machine, say  # noqa: E402
-from bench.offload import SLACK, seconds_per_token  # noqa: E402
+from bench.offload import limit_of, seconds_per_token  # noqa: E402
 from edgemoe.convert import convert  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.quantize.calibration import HELD_OUT  # noqa: E402
@@ -55,18 +55,7 @@ TEXT = "The old man looked at the sea and"
 class Bench:
     def __init__(self, options: argparse.Namespace, caged: bool) -> None:
         self.options = options
-        self.caged = caged
-        self.context = options.prompt_tokens + options.tokens + 8
-        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-
-    def job(self, name: str, cage: int | None = None, **options: Any) -> dict[str, Any]:
-        """A child of bench/_ours.py, in a cage of so many bytes if that is given. Raises SystemExit if it fails."""
-        options |= {"job": name, "threads": self.options.threads, "context": self.context}
-        command = [sys.executable, str(ROOT / "bench" / "_ours.py"), json.dumps(options)]
-        outcome = run(command, cage, caged=self.caged and cage is not None, environment=self.environment)
-        if outcome.report is None:
-            raise SystemExit(f"nested: {name}: {outcome.error}")
-        return outcome.report
+        self.children = Children("nested", options.threads, options.prompt_tokens + options.tokens + 8, caged)
 
     def perplexities(self, pack: Path) -> list[dict[str, Any]]:
         """Of each mode, on both texts."""
@@ -82,22 +71,23 @@ class Bench:
         return texts
 
     def speeds(self, nested: Path, rival: Path, folder: Path) -> list[dict[str, Any]]:
-        plan = self.job("plan", path=str(rival))
-        everything = plan["rest"] + plan["experts"] * plan["slot"] + SLACK
+        plan = self.children.job("plan", path=str(rival))
         count = self.options.prompt_tokens + self.options.tokens
-        tokens = self.job("sequence", path=str(rival), text=TEXT, tokens=count, trace=str(folder / "trace"))["tokens"]
+        tokens = self.children.job("sequence", path=str(rival), text=TEXT, tokens=count, trace=str(folder / "trace"))[
+            "tokens"
+        ]
         prompt, rest = tokens[: self.options.prompt_tokens], tokens[self.options.prompt_tokens :]
         contenders = [(RIVAL, rival, "exact"), *((mode, nested, mode) for mode in MODES)]
         rows = []
         for percent in self.options.limits:
-            limit = everything - int((1 - percent / 100) * plan["experts"]) * plan["slot"]
+            limit = limit_of(plan, percent)
             reports: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in contenders}
             for number in range(self.options.rounds):
                 for name, path, quality in contenders[:: -1 if number % 2 else 1]:
                     drop_cache(path)
                     how = {"path": str(path), "memory": limit, "eviction": "next_use", "prefetch": True}
                     how |= {"prompt": prompt, "tokens": rest, "quality": quality}
-                    reports[name].append(self.job("decode", cage=limit, **how))
+                    reports[name].append(self.children.job("decode", cage=limit, **how))
                     rate = 1 / seconds_per_token(reports[name][-1])
                     say(f"  {percent:g} %, round {number + 1}, {name}: {rate:.2f} tok/s")
             for name, found in reports.items():
@@ -158,28 +148,19 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.nested", description=__doc__.splitlines()[0])
+    parser = command_line("nested", __doc__)
     parser.add_argument("folder", type=Path, help="Hugging Face folder of a trained Qwen3-MoE")
     parser.add_argument("--text", type=Path, required=True, help="of which perplexity is measured, too")
     parser.add_argument("--text-tokens", type=int, default=131072, help="of each text, at most (default: 131072)")
     parser.add_argument("--hidden-times", type=int, default=8)
     parser.add_argument("--ffn-times", type=int, default=16)
-    parser.add_argument("--limits", default="25,50", help="percentages of the experts (default: 25,50)")
+    parser.add_argument("--limits", type=percentages, default="25,50", help="of the experts (default: 25,50)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, help="folder for large files, on the disk to measure (default: a new one)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(argv)
-    options.limits = [float(limit) for limit in options.limits.split(",")]
-    try:
-        with Cage.create(None):
-            caged = True
-    except OSError as error:
-        say(f"runs are not caged: {error}")
-        caged = False
+    caged = can_cage()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=options.work or Path.cwd())))
         small, nested, rival = folder / "small.emoe", folder / "nested.emoe", folder / "one-width.emoe"
@@ -202,12 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "rival_bytes": rival.stat().st_size,
             "rows": rows,
         }
-    text = table(result)
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(options, table(result), result)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import signal
 import statistics
@@ -43,7 +42,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from bench._bounds import belady_misses, lru_misses  # noqa: E402
-from bench._cage import Cage, Outcome, drop_cache, readahead, run  # noqa: E402
+from bench._cage import Outcome, drop_cache, readahead, run  # noqa: E402
+from bench._command import Children, can_cage, percentages, publish  # noqa: E402
+from bench._command import parser as command_line  # noqa: E402
 from bench._disk import random_read_bandwidth  # noqa: E402
 from bench._machine import machine, peer_version, say  # noqa: E402
 from edgemoe.disk import reading_threads  # noqa: E402
@@ -100,7 +101,7 @@ class Bench:
         self.options = options
         self.caged = caged
         self.context = options.prompt_tokens + options.tokens + 8
-        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        self.children = Children("offload", options.threads, self.context, caged)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Everything about one model, as it goes into the JSON file."""
@@ -108,17 +109,15 @@ class Bench:
         sections = [index.sections[numbers[0]] for layer in index.experts.values() for numbers in layer.sections]
         extents = [extent for section in sections for extent in section.extents]
         size = sum(extent.length for extent in sections[0].extents)
-        plan = self._job("plan", path=str(subject.pack))
-        everything = plan["rest"] + plan["experts"] * plan["slot"] + SLACK
+        plan = self.children.job("plan", path=str(subject.pack))
         say(
             f"{subject.name}: {subject.pack.stat().st_size / 1e9:.2f} GB, {plan['experts']} experts of "
-            f"{size / MIB:.2f} MiB, {plan['top_k']} per token; everything fits into {everything / 1e9:.2f} GB"
+            f"{size / MIB:.2f} MiB, {plan['top_k']} per token; everything fits into {limit_of(plan, 100) / 1e9:.2f} GB"
         )
         trace = Path(self.options.work) / "trace.msgpack"
         try:
-            sequence = self._job("sequence", path=str(subject.pack), text=TEXT, tokens=self._tokens, trace=str(trace))[
-                "tokens"
-            ]
+            asked = {"path": str(subject.pack), "text": TEXT, "tokens": self._tokens, "trace": str(trace)}
+            sequence = self.children.job("sequence", **asked)["tokens"]
             groups, first = decode_groups(trace, plan["layer_experts"], self.options.prompt_tokens, self._tokens)
         finally:
             trace.unlink(missing_ok=True)
@@ -135,7 +134,7 @@ class Bench:
         resident: dict[str, Any] | None = None
         # Everything held comes first: its time per token is half of the roofline of the others.
         for percent in sorted(self.options.limits, reverse=True):
-            limit = everything - int((1 - percent / 100) * plan["experts"]) * plan["slot"]
+            limit = limit_of(plan, percent)
             row = self._row(subject, percent, limit, sequence, extents)
             report = row.ours.report
             if percent == 100 and report:
@@ -159,17 +158,6 @@ class Bench:
     def _tokens(self) -> int:
         return int(self.options.prompt_tokens + self.options.tokens)
 
-    def _job(self, job: str, **options: Any) -> dict[str, Any]:
-        """A child of ours outside of any cage. Raises SystemExit if it fails."""
-        outcome = run(self._ours(job, **options), None, caged=False, environment=self.environment)
-        if outcome.report is None:
-            raise SystemExit(f"offload: {job}: {outcome.error}")
-        return outcome.report
-
-    def _ours(self, job: str, **options: Any) -> list[str]:
-        options |= {"job": job, "threads": self.options.threads, "context": self.context}
-        return [sys.executable, str(ROOT / "bench" / "_ours.py"), json.dumps(options)]
-
     def _row(self, subject: Subject, percent: float, limit: int, sequence: list[int], extents: list[Extent]) -> Row:
         prompt, tokens = sequence[: self.options.prompt_tokens], sequence[self.options.prompt_tokens :]
         work = {"path": str(subject.pack), "memory": limit, "prompt": prompt, "tokens": tokens}
@@ -178,8 +166,7 @@ class Bench:
 
         def ours(**how: Any) -> Outcome:
             drop_cache(subject.pack)
-            command = self._ours("decode", **work, **how)
-            return run(command, cage, caged=self.caged, environment=self.environment)
+            return self.children.outcome("decode", cage, caged=True, **work, **how)
 
         drop_cache(subject.pack)
         busy = psutil.cpu_percent(interval=2.0)
@@ -303,6 +290,12 @@ class Bench:
         }
 
 
+def limit_of(plan: dict[str, Any], percent: float) -> int:
+    """Bytes that hold so many percent of the experts. plan: the report of that job."""
+    everything = plan["rest"] + plan["experts"] * plan["slot"] + SLACK
+    return int(everything - int((1 - percent / 100) * plan["experts"]) * plan["slot"])
+
+
 def seconds_per_token(report: dict[str, Any]) -> float:
     """The mean: a token that waits for the disk counts in full."""
     return statistics.fmean(report["token_seconds"])
@@ -368,17 +361,18 @@ def clean(found: Sequence[Subject]) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.offload", description=__doc__.splitlines()[0])
+    parser = command_line("offload", __doc__)
     parser.add_argument("--work", type=Path, help="folder for large files, on the disk to measure (default: a new one)")
     parser.add_argument("--synthetic", type=int, metavar="LAYERS", help="a model of Qwen3-30B-A3B's layers; 23: 8.2 GB")
     parser.add_argument("--inflate", type=Path, metavar="FOLDER", help="a trained small model, widened")
     parser.add_argument("--hidden-times", type=int, default=16, help="for --inflate (default: 16)")
     parser.add_argument("--ffn-times", type=int, default=40, help="for --inflate (default: 40)")
     parser.add_argument("--existing", action="append", default=[], metavar="PACK[,GGUF]", help="a model that is there")
-    parser.add_argument("--limits", default="25,50,75,100", help="percentages of the experts (default: 25,50,75,100)")
+    parser.add_argument(
+        "--limits", type=percentages, default="25,50,75,100", help="of the experts (default: 25,50,75,100)"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--eviction", default="next_use", help="our policy (default: next_use)")
     parser.add_argument("--no-prefetch", action="store_true", help="our runs without look-ahead")
     parser.add_argument(
@@ -388,12 +382,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--read-ahead", type=int, default=128, help="kB, of the disk during the runs (default: 128)")
     parser.add_argument("--free", action="store_true", help="our runs in groups that only count, without a limit")
     parser.add_argument("--disk-seconds", type=float, default=4.0, help="of each bandwidth measurement (default: 4)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(argv)
-    options.limits = [float(limit) for limit in options.limits.split(",")]
-    if not all(0 < limit <= 100 and math.isfinite(limit) for limit in options.limits):
-        parser.error("--limits are percentages")
     if not (options.synthetic or options.inflate or options.existing):
         parser.error("name a model: --synthetic, --inflate or --existing")
     return options
@@ -407,12 +396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if version is None:
         say("llama.cpp is not run: --peer-python names no interpreter that has xllamacpp")
         options.peer_python = None
-    try:
-        with Cage.create(None):
-            caged = True
-    except OSError as error:
-        say(f"runs are not caged: {error}")
-        caged = False
+    caged = can_cage()
     with contextlib.ExitStack() as stack:
         if options.work is None:
             options.work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd())))
@@ -435,12 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "",
         *[result.pop("markdown") for result in results],
     ]
-    text = "\n".join(lines)
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
+    publish(options, "\n".join(lines), {"machine": facts, "results": results})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -29,8 +28,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench._cage import Cage, drop_cache, run  # noqa: E402
-from bench.offload import machine, say, seconds_per_token  # noqa: E402
+from bench._cage import drop_cache  # noqa: E402
+from bench._command import Children, can_cage, percentages, publish  # noqa: E402
+from bench._command import parser as command_line  # noqa: E402
+from bench._machine import machine, say  # noqa: E402
+from bench.offload import seconds_per_token  # noqa: E402
 from edgemoe import _core  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.planning import plan_model  # noqa: E402
@@ -44,20 +46,12 @@ PROBE_TOKENS = 16
 class Bench:
     def __init__(self, options: argparse.Namespace, caged: bool) -> None:
         self.options = options
-        self.caged = caged
         self.context = options.prompt_tokens + options.tokens + 8
-        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        self.children = Children("plan_accuracy", options.threads, self.context, caged)
 
     def job(self, name: str, cage: int | None = None, **options: Any) -> dict[str, Any]:
-        """A child of bench/_ours.py, in a cage of so many bytes if that is given. Raises SystemExit if it fails."""
-        options |= {"job": name, "path": str(self.options.model), "threads": self.options.threads}
-        options |= {"context": self.context}
-        command = [sys.executable, str(ROOT / "bench" / "_ours.py"), json.dumps(options)]
-        caged = self.caged and cage is not None
-        outcome = run(command, cage, caged=caged, environment=self.environment)
-        if outcome.report is None:
-            raise SystemExit(f"plan_accuracy: {name}: {outcome.error}")
-        return outcome.report
+        """Of the model, in a cage of so many bytes if that is given. Raises SystemExit if it fails."""
+        return self.children.job(name, cage, path=str(self.options.model), **options)
 
     def sequence(self, text: str, trace: Path) -> list[int]:
         count = self.options.prompt_tokens + self.options.tokens
@@ -89,7 +83,7 @@ class Bench:
             )
             predictions.append(next(speed for speed in plan.speeds if speed.memory == limit))
         facts = {
-            "machine": machine() | {"caged": self.caged, "threads": self.options.threads},
+            "machine": machine() | {"caged": self.children.caged, "threads": self.options.threads},
             "model": self.options.model.name,
             "disk_bytes_per_second": disk,
             "memory_bytes_per_second": bandwidth,
@@ -168,34 +162,20 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.plan_accuracy", description=__doc__.splitlines()[0])
+    parser = command_line("plan_accuracy", __doc__)
     parser.add_argument("model", type=Path, help="a pack or a GGUF file, on the disk to measure")
-    parser.add_argument("--limits", default="25,50,75", help="percentages of the experts (default: 25,50,75)")
+    parser.add_argument("--limits", type=percentages, default="25,50,75", help="of the experts (default: 25,50,75)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(argv)
-    options.limits = [float(limit) for limit in options.limits.split(",")]
-    try:
-        with Cage.create(None):
-            caged = True
-    except OSError as error:
-        say(f"runs are not caged: {error}")
-        caged = False
+    bench = Bench(options, can_cage())
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         try:
-            result = Bench(options, caged).measure(Path(folder))
+            result = bench.measure(Path(folder))
         except (EdgemoeError, OSError) as error:
             raise SystemExit(f"plan_accuracy: {error}") from None
-    text = report(result)
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(options, report(result), result)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import sys
 import tempfile
 import time
@@ -30,7 +29,10 @@ sys.path.append(str(ROOT))
 import edgemoe  # noqa: E402
 import edgemoe.model  # noqa: E402
 from bench._bounds import belady_misses  # noqa: E402
-from bench.offload import decode_groups, machine, say  # noqa: E402
+from bench._command import parser as command_line  # noqa: E402
+from bench._command import percentages, publish  # noqa: E402
+from bench._machine import machine, say  # noqa: E402
+from bench.offload import decode_groups  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.memory import Budget, plan_budget  # noqa: E402
 from edgemoe.model import EVICTION_POLICIES  # noqa: E402
@@ -57,26 +59,24 @@ def walk(model: edgemoe.Model, tokens: Sequence[int]) -> tuple[dict[str, float],
     return counted, seconds, digest.hexdigest()
 
 
-def measure(
-    path: Path, name: str, tokens: Sequence[int], percents: Sequence[float], folder: Path
-) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, name: str, tokens: Sequence[int], folder: Path) -> list[dict[str, Any]]:
     """One entry per percentage: hit rate and tokens per second of every policy, and Belady's hit rate."""
-    context = len(tokens) + 1
+    path, threads, context = options.model, options.threads, len(tokens) + 1
     trace = folder / f"{name}.trace"
-    with edgemoe.load(path, memory=1 << 50, context=context) as model:
+    with edgemoe.load(path, memory=1 << 50, threads=threads, context=context) as model:
         layers = [layer.experts for layer in model.spec.layers]
         with model.trace(trace):
             model.logits(tokens, len(tokens) - 1)
-    with edgemoe.load(path, memory=1 << 50, context=context) as model:
+    with edgemoe.load(path, memory=1 << 50, threads=threads, context=context) as model:
         _, _, expected = walk(model, tokens)
     groups, _ = decode_groups(trace, layers, 0, len(tokens))
     requested = sum(map(len, groups))
     entries = []
-    for percent in percents:
+    for percent in options.percents:
         slots = int(sum(layers) * percent / 100)
         entry: dict[str, Any] = {"text": name, "percent": percent, "slots": slots, "policies": {}}
         for policy in EVICTION_POLICIES:
-            with with_room_for(path, slots, context, eviction=policy, prefetch=False) as model:
+            with with_room_for(path, slots, context, threads=threads, eviction=policy, prefetch=False) as model:
                 counted, seconds, digest = walk(model, tokens)
             if digest != expected:
                 raise SystemExit(f"policies: {name}, {percent:g} %, {policy}: logits differ from the resident model's")
@@ -117,15 +117,12 @@ def report(facts: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.policies", description=__doc__.splitlines()[0])
+    parser = command_line("policies", __doc__)
     parser.add_argument("model", type=Path, help="a pack or a GGUF file")
     parser.add_argument("-f", "--text", type=Path, action="append", required=True, dest="texts")
     parser.add_argument("--tokens", type=int, default=700, help="of each text (default: 700)")
-    parser.add_argument("--percents", default="25,50,75", help="of the experts (default: 25,50,75)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--percents", type=percentages, default="25,50,75", help="of the experts (default: 25,50,75)")
     options = parser.parse_args(argv)
-    percents = [float(percent) for percent in options.percents.split(",")]
     facts = machine() | {"model": options.model.name, "tokens": options.tokens}
     entries: list[dict[str, Any]] = []
     try:
@@ -133,15 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             for text in options.texts:
                 tokens = tokenizer.encode(text.read_text("utf-8"))[: options.tokens]
-                entries += measure(options.model, text.stem, tokens, percents, Path(folder))
+                entries += measure(options, text.stem, tokens, Path(folder))
     except (EdgemoeError, OSError) as error:
         raise SystemExit(f"policies: {error}") from None
-    text = report(facts, entries)
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "results": entries}, indent=1) + "\n")
+    publish(options, report(facts, entries), {"machine": facts, "results": entries})
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from edgemoe.errors import EdgemoeError
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    options = parse(parser("prefill", __doc__.splitlines()[0], 512), argv)
+    options = parse(parser("prefill", __doc__, 512), argv)
     isa = _core.kernels.selected_isa()
     try:
         with subject(options) as path:

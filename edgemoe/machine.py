@@ -15,6 +15,7 @@ import psutil
 
 from edgemoe import _core
 from edgemoe.memory import cgroup_headroom, format_size
+from edgemoe.processors import usable_processors
 
 BLOCK_SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes of a read
 DEPTHS = (1, 2, 4, 8)  # reads under way at once
@@ -105,7 +106,7 @@ def _processor() -> Machine:
     wanted = os.environ.get("EDGEMOE_ISA", "")
     machine = Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        processors=usable_processors(),
         isas=isas,
         isa=wanted or isas[-1],
         memory_total=0,

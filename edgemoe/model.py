@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe import _core
@@ -24,6 +23,7 @@ from edgemoe.formats.gguf_index import GgufIndex, GgufSource, build_index
 from edgemoe.formats.pack import PARTS, Pack
 from edgemoe.memory import Budget, parse_size, plan_budget
 from edgemoe.model_files import Progress, default_cache_dir, resolve
+from edgemoe.processors import usable_processors
 from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Answer, Generation, GenerationResult, Request, Tally, figures
 from edgemoe.serving.session import Sequences, Session
@@ -134,8 +134,7 @@ class Model:
         self.tokenizer = load_tokenizer(path)
         check_vocabulary(self.tokenizer, self.spec)
         self.context = _context(context, self.spec)
-        threads = len(psutil.Process().cpu_affinity()) if threads is None and sys.platform == "linux" else threads
-        threads = threads or os.cpu_count() or 1
+        threads = threads or usable_processors()
         if not 1 <= threads <= 1024:
             raise OptionError(f"{threads} threads are not between 1 and 1024")
         self.threads = threads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.processors import usable_processors
 from edgemoe.profiling.metrics import affinity, bootstrap_interval, bootstrap_srp, recall, repetition, srp_of_counts
 from edgemoe.profiling.simulate import simulate_engine
 from edgemoe.profiling.trace import Trace
@@ -154,7 +154,7 @@ def profile(
     spans = _part_spans(trace)
     every = [_SAMPLE_EVERY if len(starts) > 4 * _SAMPLE_EVERY else 1 for _, _, starts in spans]
 
-    threads = threads or processors()
+    threads = threads or usable_processors()
     with _Tasks(threads, progress) as tasks:
         by_layer = [
             [
@@ -231,11 +231,6 @@ def profile(
         expert_bytes=expert_bytes,
         notes=notes,
     )
-
-
-def processors() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Tasks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from edgemoe.formats.pack import (
 )
 from edgemoe.memory import RESERVE, automatic_budget, format_size, used_now
 from edgemoe.model import _engine_index
+from edgemoe.processors import usable_processors
 from edgemoe.quantize.allocation import allocate, super_experts
 from edgemoe.quantize.calibration import SHIPPED, WINDOW, Statistics, windows
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index, temporary_array
@@ -104,7 +104,7 @@ class NestedExperts:
         self._model = model
         self._options = options
         self._work = work
-        self._threads = options.threads or os.cpu_count() or 1
+        self._threads = options.threads or usable_processors()
         self._layouts = level_layouts(options.levels)
         self._super_experts: set[tuple[int, int]] = set()
 
