@@ -9,13 +9,14 @@ import sys
 import pytest
 
 CODE = """
-import os, sys
+import os
+from pathlib import Path
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import edgemoe
 from edgemoe.machine import examine
 from edgemoe.processors import usable_processors
 with edgemoe.load(memory="2GB") as model:
-    print(usable_processors(), model.threads, examine(measure=False).processors)
+    print(usable_processors(), model.threads, examine(folder=Path(), measure=False).processors)
 """
 
 
