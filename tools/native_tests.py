@@ -54,7 +54,7 @@ STAGES = {
     "thread": Stage(
         flags=("-O1", "-g1", "-fsanitize=thread"),
         definitions={"EDGEMOE_VECTOR_KERNELS": "OFF"},
-        groups=("thread_pool", "store", "sequence_state", "backend", "engine"),
+        groups=("thread_pool", "placement", "store", "sequence_state", "backend", "engine"),
         environment={"TSAN_OPTIONS": "halt_on_error=1"},
     ),
 }

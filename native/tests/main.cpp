@@ -7,6 +7,7 @@
 namespace edgemoe::tests {
 void test_kernels();
 void test_thread_pool();
+void test_placement();
 void test_store();
 void test_sequence_state();
 void test_backend();
@@ -19,16 +20,17 @@ int main(int argc, char** argv) {
         std::string_view name;
         void (*run)();
     };
-    constexpr Group groups[] = {{"kernels", test_kernels}, {"thread_pool", test_thread_pool},
-                                {"store", test_store},     {"sequence_state", test_sequence_state},
-                                {"backend", test_backend}, {"engine", test_engine}};
+    constexpr Group groups[] = {
+        {"kernels", test_kernels}, {"thread_pool", test_thread_pool},       {"placement", test_placement},
+        {"store", test_store},     {"sequence_state", test_sequence_state}, {"backend", test_backend},
+        {"engine", test_engine}};
     for (int i = 1; i < argc; ++i) {
         bool known = false;
         for (const Group& group : groups) known |= group.name == argv[i];
         if (!known) {
-            std::fprintf(stderr,
-                         "there is no group %s; known: kernels thread_pool store sequence_state backend engine\n",
-                         argv[i]);
+            std::fprintf(stderr, "there is no group %s; known:", argv[i]);
+            for (const Group& group : groups) std::fprintf(stderr, " %s", group.name.data());
+            std::fprintf(stderr, "\n");
             return 2;
         }
     }

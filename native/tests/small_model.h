@@ -124,7 +124,7 @@ class Model {
 
     // A matrix that is float32 whatever the others are.
     void add_floats(const std::string& name, int rows, int cols) {
-        const std::string others = std::exchange(dense_, "f32");
+        const std::string others = std::exchange(dense_, gguf_ ? "ggml.f32" : "f32");
         add_matrix(name, rows, cols);
         dense_ = others;
     }
@@ -184,7 +184,7 @@ class Model {
     std::vector<std::byte> matrix(const std::string& layout, int rows, int cols) {
         std::vector<std::byte> bytes(stored_bytes(stored_layout(layout), rows, cols));
         const auto put = [&](size_t at, uint16_t value) { std::memcpy(bytes.data() + at, &value, sizeof value); };
-        if (layout == "f32") {
+        if (layout == "f32" || layout == "ggml.f32") {
             for (size_t i = 0; i < bytes.size(); i += sizeof(float)) {
                 const float value = normal_(random_) / std::sqrt(static_cast<float>(cols));
                 std::memcpy(bytes.data() + i, &value, sizeof value);

@@ -184,6 +184,14 @@ void test_abandoned(const Fixture& fixture) {
     }
 }
 
+// One of so many levels; its matrices take less than a block.
+ExpertLevel a_level(size_t level, size_t levels) {
+    const StoredLayout stored = stored_layout(level ? "refine1" : "base2r" + std::to_string(levels - 1));
+    ExpertLevel result{2 + static_cast<int>(level), {}};
+    for (ExpertPart& part : result.parts) part = {stored, 0, 0, kRows, kCols};
+    return result;
+}
+
 // Experts of several levels, each of some blocks of its own; an expert has all of them, or all but the finest.
 struct LevelsFixture {
     PackIndex index;
@@ -193,13 +201,11 @@ struct LevelsFixture {
     std::vector<uint64_t> offsets;  // of sections
 
     LevelsFixture(int layers, int experts, std::span<const int> blocks, bool all_levels = true) {
-        const StoredLayout stored = stored_layout("f32");
         uint64_t offset = 0;
         for (int layer = 0; layer < layers; ++layer) {
             ExpertLayer& each = index.experts[layer];
             for (size_t level = 0; level < blocks.size(); ++level) {
-                each.levels.push_back({2 + static_cast<int>(level), {}});
-                for (ExpertPart& part : each.levels.back().parts) part = {stored, 0, 0, kRows, kCols};
+                each.levels.push_back(a_level(level, blocks.size()));
             }
             for (int expert = 0; expert < experts; ++expert) {
                 each.sections.emplace_back();
@@ -527,7 +533,9 @@ std::pair<double, double> memory_of(std::span<const int> blocks, bool may_join, 
     constexpr int kExperts = 6;
     PackIndex index;
     ExpertLayer& layer = index.experts[0];
-    for (size_t level = 0; level < blocks.size(); ++level) layer.levels.push_back({2 + static_cast<int>(level), {}});
+    for (size_t level = 0; level < blocks.size(); ++level) {
+        layer.levels.push_back(a_level(level, blocks.size()));
+    }
     uint64_t offset = 0;
     for (int expert = 0; expert < kExperts; ++expert) {
         layer.sections.emplace_back();

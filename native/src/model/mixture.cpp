@@ -10,42 +10,20 @@
 namespace edgemoe {
 namespace {
 
-// Whether every level of every expert has the layer's shapes, lies within its section, and goes with the others.
+// Whether every level of the experts has the layer's shapes. The store has checked that levels go together, and where
+// they lie.
 void check_experts(const HalfSetting& setting, const ExpertLayer& experts) {
     const int hidden = setting.model.hidden_size, ffn = setting.spec.ffn_dim;
     const std::string which = "an expert of layer " + std::to_string(setting.layer);
-    const size_t levels = experts.levels.size();
-    if (levels < 1 || levels > kMaxLevels) throw std::invalid_argument(which + " has no or too many levels");
-    for (int part = 0; part < 3; ++part) {
-        int bits = 0;
-        for (size_t level = 0; level < levels; ++level) {
-            const StoredLayout& stored = experts.levels[level].parts[part].stored;
-            bits += stored.level_bits;
-            if ((levels > 1 && stored.layout != Layout::nested) || stored.refines != (level > 0) || bits > 8 ||
-                (level == 0 && stored.later != static_cast<int>(levels) - 1))
-                throw std::invalid_argument(which + " has levels that are not nested");
+    for (const ExpertLevel& level : experts.levels)
+        for (int part = 0; part < 3; ++part) {
+            const ExpertPart& matrix = level.parts[part];
+            const int rows = part < 2 ? ffn : hidden, cols = part < 2 ? hidden : ffn;
+            if (matrix.rows != rows || matrix.cols != cols)
+                throw std::invalid_argument(which + " has a matrix [" + std::to_string(matrix.rows) + ", " +
+                                            std::to_string(matrix.cols) + "] instead of [" + std::to_string(rows) +
+                                            ", " + std::to_string(cols) + "]");
         }
-    }
-    for (const std::vector<uint32_t>& sections : experts.sections) {
-        if (sections.empty() || sections.size() > levels)
-            throw std::invalid_argument(which + " has other levels than its layer");
-        for (size_t level = 0; level < sections.size(); ++level)
-            for (int part = 0; part < 3; ++part) {
-                const auto& parts = experts.levels[level].parts;
-                const ExpertPart& place = parts[part];
-                const int rows = part < 2 ? ffn : hidden, cols = part < 2 ? hidden : ffn;
-                const auto& extents = setting.index.sections.at(sections[level]).extents;
-                const size_t bytes = stored_bytes(place.stored, rows, cols);
-                if (place.rows != rows || place.cols != cols || place.extent >= extents.size() ||
-                    place.offset > extents[place.extent].length || bytes > extents[place.extent].length - place.offset)
-                    throw std::invalid_argument(which + " does not fit into its section");
-                const bool shares_extent = std::ranges::count(parts, place.extent, &ExpertPart::extent) > 1;
-                if (place.stored.row_major && shares_extent &&
-                    (place.rows % kRowBlock != 0 || (extents[0].offset + place.offset) % 64 != 0))
-                    throw std::invalid_argument(
-                        which + " is row-major and neither alone in its extent nor in whole, aligned blocks");
-            }
-    }
 }
 
 const ExpertLayer& find_experts(const HalfSetting& setting) {

@@ -1,37 +1,33 @@
 #include "model/weights.h"
 
 #include <algorithm>
-#include <map>
 #include <stdexcept>
 
-#include "edgemoe/crc32c.h"
+#include "store/placement.h"
 
 namespace edgemoe {
 namespace {
 
-constexpr uint64_t kAlignment = 64;
+struct DenseSection {
+    std::vector<std::string> names;
+    std::vector<StoredTensor> tensors;
+};
 
-uint64_t lead(const Extent& extent) { return extent.offset % kDiskBlock; }
-uint64_t whole_disk_blocks(uint64_t bytes) { return (bytes + kDiskBlock - 1) / kDiskBlock * kDiskBlock; }
-uint64_t span_bytes(const Extent& extent) { return whole_disk_blocks(lead(extent) + extent.length); }
-
-bool is_row_major(const DenseTensor& tensor) {
-    return tensor.layout != "vector" && stored_layout(tensor.layout).row_major;
-}
-
-// Memory of each dense section: the block-aligned span around its one extent, or what its row-major matrix takes once
-// it is interleaved, if that is more.
-std::map<uint32_t, uint64_t> dense_sections(const PackIndex& index) {
-    std::map<uint32_t, uint64_t> sections;
+// What lies in each section of the dense part, with everything checked.
+std::map<uint32_t, DenseSection> dense_sections(const PackIndex& index) {
+    std::map<uint32_t, DenseSection> sections;
     for (const auto& [name, tensor] : index.dense) {
-        const Section& section = index.sections[tensor.section];
-        if (section.extents.size() != 1)
-            throw std::invalid_argument("dense section " + std::to_string(tensor.section) + " is not one extent");
-        uint64_t& bytes = sections[tensor.section];
-        bytes = std::max(bytes, span_bytes(section.extents[0]));
-        if (is_row_major(tensor))
-            bytes = std::max(
-                bytes, whole_disk_blocks(matrix_bytes(stored_layout(tensor.layout).layout, tensor.rows, tensor.cols)));
+        DenseSection& dense = sections[tensor.section];
+        dense.names.push_back(name);
+        dense.tensors.push_back(stored_tensor(tensor));
+    }
+    for (const auto& [number, dense] : sections) {
+        const Section& section = index.sections.at(number);
+        const std::string name = "dense section " + std::to_string(number);
+        if (section.extents.size() != 1) throw std::invalid_argument(name + " is not one extent");
+        const Placement placement(section, dense.tensors);
+        placement.require_possible(name);
+        for (size_t i = 0; i < dense.tensors.size(); ++i) placement.require_fitting(i, "tensor " + dense.names[i]);
     }
     return sections;
 }
@@ -46,55 +42,32 @@ const DenseTensor& find(const PackIndex& index, const std::string& name) {
 
 size_t Weights::bytes(const PackIndex& index) {
     size_t total = 0;
-    for (const auto& [number, bytes] : dense_sections(index)) total += bytes;
+    for (const auto& [number, dense] : dense_sections(index))
+        total += Placement(index.sections[number], dense.tensors).bytes();
     return total;
 }
 
 Weights::Weights(const PackIndex& index, std::span<const std::unique_ptr<DirectFile>> files)
-    : index_(index), arena_(bytes(index)), sections_(index.sections.size(), nullptr) {
-    std::byte* target = arena_.data();
-    for (const auto& [number, bytes] : dense_sections(index)) {
-        const Section& section = index_.sections[number];
-        const Extent& extent = section.extents[0];
-        const DirectFile& file = *files[extent.file];
-        file.read(extent.offset - lead(extent), {target, span_bytes(extent)}, lead(extent) + extent.length);
-        if (section.checksum && crc32c({target + lead(extent), extent.length}) != *section.checksum)
-            throw IoError(file.path() + ": section " + std::to_string(number) + " at offset " +
-                          std::to_string(extent.offset) + " is damaged (its checksum differs)");
-        sections_[number] = target + lead(extent);
-        target += bytes;
-    }
-    std::vector<int> users(index_.sections.size(), 0);
-    for (const auto& [name, tensor] : index_.dense) ++users[tensor.section];
+    : index_(index), arena_(bytes(index)) {
+    std::byte* memory = arena_.data();
     std::vector<std::byte> scratch;
-    for (const auto& [name, tensor] : index_.dense) {
-        if (!is_row_major(tensor)) continue;
-        const StoredLayout stored = stored_layout(tensor.layout);
-        const Extent& extent = index_.sections[tensor.section].extents[0];
-        if (tensor.offset > extent.length ||
-            stored_bytes(stored, tensor.rows, tensor.cols) > extent.length - tensor.offset)
-            throw std::invalid_argument("tensor " + name + " does not fit into its section");
-        std::byte*& data = sections_[tensor.section];
-        std::byte* source = data + tensor.offset;
-        // Alone in its section (GGUF): to the beginning of the section's memory. In company (a pack): where it stands.
-        if (users[tensor.section] == 1)
-            data -= lead(extent) + tensor.offset;
-        else if (tensor.rows % kRowBlock != 0 || (lead(extent) + tensor.offset) % kAlignment != 0)
-            throw std::invalid_argument("tensor " + name +
-                                        " is row-major and neither alone in its extent nor in whole, aligned blocks");
-        scratch.resize(std::max(scratch.size(), block_bytes(stored.layout, tensor.cols)));
-        interleave(stored.layout, tensor.rows, tensor.cols, source, data + tensor.offset, scratch.data());
+    for (const auto& [number, dense] : dense_sections(index)) {
+        const Placement placement(index.sections[number], dense.tensors);
+        scratch.resize(std::max(scratch.size(), interleaving_bytes(dense.tensors)));
+        placement.read(files, memory);
+        placement.verify(files, memory, "section " + std::to_string(number));
+        placement.interleave(memory, scratch.data());
+        for (size_t i = 0; i < dense.names.size(); ++i) tensors_[dense.names[i]] = memory + placement.place(i);
+        memory += placement.bytes();
     }
 }
 
 Matrix Weights::matrix(const std::string& name, int rows, int cols) const {
     const DenseTensor& tensor = find(index_, name);
-    const StoredLayout stored = stored_layout(tensor.layout);
-    const uint64_t length = index_.sections[tensor.section].extents[0].length;
-    if (tensor.rows != rows || tensor.cols != cols || tensor.offset > length ||
-        stored_bytes(stored, rows, cols) > length - tensor.offset)
-        throw std::invalid_argument("tensor " + name + " does not fit into its section");
-    return {stored.layout, rows, cols, sections_[tensor.section] + tensor.offset};
+    if (tensor.layout == "vector" || tensor.rows != rows || tensor.cols != cols)
+        throw std::invalid_argument("tensor " + name + " is not a matrix [" + std::to_string(rows) + ", " +
+                                    std::to_string(cols) + "]");
+    return {stored_layout(tensor.layout).layout, rows, cols, tensors_.at(name)};
 }
 
 Matrix Weights::float_matrix(const std::string& name, int rows, int cols) const {
@@ -107,11 +80,9 @@ Matrix Weights::float_matrix(const std::string& name, int rows, int cols) const 
 
 Floats Weights::vector(const std::string& name, int size) const {
     const DenseTensor& tensor = find(index_, name);
-    const Extent& extent = index_.sections[tensor.section].extents[0];
-    if (tensor.layout != "vector" || tensor.rows != size || (lead(extent) + tensor.offset) % sizeof(float) != 0 ||
-        tensor.offset > extent.length || size * sizeof(float) > extent.length - tensor.offset)
+    if (tensor.layout != "vector" || tensor.rows != size)
         throw std::invalid_argument("tensor " + name + " is not a vector of " + std::to_string(size));
-    return Floats(reinterpret_cast<float*>(sections_[tensor.section] + tensor.offset));
+    return Floats(reinterpret_cast<float*>(tensors_.at(name)));
 }
 
 ConstFloats Weights::constant(int size, float value) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -34,7 +35,7 @@ class Weights {
   private:
     const PackIndex& index_;
     Arena arena_;
-    std::vector<std::byte*> sections_;  // [sections], null where one holds no dense tensor
+    std::map<std::string, std::byte*> tensors_;
     std::deque<std::vector<float>> constants_;
 };
 

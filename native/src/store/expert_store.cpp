@@ -9,7 +9,7 @@
 #include <thread>
 #include <utility>
 
-#include "edgemoe/crc32c.h"
+#include "store/placement.h"
 
 namespace edgemoe {
 namespace {
@@ -18,32 +18,28 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
-uint64_t round_down(uint64_t value) { return value / kDiskBlock * kDiskBlock; }
-uint64_t round_up(uint64_t value) { return round_down(value + kDiskBlock - 1); }
+using Matrices = std::array<StoredTensor, 3>;
 
-// Bytes of the block-aligned span around an extent.
-uint64_t span_bytes(const Extent& extent) {
-    return round_up(extent.offset + extent.length) - round_down(extent.offset);
+Matrices stored_matrices(const ExpertLevel& level) {
+    return {stored_tensor(level.parts[0]), stored_tensor(level.parts[1]), stored_tensor(level.parts[2])};
 }
 
-// A row-major matrix that has an extent of its own (GGUF) is interleaved to the beginning of that extent's memory, for
-// the extent lies anywhere; one that shares it (a pack keeps matrices 64-byte aligned) where it stands.
-bool has_own_extent(const ExpertLevel& level, const ExpertPart& part) {
-    return std::ranges::count(level.parts, part.extent, &ExpertPart::extent) == 1;
-}
+uint64_t whole_blocks(uint64_t bytes) { return (bytes + kDiskBlock - 1) / kDiskBlock * kDiskBlock; }
 
-// Where each extent of a section begins in its memory; the last entry is the end. All are block-aligned.
-std::array<uint64_t, 4> extent_places(const ExpertLevel& level, const Section& section) {
-    std::array<uint64_t, 4> places{};
-    for (uint32_t i = 0; i < section.extents.size(); ++i) {
-        uint64_t bytes = span_bytes(section.extents[i]);
-        for (const ExpertPart& part : level.parts)
-            if (part.stored.row_major && part.extent == i && has_own_extent(level, part))
-                bytes = std::max(bytes, round_up(matrix_bytes(part.stored.layout, part.rows, part.cols)));
-        places[i + 1] = places[i] + bytes;
+// Whether the levels of a layer's experts go together: one of any layout, or nested ones, coarse to fine.
+void require_nested(const ExpertLayer& experts, const std::string& name) {
+    const size_t levels = experts.levels.size();
+    if (levels < 1 || levels > kMaxLevels) throw std::invalid_argument(name + " has no or too many levels");
+    for (int part = 0; part < 3; ++part) {
+        int bits = 0;
+        for (size_t level = 0; level < levels; ++level) {
+            const StoredLayout& stored = experts.levels[level].parts[part].stored;
+            bits += stored.level_bits;
+            if ((levels > 1 && stored.layout != Layout::nested) || stored.refines != (level > 0) || bits > 8 ||
+                (level == 0 && stored.later != static_cast<int>(levels) - 1))
+                throw std::invalid_argument(name + " has levels that are not nested");
+        }
     }
-    for (size_t i = section.extents.size() + 1; i < places.size(); ++i) places[i] = places[i - 1];
-    return places;
 }
 
 // Units of a length that divide memory for pieces of various lengths, and what all pieces take in them.
@@ -63,7 +59,7 @@ Division least_waste(const std::map<uint64_t, uint64_t>& counts) {
     std::vector<uint64_t> candidates;
     for (auto at = counts.rbegin(); at != counts.rend() && candidates.size() < kCandidates * kHalvings; ++at)
         for (int halvings = 0; halvings < kHalvings; ++halvings)
-            candidates.push_back(round_up((at->first + (1 << halvings) - 1) >> halvings));
+            candidates.push_back(whole_blocks((at->first + (1 << halvings) - 1) >> halvings));
     std::ranges::sort(candidates, std::greater());
     Division best{0, 0};
     for (const uint64_t unit : candidates) {
@@ -80,15 +76,25 @@ StoreLayout::StoreLayout(const PackIndex& index, bool may_join) {
     std::vector<std::vector<uint64_t>> experts;  // bytes of their levels
     std::map<uint64_t, uint64_t> levels, sums;   // how many levels, or whole experts, take so many bytes
     bool several = false;
-    for (const auto& [number, layer] : index.experts)
+    for (const auto& [number, layer] : index.experts) {
+        const std::string name = "an expert of layer " + std::to_string(number);
+        require_nested(layer, name);
         for (const std::vector<uint32_t>& sections : layer.sections) {
+            if (sections.empty() || sections.size() > layer.levels.size())
+                throw std::invalid_argument(name + " has no levels, or more than its layer");
             std::vector<uint64_t>& sizes = experts.emplace_back();
-            for (size_t level = 0; level < sections.size(); ++level)
-                sizes.push_back(extent_places(layer.levels[level], index.sections[sections[level]]).back());
+            for (size_t level = 0; level < sections.size(); ++level) {
+                const Matrices matrices = stored_matrices(layer.levels[level]);
+                const Placement placement(index.sections.at(sections[level]), matrices);
+                placement.require_possible(name);
+                for (size_t i = 0; i < matrices.size(); ++i) placement.require_fitting(i, name);
+                sizes.push_back(placement.bytes());
+            }
             for (const uint64_t bytes : sizes) ++levels[bytes];
             ++sums[std::accumulate(sizes.begin(), sizes.end(), uint64_t{0})];
             several |= layer.levels.size() > 1;
         }
+    }
     if (experts.empty()) return;
     if (several) {
         const Division apart = least_waste(levels), together = least_waste(sums);
@@ -138,9 +144,10 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
                 Piece piece{global, level, end, 0, 0};
                 uint64_t place = 0;
                 for (; level < end; ++level) {
-                    const Section& section = index.sections[experts.sections[expert][level]];
-                    for (const Extent& extent : section.extents) piece.bytes += span_bytes(extent);
-                    place += extent_places(experts.levels[level], section).back();
+                    const Matrices matrices = stored_matrices(experts.levels[level]);
+                    const Placement placement(index.sections[experts.sections[expert][level]], matrices);
+                    piece.bytes += placement.read_bytes();
+                    place += placement.bytes();
                 }
                 piece.run = layout_.run(place);
                 longest_run = std::max(longest_run, piece.run);
@@ -351,12 +358,8 @@ bool ExpertStore::before(const Demand& left, const Demand& right) const {
 }
 
 bool ExpertStore::continues(int expert, int level) const {
-    const auto whole = [](const Section& section) {
-        const Extent& extent = section.extents[0];
-        return section.extents.size() == 1 && extent.offset % kDiskBlock == 0 && extent.length % kDiskBlock == 0;
-    };
     const Section &before = stored(expert, level - 1), &next = stored(expert, level);
-    return whole(before) && whole(next) && before.extents[0].file == next.extents[0].file &&
+    return is_whole_blocks(before) && is_whole_blocks(next) && before.extents[0].file == next.extents[0].file &&
            before.extents[0].offset + before.extents[0].length == next.extents[0].offset;
 }
 
@@ -407,9 +410,10 @@ ExpertStore::Request ExpertStore::next_request() {
 std::byte* ExpertStore::memory(int expert, int level) const {
     const Piece& piece = pieces_[first_piece_[expert] + piece_of(level)];
     uint64_t place = static_cast<uint64_t>(piece.unit) * layout_.unit;
-    for (int coarser = piece.level; coarser < level; ++coarser)
-        place +=
-            extent_places(index_.experts.at(experts_[expert].first).levels[coarser], stored(expert, coarser)).back();
+    for (int coarser = piece.level; coarser < level; ++coarser) {
+        const Matrices matrices = stored_matrices(index_.experts.at(experts_[expert].first).levels[coarser]);
+        place += Placement(stored(expert, coarser), matrices).bytes();
+    }
     return arena_.data() + place;
 }
 
@@ -430,14 +434,8 @@ void ExpertStore::read(const Request& request, std::vector<std::byte>& scratch) 
             files_[section.extents[0].file]->read(section.extents[0].offset,
                                                   std::span(targets).first(static_cast<size_t>(end - level)), bytes);
         } else {
-            const auto places = extent_places(index_.experts.at(layer).levels[level], section);
-            for (size_t i = 0; i < section.extents.size(); ++i) {
-                const Extent& extent = section.extents[i];
-                const uint64_t begin = round_down(extent.offset);
-                files_[extent.file]->read(
-                    begin, {memory(request.expert, level) + places[i], static_cast<size_t>(span_bytes(extent))},
-                    extent.offset - begin + extent.length);
-            }
+            const Matrices matrices = stored_matrices(index_.experts.at(layer).levels[level]);
+            Placement(section, matrices).read(files_, memory(request.expert, level));
         }
         for (; level < end; ++level) check(request.expert, level, scratch);
     }
@@ -446,37 +444,20 @@ void ExpertStore::read(const Request& request, std::vector<std::byte>& scratch) 
 // Checksum and interleaving of a section that has been read.
 void ExpertStore::check(int global, int number, std::vector<std::byte>& scratch) const {
     const auto [layer, expert] = experts_[global];
-    const ExpertLevel& level = index_.experts.at(layer).levels[number];
-    const Section& section = stored(global, number);
-    const auto places = extent_places(level, section);
+    const Matrices matrices = stored_matrices(index_.experts.at(layer).levels[number]);
+    const Placement placement(stored(global, number), matrices);
     std::byte* place = memory(global, number);
-    uint32_t checksum = 0;
-    if (section.checksum)
-        for (size_t i = 0; i < section.extents.size(); ++i) {
-            const Extent& extent = section.extents[i];
-            checksum =
-                crc32c({place + places[i] + extent.offset % kDiskBlock, static_cast<size_t>(extent.length)}, checksum);
-        }
-    if (section.checksum && checksum != *section.checksum)
-        throw IoError(files_[section.extents[0].file]->path() + ": layer " + std::to_string(layer) + " expert " +
-                      std::to_string(expert) + (number ? " level " + std::to_string(number) : "") + " at offset " +
-                      std::to_string(section.extents[0].offset) + " is damaged (its checksum differs)");
-    for (const ExpertPart& part : level.parts) {
-        if (!part.stored.row_major) continue;
-        std::byte* begin = place + places[part.extent];
-        std::byte* source = begin + section.extents[part.extent].offset % kDiskBlock + part.offset;
-        interleave(part.stored.layout, part.rows, part.cols, source, has_own_extent(level, part) ? begin : source,
-                   scratch.data());
-    }
+    placement.verify(files_, place,
+                     "layer " + std::to_string(layer) + " expert " + std::to_string(expert) +
+                         (number ? " level " + std::to_string(number) : ""));
+    placement.interleave(place, scratch.data());
 }
 
 void ExpertStore::read_loop() {
     std::vector<std::byte> scratch;
     for (const auto& [layer, experts] : index_.experts)
         for (const ExpertLevel& level : experts.levels)
-            for (const ExpertPart& part : level.parts)
-                if (part.stored.row_major)
-                    scratch.resize(std::max(scratch.size(), block_bytes(part.stored.layout, part.cols)));
+            scratch.resize(std::max(scratch.size(), interleaving_bytes(stored_matrices(level))));
     std::unique_lock lock(mutex_);
     while (true) {
         Request request{-1, 0, 0, false};
@@ -532,16 +513,10 @@ ExpertWeights ExpertStore::weights(int global, int end) const {
     const auto [layer, expert] = experts_[global];
     ExpertWeights found{};
     for (int number = 0; number < end; ++number) {
-        const ExpertLevel& level = index_.experts.at(layer).levels[number];
-        const Section& section = stored(global, number);
-        const auto places = extent_places(level, section);
-        for (size_t i = 0; i < level.parts.size(); ++i) {
-            const ExpertPart& part = level.parts[i];
-            const std::byte* begin = memory(global, number) + places[part.extent];
-            if (!part.stored.row_major || !has_own_extent(level, part))
-                begin += section.extents[part.extent].offset % kDiskBlock + part.offset;
-            found.parts[i][number] = begin;
-        }
+        const Matrices matrices = stored_matrices(index_.experts.at(layer).levels[number]);
+        const Placement placement(stored(global, number), matrices);
+        for (size_t i = 0; i < matrices.size(); ++i)
+            found.parts[i][number] = memory(global, number) + placement.place(i);
     }
     return found;
 }
