@@ -173,6 +173,8 @@ void compare_vectors(const Kernels& kernels, const Kernels& reference, Random& r
          [&](const Kernels& k, Aligned<float>& out) { k.sigmoid_multiply(x.span(), out.data(), out.data()); });
     same("sigmoid", [&](const Kernels& k, Aligned<float>& out) { k.sigmoid(out.span()); });
     same("softcap", [&](const Kernels& k, Aligned<float>& out) { k.softcap(30.0f, out.span()); });
+    same("softplus_decay",
+         [&](const Kernels& k, Aligned<float>& out) { k.softplus_decay(out.span(), x.data(), y.data()); });
     same("softmax", [&](const Kernels& k, Aligned<float>& out) { k.softmax(out.span()); });
     same("add_scaled", [&](const Kernels& k, Aligned<float>& out) { k.add_scaled(a, x.data(), out.span()); });
     same("rope",
@@ -335,6 +337,45 @@ void compare_recurrences(const Kernels& kernels, const Kernels& reference, Rando
     check_same(advanced(reference), advanced(kernels), describe(kernels.name, "gated_delta", {key_dim, value_dim}));
 }
 
+// Exponentials around where they become 0 or infinity, and scales of activations around where they become 0: none is
+// subnormal.
+void check_nothing_is_subnormal(const Kernels& kernels) {
+    const auto check_all = [&](std::span<const float> values, const char* what) {
+        for (const float value : values)
+            check(std::fpclassify(value) != FP_SUBNORMAL, describe(kernels.name, what, {}) + " is subnormal");
+    };
+    for (const float middle : {87.33654f, 88.72284f, 103.9f})
+        for (const float sign : {1.0f, -1.0f}) {
+            Aligned<float> x(4001);
+            float value = sign * middle;
+            for (int i = 0; i < 2000; ++i) value = std::nextafter(value, 0.0f);
+            for (float& each : x.span()) each = value = std::nextafter(value, sign * 200);
+            Aligned<float> sigmoid(x.size()), decay(x.size()), bias(x.size()), one(x.size()), softmax(x.size() + 1);
+            std::ranges::copy(x.span(), sigmoid.data());
+            std::ranges::copy(x.span(), decay.data());
+            std::ranges::copy(x.span(), softmax.data());
+            std::ranges::fill(bias.span(), 0.0f);
+            std::ranges::fill(one.span(), -1.0f);
+            softmax[x.size()] = 0;  // the largest, where x is negative
+            kernels.sigmoid(sigmoid.span());
+            kernels.softplus_decay(decay.span(), bias.data(), one.data());
+            kernels.softmax(softmax.span());
+            check_all(sigmoid.span(), "sigmoid");
+            check_all(decay.span(), "softplus_decay");
+            if (sign < 0) check_all(softmax.span(), "softmax");
+        }
+    for (float magnitude = 2e-36f; magnitude > 1e-38f; magnitude *= 0.99f) {
+        std::array<float, kGroup> x{};
+        x[7] = magnitude;
+        x[9] = -magnitude / 2;
+        std::array<int8_t, kGroup> codes;
+        float scale, sum;
+        kernels.quantize(x, codes.data(), &scale, &sum);
+        check_all({{scale, sum}}, "the scale of activations");
+        check(scale > 0 ? codes[7] == 127 : codes[7] == 0, describe(kernels.name, "codes without a scale", {}));
+    }
+}
+
 // All codes and activations at their extremes: sums that 16 bits might not hold.
 void compare_extremes(const Kernels& kernels, const Kernels& reference, Layout layout) {
     constexpr int rows = kRowBlock, cols = 256, tokens = 5, groups = cols / kGroup;
@@ -373,6 +414,7 @@ void compare_extremes(const Kernels& kernels, const Kernels& reference, Layout l
 
 void compare_with_scalar(const Kernels& kernels, const char* name) {
     const Kernels& reference = select_kernels("scalar");
+    check_nothing_is_subnormal(kernels);
     Random random(1);
     for (const Layout layout : kLayouts) {
         for (int round = 0; round < 24; ++round) compare_products(kernels, reference, random, layout, round % 3 == 0);
@@ -396,6 +438,7 @@ void compare_with_scalar(const Kernels& kernels, const char* name) {
 
 void test_kernels() {
     check_walk();
+    check_nothing_is_subnormal(select_kernels("scalar"));
     const auto isas = available_isas();
     for (const std::string_view isa : isas)
         if (isa != "scalar") compare_with_scalar(select_kernels(isa), std::string(isa).c_str());

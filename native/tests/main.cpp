@@ -12,6 +12,7 @@ void test_store();
 void test_sequence_state();
 void test_backend();
 void test_engine();
+void test_golden();
 }  // namespace edgemoe::tests
 
 int main(int argc, char** argv) {
@@ -20,10 +21,14 @@ int main(int argc, char** argv) {
         std::string_view name;
         void (*run)();
     };
-    constexpr Group groups[] = {
-        {"kernels", test_kernels}, {"thread_pool", test_thread_pool},       {"placement", test_placement},
-        {"store", test_store},     {"sequence_state", test_sequence_state}, {"backend", test_backend},
-        {"engine", test_engine}};
+    constexpr Group groups[] = {{"kernels", test_kernels},
+                                {"thread_pool", test_thread_pool},
+                                {"placement", test_placement},
+                                {"store", test_store},
+                                {"sequence_state", test_sequence_state},
+                                {"backend", test_backend},
+                                {"engine", test_engine},
+                                {"golden", test_golden}};
     for (int i = 1; i < argc; ++i) {
         bool known = false;
         for (const Group& group : groups) known |= group.name == argv[i];

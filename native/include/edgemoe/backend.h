@@ -111,11 +111,12 @@ struct DeltaHeads {
 };
 
 struct DeltaBuffers {
-    Floats mixed;       // [rows, queries | keys | values], after the convolution
-    Floats gates;       // [rows, heads, value_dim]
-    ConstFloats beta;   // [rows, heads], or beta and alpha [rows, 2 * heads]
-    ConstFloats alpha;  // [rows, heads]
-    Floats out;         // [rows, heads, value_dim]
+    // Overwritten, all but the gates.
+    Floats mixed;  // [rows, queries | keys | values], after the convolution
+    Floats gates;  // [rows, heads, value_dim]
+    Floats beta;   // [rows, heads], or beta and alpha [rows, 2 * heads]
+    Floats alpha;  // [rows, heads]
+    Floats out;    // [rows, heads, value_dim]
 };
 
 struct GatedActivation {

@@ -5,7 +5,13 @@
 //  * a product has one float accumulator per output row (one row per lane); columns, or groups of columns, are added in
 //    ascending order with fused multiply-adds, whether one token is multiplied or a tile of them;
 //  * a reduction over a vector (norms, sums) runs in kLanes interleaved partial sums, folded by halves (8, 4, 2, 1);
-//  * exp is our own polynomial, never the C library's;
+//  * functions are our own polynomials, never the C library's, of which two may differ in a last bit: exp, log(1 + e),
+//    and the cosine and sine of rotary angles. What IEEE 754 asks to be exact, or rounded once, is what is left: sums,
+//    products, fused multiply-adds, quotients, square roots;
+//  * no operation gives a subnormal number where it is not given numbers near them: exp is 0 below -87.33654 and
+//  infinity
+//    above 87.33654, so neither it nor its inverse is one, and activations so small that their scale would be one count
+//    as zeros. So hardware that flushes subnormal numbers to zero computes the same bits of a model;
 //  * a result that is NaN is the one quiet NaN 0x7FC00000, because which operand's NaN an instruction passes on depends
 //    on the order a compiler puts the operands in.
 // The scalar table is the reference that the others are compared with, byte by byte.
@@ -127,9 +133,9 @@ struct Kernels {
                    int first_block, int last_block, float* out, ptrdiff_t out_stride);
 
     // x [cols] -> codes [groups * kGroup], scales [groups], sums [groups]. scale = max|x| / 127,
-    // code = round-half-even(x * (127 / max|x|)); a group of zeros, or of values so small that 127 / max|x| overflows,
-    // has scale 0 and codes 0. A group with a NaN or infinity gets scale NaN and codes 0, so that it stays visible in
-    // the output. Padding columns count as 0.
+    // code = round-half-even(x * (127 / max|x|)); a group of zeros, or of values so small that the scale would be
+    // subnormal, has scale 0 and codes 0. A group with a NaN or infinity gets scale NaN and codes 0, so that it stays
+    // visible in the output. Padding columns count as 0.
     void (*quantize)(std::span<const float> x, int8_t* codes, float* scales, float* sums);
 
     // out = (x * (1 / sqrt(mean(x^2) + epsilon))) * weight. out may be x.
@@ -154,6 +160,11 @@ struct Kernels {
 
     // In place: x[i] = cap * tanh(x[i] / cap), with tanh(t) = 1 - 2 / (1 + exp(2 t)).
     void (*softcap)(float cap, std::span<float> x);
+
+    // In place: x[i] = exp(rate[i] * softplus(x[i] + bias[i])), with softplus(t) = max(0, t) + log(1 + exp(-|t|)): by
+    // how much a recurrence's state decays. Softplus is exact to 2.2 units in its last place, so the result's relative
+    // error is at most (2 + 3 |log x|) 2^-23.
+    void (*softplus_decay)(std::span<float> x, const float* bias, const float* rate);
 
     // In place: x[i] = exp(x[i] - max) / sum.
     void (*softmax)(std::span<float> x);
@@ -208,6 +219,12 @@ struct Kernels {
     void (*gated_delta)(float* state, int key_dim, int value_dim, const float* query, const float* key,
                         const float* value, float decay, float beta, float* out);
 };
+
+// Cosine and sine of the angles by which a position turns the pairs of a head (Kernels::rope), times `factor`. The
+// angle is the float32 product of the position and the pair's inverse frequency; its cosine and sine are computed in
+// double precision, and are the nearest float32 but for one in 10^8. Not a number for angles beyond 2^40. cosine, sine:
+// [inverse_frequencies]. On the processor for all backends, the same on every one.
+void rotary(std::span<const float> inverse_frequencies, int position, float factor, float* cosine, float* sine);
 
 // Bytes of one row block of a layout, of a whole matrix, and of one key or value block. Throws std::invalid_argument if
 // cols is not a multiple of the layout's block (32 or 256 columns of the ggml layouts).

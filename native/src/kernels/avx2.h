@@ -118,6 +118,14 @@ struct Avx2 {
     static EDGEMOE_INLINE F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
     static EDGEMOE_INLINE F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 
+    static EDGEMOE_INLINE F unless_below(F x, F bound, F other) {
+        return {_mm256_blendv_ps(x.low, other.low, _mm256_cmp_ps(x.low, bound.low, _CMP_LT_OQ)),
+                _mm256_blendv_ps(x.high, other.high, _mm256_cmp_ps(x.high, bound.high, _CMP_LT_OQ))};
+    }
+    static EDGEMOE_INLINE F unless_above(F x, F bound, F other) {
+        return {_mm256_blendv_ps(x.low, other.low, _mm256_cmp_ps(x.low, bound.low, _CMP_GT_OQ)),
+                _mm256_blendv_ps(x.high, other.high, _mm256_cmp_ps(x.high, bound.high, _CMP_GT_OQ))};
+    }
     static EDGEMOE_INLINE F keep(F x, int begin, int end, F other) {
         const int from = begin < 0 ? 0 : begin > kLanes ? kLanes : begin;
         const int to = end < from ? from : end > kLanes ? kLanes : end;

@@ -71,6 +71,12 @@ struct Avx512 {
     static EDGEMOE_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
     static EDGEMOE_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 
+    static EDGEMOE_INLINE F unless_below(F x, F bound, F other) {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), x, other);
+    }
+    static EDGEMOE_INLINE F unless_above(F x, F bound, F other) {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), x, other);
+    }
     static EDGEMOE_INLINE F keep(F x, int begin, int end, F other) {
         const int from = begin < 0 ? 0 : begin > kLanes ? kLanes : begin;
         const int to = end < from ? from : end > kLanes ? kLanes : end;

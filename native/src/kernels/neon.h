@@ -147,6 +147,12 @@ struct Neon {
         return floats_of([](auto p, auto q) { return vbslq_f32(vcltq_f32(p, q), p, q); }, x, y);
     }
 
+    static EDGEMOE_INLINE F unless_below(F x, F bound, F other) {
+        return floats_of([](auto p, auto b, auto o) { return vbslq_f32(vcltq_f32(p, b), o, p); }, x, bound, other);
+    }
+    static EDGEMOE_INLINE F unless_above(F x, F bound, F other) {
+        return floats_of([](auto p, auto b, auto o) { return vbslq_f32(vcgtq_f32(p, b), o, p); }, x, bound, other);
+    }
     static EDGEMOE_INLINE F keep(F x, int begin, int end, F other) {
         const int32x4_t from = vdupq_n_s32(begin), to = vdupq_n_s32(end);
         return floats_of(

@@ -47,8 +47,8 @@ void store(std::byte* data, size_t index, T value) {
 
 float exp_of(float x) {
     using namespace exponential;
-    x = maximum_of(kLow, x);
-    x = minimum_of(kHigh, x);
+    x = x < kLow ? kZero : x;
+    x = x > kHigh ? kInfinite : x;
     const float t = std::fma(x, kInverseLn2, kMagic);
     const float n = t - kMagic;
     const int32_t integer =
@@ -66,6 +66,14 @@ float exp_of(float x) {
     const float second =
         std::bit_cast<float>((static_cast<uint32_t>(integer) - static_cast<uint32_t>(half) + 127u) << 23);
     return p * first * second;
+}
+
+// log(1 + exp(x))
+float softplus(float x) {
+    const float e = exp_of(0.0f - std::fabs(x));
+    float p = logarithm::kC[logarithm::kTerms - 1];
+    for (int i = logarithm::kTerms - 2; i >= 0; --i) p = std::fma(p, e, logarithm::kC[i]);
+    return maximum_of(0.0f, x) + e * std::fma(p, e, 1.0f);
 }
 
 float fold_sum(Lanes lanes) {
@@ -169,7 +177,7 @@ void quantize(std::span<const float> x, int8_t* codes, float* scales, float* sum
         }
         const float magnitude = std::bit_cast<float>(largest);
         const float inverse = 127.0f / magnitude;
-        if (inverse == kInfinity) {  // zero, or too small to have an inverse
+        if (magnitude < kLeastMagnitude) {
             scales[g] = sums[g] = 0.0f;
             continue;
         }
@@ -243,6 +251,10 @@ void softcap(float cap, std::span<float> x) {
 
 void sigmoid_multiply(std::span<const float> gate, const float* x, float* out) {
     for (size_t i = 0; i < gate.size(); ++i) out[i] = canonical(x[i] * (1.0f / (1.0f + exp_of(0.0f - gate[i]))));
+}
+
+void softplus_decay(std::span<float> x, const float* bias, const float* rate) {
+    for (size_t i = 0; i < x.size(); ++i) x[i] = canonical(exp_of(rate[i] * softplus(x[i] + bias[i])));
 }
 
 void softmax(std::span<float> x) {
@@ -455,6 +467,7 @@ constinit const Kernels kScalarKernels = {
     .clamped_swiglu = clamped_swiglu,
     .sigmoid = sigmoid,
     .softcap = softcap,
+    .softplus_decay = softplus_decay,
     .softmax = softmax,
     .add_scaled = add_scaled,
     .rope = rope,

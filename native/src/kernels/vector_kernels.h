@@ -7,6 +7,7 @@
 //   set1_half                                      one float16 broadcast
 //   add sub mul div fma fms max min                max, min: the second operand where unordered or equal
 //   keep(x, begin, end, other)                     x in lanes begin..end-1, otherwise `other`
+//   unless_below(x, bound, other) unless_above     `other` where x < bound (x > bound), otherwise x
 //   canonical                                      NaN -> the one canonical NaN
 //   bits floats integers_to_float magnitudes       reinterpret and convert
 //   add_i sub_i max_i shift_left shift_right       shift_right keeps the sign
@@ -72,8 +73,8 @@ struct VectorKernels {
 
     static EDGEMOE_INLINE F exp_of(F x) {
         using namespace exponential;
-        x = V::max(V::set1(kLow), x);
-        x = V::min(V::set1(kHigh), x);
+        x = V::unless_below(x, V::set1(kLow), V::set1(kZero));
+        x = V::unless_above(x, V::set1(kHigh), V::set1(kInfinite));
         const F t = V::fma(x, V::set1(kInverseLn2), V::set1(kMagic));
         const F n = V::sub(t, V::set1(kMagic));
         const I integer = V::sub_i(V::bits(t), V::set1_i(kMagicBits));
@@ -93,6 +94,16 @@ struct VectorKernels {
     }
 
     static EDGEMOE_INLINE float exp_of(float x) { return V::first(exp_of(V::set1(x))); }
+
+    // log(1 + exp(x))
+    static EDGEMOE_INLINE F softplus(F x) {
+        using namespace logarithm;
+        const F e = exp_of(V::sub(V::zero(), V::floats(V::magnitudes(x))));
+        F p = V::set1(kC[kTerms - 1]);
+        EDGEMOE_UNROLL
+        for (int i = kTerms - 2; i >= 0; --i) p = V::fma(p, e, V::set1(kC[i]));
+        return V::add(V::max(V::zero(), x), V::mul(e, V::fma(p, e, V::set1(1.0f))));
+    }
 
     // --- products ---------------------------------------------------------------------------------------------------
 
@@ -291,7 +302,7 @@ struct VectorKernels {
             }
             const float magnitude = as_float(bits);
             const float inverse = 127.0f / magnitude;
-            if (inverse == kInfinity) {
+            if (magnitude < kLeastMagnitude) {
                 __builtin_memset(group, 0, kGroup);
                 scales[g] = sums[g] = 0.0f;
                 continue;
@@ -412,6 +423,22 @@ struct VectorKernels {
             const F part = V::div(V::set1(2.0f), V::add(V::set1(1.0f), exp_of(V::add(t, t))));
             return V::mul(V::sub(V::set1(1.0f), part), V::set1(cap));
         });
+    }
+
+    static void softplus_decay(std::span<float> x, const float* bias, const float* rate) {
+        float* values = x.data();
+        const auto decay = [](F value, F b, F r) EDGEMOE_INLINE_LAMBDA {
+            return V::canonical(exp_of(V::mul(r, softplus(V::add(value, b)))));
+        };
+        const ptrdiff_t size = static_cast<ptrdiff_t>(x.size());
+        ptrdiff_t i = 0;
+        for (; i + kLanes <= size; i += kLanes)
+            V::store(values + i, decay(V::load(values + i), V::load(bias + i), V::load(rate + i)));
+        if (i < size) {
+            const int n = size - i;
+            const F result = decay(V::load_n(values + i, n), V::load_n(bias + i, n), V::load_n(rate + i, n));
+            V::store_n(values + i, result, n);
+        }
     }
 
     static EDGEMOE_INLINE F sigmoid_times(F gate, F x) {
@@ -971,6 +998,7 @@ struct VectorKernels {
             .clamped_swiglu = clamped_swiglu,
             .sigmoid = sigmoid,
             .softcap = softcap,
+            .softplus_decay = softplus_decay,
             .softmax = softmax,
             .add_scaled = add_scaled,
             .rope = rope,

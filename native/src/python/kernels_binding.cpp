@@ -284,6 +284,24 @@ Floats sigmoid(const std::string& isa, const Floats& x) {
     return out;
 }
 
+Floats softplus_decay(const std::string& isa, const Floats& x, const Floats& bias, const Floats& rate) {
+    const Kernels& kernels = edgemoe::select_kernels(isa);
+    require_dimensions(x, 1, "x");
+    require_length(bias, x.size(), "bias");
+    require_length(rate, x.size(), "rate");
+    Floats out = copy_of(x);
+    kernels.softplus_decay({out.mutable_data(), size_of(out)}, bias.data(), rate.data());
+    return out;
+}
+
+// Cosine and sine.
+py::tuple rotary(const Floats& inverse_frequencies, int position, float factor) {
+    require_dimensions(inverse_frequencies, 1, "inverse_frequencies");
+    Floats cosine(inverse_frequencies.size()), sine(inverse_frequencies.size());
+    edgemoe::rotary(span_of(inverse_frequencies), position, factor, cosine.mutable_data(), sine.mutable_data());
+    return py::make_tuple(cosine, sine);
+}
+
 Floats softcap(const std::string& isa, float cap, const Floats& x) {
     const Kernels& kernels = edgemoe::select_kernels(isa);
     require_dimensions(x, 1, "x");
@@ -559,6 +577,8 @@ void bind_kernels(py::module_& module) {
     kernels.def("gelu_multiply", gelu_multiply, arg("isa"), arg("gate"), arg("up"));
     kernels.def("clamped_swiglu", clamped_swiglu, arg("isa"), arg("gate"), arg("up"), arg("alpha"), arg("limit"));
     kernels.def("sigmoid", sigmoid, arg("isa"), arg("x"));
+    kernels.def("softplus_decay", softplus_decay, arg("isa"), arg("x"), arg("bias"), arg("rate"));
+    kernels.def("rotary", rotary, arg("inverse_frequencies"), arg("position"), arg("factor") = 1.0f);
     kernels.def("softcap", softcap, arg("isa"), arg("cap"), arg("x"));
     kernels.def("silu_multiply", silu_multiply, arg("isa"), arg("gate"), arg("up"));
     kernels.def("softmax", softmax, arg("isa"), arg("x"));

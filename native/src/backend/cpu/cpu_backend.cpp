@@ -1,6 +1,5 @@
 #include "cpu_backend.h"
 
-#include <cmath>
 #include <cstring>
 
 #include "blocks.h"
@@ -52,12 +51,8 @@ void CpuBackend::begin(const Rows& rows) {
         for (size_t r = 0; r < ropes_.size(); ++r) {
             const RopeSpec& rope = ropes_[r];
             const size_t place = (r * count + t) * widest_pairs_;
-            for (size_t pair = 0; pair < rope.inverse_frequencies.size(); ++pair) {
-                // The product is rounded to float32 as in the reference implementations; cos and sin of it are not.
-                const double angle = static_cast<float>(rows.positions[t]) * rope.inverse_frequencies[pair];
-                work_.cosine[place + pair] = static_cast<float>(std::cos(angle)) * rope.attention_factor;
-                work_.sine[place + pair] = static_cast<float>(std::sin(angle)) * rope.attention_factor;
-            }
+            rotary(rope.inverse_frequencies, rows.positions[t], rope.attention_factor, work_.cosine + place,
+                   work_.sine + place);
         }
     });
 }

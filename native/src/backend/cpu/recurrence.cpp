@@ -1,6 +1,6 @@
 // What a state is advanced by, position by position: convolutions and the gated delta rule. No result depends on how a
 // prompt is cut.
-#include <cmath>
+#include <algorithm>
 #include <vector>
 
 #include "blocks.h"
@@ -44,28 +44,29 @@ void CpuBackend::gated_delta(const DeltaHeads& a, int layer, const DeltaBuffers&
             kernels_.rms_norm(head, (h < a.kv_heads ? a.query_norm : a.key_norm).address(),
                               kLengthEpsilon / static_cast<float>(key_dim), head.data());
         }
+        // Beta becomes the rate at which the state takes in what is new, alpha the factor by which it decays.
+        if (a.fused_beta_alpha) {
+            for (int first = 0; first < heads; first += shared) {
+                float* both = b.beta.address() + 2 * (size_t(t) * heads + first);
+                kernels_.sigmoid({both, size_t(shared)});
+                kernels_.softplus_decay({both + shared, size_t(shared)}, a.step_bias.address() + first,
+                                        a.decay_rate.address() + first);
+            }
+        } else {
+            kernels_.sigmoid({b.beta.address() + size_t(t) * heads, size_t(heads)});
+            kernels_.softplus_decay({b.alpha.address() + size_t(t) * heads, size_t(heads)}, a.step_bias.address(),
+                                    a.decay_rate.address());
+        }
     });
     pool_.run(heads, [&](int h) {
         const int key_head = a.tiled_heads ? h % a.kv_heads : h / shared;
         for (int t = 0; t < count; ++t) {
             float* state = rows_.states[t]->recurrence(layer) + h * key_dim * value_dim;
             if (rows_.positions[t] == 0) std::fill_n(state, key_dim * value_dim, 0.0f);
-            float beta, alpha;
-            if (a.fused_beta_alpha) {
-                const float* both =
-                    b.beta.address() + size_t(t) * 2 * heads + size_t(h) / shared * 2 * shared + h % shared;
-                beta = both[0];
-                alpha = both[shared];
-            } else {
-                beta = b.beta.address()[size_t(t) * heads + h];
-                alpha = b.alpha.address()[size_t(t) * heads + h];
-            }
-            // In double precision with the C library, rounded once, as the angles of the rotary embedding.
-            const double step = static_cast<double>(alpha) + a.step_bias.address()[h];
-            const double softplus = step > 30.0 ? step : std::log1p(std::exp(step));
-            const auto decay = static_cast<float>(std::exp(a.decay_rate.address()[h] * softplus));
-            const auto rate = static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(beta))));
-
+            const size_t fused = 2 * (size_t(t) * heads + h / shared * shared) + h % shared,
+                         apart = size_t(t) * heads + h;
+            const float rate = b.beta.address()[a.fused_beta_alpha ? fused : apart];
+            const float decay = a.fused_beta_alpha ? b.beta.address()[fused + shared] : b.alpha.address()[apart];
             const float* row = b.mixed.address() + t * channels;
             const std::span<float> out{b.out.address() + t * values + h * value_dim, value_dim};
             kernels_.gated_delta(state, a.key_dim, a.value_dim, row + key_head * key_dim,
