@@ -8,6 +8,7 @@
 #include "ggml_formats.h"
 #include "half.h"
 #include "nested_format.h"
+#include "pack_format.h"
 #include "tables.h"
 
 #if defined(EDGEMOE_X86)

@@ -1,5 +1,5 @@
-// Products with ggml's formats, written once for 16 lanes like vector_kernels.h, which includes this; ggml_scalar.cpp
-// is the reference. Beyond what is listed there the trait V gives, with an I taken as 64 bytes, 32 int16 or 16 int32:
+// Products with ggml's formats, written once for 16 lanes; ggml_scalar.cpp
+// is the reference. Beyond what vector.h lists the trait V gives, with an I taken as 64 bytes, 32 int16 or 16 int32:
 //
 //   load_bytes load_u8 load_u16            64 bytes; 16 uint8 or uint16 widened to int32
 //   set1_8 set1_16 and_i or_i              constants and bits
@@ -23,6 +23,7 @@
 #pragma once
 
 #include "ggml_formats.h"
+#include "vector.h"
 
 namespace edgemoe {
 namespace {

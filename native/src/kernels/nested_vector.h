@@ -1,5 +1,5 @@
-// Products with nested weights, written once for 16 lanes like vector_kernels.h, which includes this; nested_scalar.cpp
-// is the reference. Beyond what is listed there and in ggml_vector.h the trait V gives
+// Products with nested weights, written once for 16 lanes; nested_scalar.cpp
+// is the reference. Beyond what vector.h and ggml_vector.h list the trait V gives
 //
 //   select_bits(mask, a, b)      the bits of a where mask has ones, otherwise those of b
 //   low_halves                   the float16 in the low half of every 32-bit lane
@@ -23,6 +23,7 @@
 
 #include "ggml_formats.h"
 #include "nested_format.h"
+#include "vector.h"
 
 namespace edgemoe {
 

@@ -20,12 +20,4 @@ extern const Kernels kNeonDotprodKernels;
 extern const Kernels kNeonI8mmKernels;
 #endif
 
-// Bytes of one group (kGroup columns) of a row block: codes, then kRowBlock scales, then kRowBlock offsets (float16).
-inline constexpr size_t kQ8Codes = size_t{kRowBlock} * kGroup;
-inline constexpr size_t kQ4Codes = kQ8Codes / 2;
-inline constexpr size_t kGroupParameters = size_t{2} * kRowBlock * sizeof(uint16_t);
-
-// Activations smaller than this count as zeros: their scale would be subnormal.
-inline constexpr float kLeastMagnitude = 127 * 0x1p-126f;
-
 }  // namespace edgemoe

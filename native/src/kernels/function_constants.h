@@ -50,6 +50,9 @@ inline constexpr float kC[kTerms] = {-4.999993e-1f, 3.3330464e-1f, -2.4958019e-1
 
 namespace edgemoe {
 
+// Activations smaller than this count as zeros: their scale would be subnormal.
+inline constexpr float kLeastMagnitude = 127 * 0x1p-126f;
+
 // GELU's tanh form: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x / (1 + exp(-kGeluScale (x + kGeluCubic
 // x^3))).
 inline constexpr float kGeluCubic = 0.044715f;
