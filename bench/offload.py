@@ -49,9 +49,9 @@ from bench._disk import random_read_bandwidth  # noqa: E402
 from bench._machine import machine, peer_version, say  # noqa: E402
 from edgemoe.disk import reading_threads  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
-from edgemoe.formats.gguf import is_gguf  # noqa: E402
-from edgemoe.formats.gguf_index import GgufSource, build_index  # noqa: E402
-from edgemoe.formats.pack import BLOCK, Extent, Pack  # noqa: E402
+from edgemoe.formats.index import Extent  # noqa: E402
+from edgemoe.formats.pack import BLOCK, Pack  # noqa: E402
+from edgemoe.formats.read import read_index  # noqa: E402
 from edgemoe.model_files import default_cache_dir  # noqa: E402
 from edgemoe.profiling import read_trace  # noqa: E402
 
@@ -105,7 +105,7 @@ class Bench:
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Everything about one model, as it goes into the JSON file."""
-        index = build_index(GgufSource.open(subject.pack)) if is_gguf(subject.pack) else Pack.open(subject.pack)
+        index = read_index(subject.pack)
         sections = [index.sections[numbers[0]] for layer in index.experts.values() for numbers in layer.sections]
         extents = [extent for section in sections for extent in section.extents]
         size = sum(extent.length for extent in sections[0].extents)
@@ -340,7 +340,7 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
                 say(f"writing {subject.pack}")
                 subject.made.append(subject.pack)
                 write_pack(model, subject.pack, 4, dense_bits)
-            elif Pack.open(subject.pack).spec != model.spec:
+            elif Pack.open(subject.pack).index.spec != model.spec:
                 raise SystemExit(f"offload: {subject.pack} is there and holds another model")
             if options.peer_python:
                 subject.gguf = options.work / f"{name}.gguf"

@@ -49,9 +49,9 @@ from edgemoe.errors import EdgemoeError, OptionError  # noqa: E402
 from edgemoe.formats.ggml_blocks import TYPES  # noqa: E402
 from edgemoe.formats.gguf import GgufModel  # noqa: E402
 from edgemoe.formats.gguf_index import GgufSource, build_index  # noqa: E402
+from edgemoe.formats.index import ModelIndex  # noqa: E402
 from edgemoe.formats.pack import Pack, align  # noqa: E402
 from edgemoe.memory import automatic_budget, used_now  # noqa: E402
-from edgemoe.model import _engine_index  # noqa: E402
 from edgemoe.quantize.calibration import HELD_OUT, WINDOW, windows  # noqa: E402
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index  # noqa: E402
 from edgemoe.quantize.nested_experts import NestedOptions  # noqa: E402
@@ -120,17 +120,17 @@ class Bench:
         self.perplexity = self.reference.perplexity()
         self.rows: list[str] = []
 
-    def model(self, index: dict[str, Any], **options: Any) -> LayerwiseModel:
+    def model(self, index: ModelIndex, **options: Any) -> LayerwiseModel:
         memory = automatic_budget() - used_now()
         return LayerwiseModel(
-            self.spec, index, self.window, threads=self.options.threads, memory=memory, work=self.work, options=options
+            index, self.window, threads=self.options.threads, memory=memory, work=self.work, options=options
         )
 
     def print(self, line: str) -> None:
         self.rows.append(line)
         print(line, flush=True)
 
-    def row(self, name: str, bits: float, index: dict[str, Any], **options: Any) -> None:
+    def row(self, name: str, bits: float, index: ModelIndex, **options: Any) -> None:
         perplexity, kl = evaluate(self.model(index, **options), self.reference)
         change = 100 * (perplexity / self.perplexity - 1)
         self.print(f"| {name} | {bits:.3f} | {perplexity:.3f} | {change:+.2f} % | {kl:.5f} |")
@@ -149,8 +149,8 @@ class Bench:
     def stored_bits(self, pack: Pack, level: int) -> float:
         """Bits per weight of the experts up to this level, padding included."""
         sizes = [
-            pack.sections[number].length
-            for layer in pack.experts.values()
+            pack.index.sections[number].length
+            for layer in pack.index.experts.values()
             for sections in layer.sections
             for number in sections[: level + 1]
         ]
@@ -173,15 +173,16 @@ def run(options: argparse.Namespace, levels: tuple[int, ...], work: Path) -> lis
     bench.print("|---|---|---|---|---|")
     settings: dict[str, Any] = {"calibration": options.calibration, "threads": options.threads}
     nested = bench.pack("nested.emoe", NestedOptions(levels, quality_text=HELD_OUT, **settings))
-    index = _engine_index(nested)
+    index = nested.index
     for level, bits in enumerate(levels):
         bench.row(f"nested, level of {bits} bits", bench.stored_bits(nested, level), index, level_cap=level)
     for bits in levels:
         single = bench.pack(f"{bits}.emoe", NestedOptions((bits,), **settings))
-        bench.row(f"{bits} bits alone", bench.stored_bits(single, 0), _engine_index(single))
-    for name, mode in nested.quality["modes"].items():
-        what = f"nested, mode {name} ({mode['mean_bits']:.2f} of {levels[-1]} bits used)"
-        bench.row(what, bench.stored_bits(nested, len(levels) - 1), index, thresholds=mode["thresholds"])
+        bench.row(f"{bits} bits alone", bench.stored_bits(single, 0), single.index)
+    assert index.quality is not None
+    for name, mode in index.quality.modes.items():
+        what = f"nested, mode {name} ({mode.mean_bits:.2f} of {levels[-1]} bits used)"
+        bench.row(what, bench.stored_bits(nested, len(levels) - 1), index, thresholds=mode.thresholds)
     if options.peer_python is not None:
         largest = bench.stored_bits(nested, len(levels) - 1)
         for target in peer_rows(bench, options):
@@ -194,8 +195,8 @@ def run(options: argparse.Namespace, levels: tuple[int, ...], work: Path) -> lis
             except OptionError as error:  # level 0 with its padding takes more
                 bench.print(f"| {name}: {error} | - | - | - | - |")
                 continue
-            bench.row(name, bench.stored_bits(sized, len(ladder) - 1), _engine_index(sized))
-            sized.path.unlink()
+            bench.row(name, bench.stored_bits(sized, len(ladder) - 1), sized.index)
+            sized.index.path.unlink()
     return bench.rows
 
 
@@ -218,7 +219,7 @@ def peer_rows(bench: Bench, options: argparse.Namespace) -> Iterator[float]:
 
             rewrite_gguf(plain, target, choose, quantizer)
             name, bits = f"llama.cpp {file_type} ({', '.join(sorted(used))})", bench.peer_bits(target)
-            bench.row(name, bits, _engine_index(build_index(GgufSource.open(target))))
+            bench.row(name, bits, build_index(GgufSource.open(target)))
             yield bits
 
 

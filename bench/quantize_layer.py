@@ -148,7 +148,6 @@ def run(options: argparse.Namespace, experts: int, windows: int) -> float:
             model = SourceModel.open(folder)
             free = memory - used_now() - RESERVE
             original = LayerwiseModel(
-                model.spec,
                 original_index(folder, folder),
                 WINDOW,
                 threads=options.threads,

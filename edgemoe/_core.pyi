@@ -2,27 +2,161 @@
 `edgemoe.profiling` and `edgemoe.machine`."""
 
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
+
+from edgemoe.formats.index import ModelIndex
+from edgemoe.options import EngineOptions
 
 __version__: str
 kernels: ModuleType
 profiling: ModuleType
 
 def crc32c(buffer: Buffer, crc: int = 0) -> int: ...
-def plan(spec: dict[str, Any], index: dict[str, Any], options: dict[str, Any]) -> dict[str, int]: ...
+def plan(index: ModelIndex, options: EngineOptions) -> MemoryPlan:
+    """What an engine with these options would take. Raises as `Engine`."""
 
-class Cancelled(Exception): ...
+class MemoryPlan:
+    """Sizes in bytes."""
+
+    @property
+    def dense(self) -> int:
+        """Weights that are always in memory."""
+
+    @property
+    def state(self) -> int:
+        """Of one sequence of `context` positions."""
+
+    @property
+    def scratch(self) -> int:
+        """Activations of one chunk."""
+
+    @property
+    def slot(self) -> int:
+        """Memory of one expert, the largest with all its levels."""
+
+    @property
+    def experts(self) -> int:
+        """Slots that hold all experts of the model: more are never used."""
+
+    @property
+    def minimum_slots(self) -> int:
+        """Fewer than these do not hold what one token works with in a layer."""
+
+class EngineCounters:
+    """What an engine has done since it was made, or between two times."""
+
+    def __init__(self) -> None:
+        """Nothing."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def seconds(self) -> float:
+        """In forward passes, waiting included."""
+
+    @property
+    def expert_uses(self) -> int:
+        """Pairs of a token and an expert."""
+
+    @property
+    def expert_bits(self) -> int:
+        """The stored widths of the levels that they worked at, added up."""
+
+    @property
+    def experts_requested(self) -> int: ...
+    @property
+    def experts_hit(self) -> int:
+        """All levels that were needed were in memory."""
+
+    @property
+    def sections_read(self) -> int:
+        """Whole and undamaged."""
+
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+    @property
+    def prefetch_issued(self) -> int: ...
+    @property
+    def prefetch_used(self) -> int: ...
+    @property
+    def prefetch_late(self) -> int: ...
+    @property
+    def prefetch_wasted(self) -> int: ...
+    @property
+    def stall_seconds(self) -> float: ...
+    @property
+    def read_seconds(self) -> float:
+        """At least one read was under way."""
+
+    def __add__(self, other: EngineCounters) -> EngineCounters: ...
+    def __sub__(self, other: EngineCounters) -> EngineCounters: ...
+
+class LayerRecord:
+    """What the experts of a layer saw and made; of a dense layer, `inputs` is empty and `top_k` is 0."""
+
+    @property
+    def inputs(self) -> NDArray[np.float32]:
+        """[tokens, hidden] what the experts multiply."""
+
+    @property
+    def picks(self) -> NDArray[np.int32]:
+        """[tokens, top_k] in descending weight."""
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """[tokens, top_k]"""
+
+    @property
+    def hidden(self) -> NDArray[np.float32]:
+        """[tokens, top_k, ffn] what the experts' last matrix multiplies."""
+
+    @property
+    def peaks(self) -> NDArray[np.float32]:
+        """[tokens, top_k] largest magnitude in an expert's output."""
+
+    @property
+    def energies(self) -> NDArray[np.float32]:
+        """[tokens, top_k] sum of the squares of an expert's output."""
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """[wanted, vocab] after the last layer."""
+
+class RoutingRecord:
+    """What the routers chose, token by token: [tokens, picks of all layers side by side]."""
+
+    @property
+    def picks(self) -> NDArray[np.uint16]:
+        """Each layer's in the order of the choice."""
+
+    @property
+    def weights(self) -> NDArray[np.float32]: ...
+    @property
+    def predicted(self) -> NDArray[np.uint16]:
+        """What the look-ahead expected, 65535 where it does not look."""
+
+class Cancelled(Exception):
+    """Raised by a pass whose `Cancel` was set."""
 
 class Cancel:
-    def set(self) -> None: ...
+    """Ends a pass between two layers; it stays set."""
+
+    def __init__(self) -> None: ...
+    def set(self) -> None:
+        """From any thread."""
+
     def is_set(self) -> bool: ...
 
 class Engine:
-    def __init__(self, spec: dict[str, Any], index: dict[str, Any], options: dict[str, Any]) -> None: ...
+    def __init__(self, index: ModelIndex, options: EngineOptions) -> None:
+        """Raises TypeError for a field of these dataclasses that is missing, unknown or of another type than the
+        engine reads; ValueError for what the engine cannot compute; ReadError."""
+
     def forward(
         self,
         tokens: NDArray[np.int32],
@@ -30,7 +164,9 @@ class Engine:
         sequence_ids: NDArray[np.int32],
         wanted: NDArray[np.int32],
         cancel: Cancel | None = None,
-    ) -> NDArray[np.float32]: ...
+    ) -> NDArray[np.float32]:
+        """Logits [wanted, vocab]."""
+
     def forward_layer(
         self,
         layer: int,
@@ -38,7 +174,10 @@ class Engine:
         residual: NDArray[np.float32],
         embed: bool,
         wanted: NDArray[np.int32],
-    ) -> dict[str, NDArray[Any]]: ...
+    ) -> LayerRecord:
+        """Takes the tokens of sequence 0 through one layer; residual: [tokens, hidden], changed in place. The sequence
+        is empty before and afterwards."""
+
     def add_sequence(self) -> int: ...
     def remove_sequence(self, id: int) -> None: ...
     def length(self, id: int) -> int: ...
@@ -49,8 +188,8 @@ class Engine:
     def snapshot(self, id: int) -> NDArray[np.uint8]: ...
     def restore(self, id: int, source: Buffer | NDArray[np.uint8]) -> None: ...
     def record_routing(self, on: bool) -> None: ...
-    def take_routing(self) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.uint16]]: ...
-    def counters(self) -> dict[str, float]: ...
+    def take_routing(self) -> RoutingRecord: ...
+    def counters(self) -> EngineCounters: ...
     @property
     def isa(self) -> str: ...
     @property

@@ -30,6 +30,7 @@ from edgemoe.families import Slices, TensorSource, family_for
 from edgemoe.formats.ggml_blocks import READABLE, TYPES, BlockType, dequantize, mxfp4_blocks
 from edgemoe.formats.gguf import GgufModel, is_gguf
 from edgemoe.formats.gguf_index import GgufSource
+from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, Part
 from edgemoe.formats.layouts import BLOCK as ROWS_AT_ONCE
 from edgemoe.formats.layouts import QUANTIZED, ROW_MAJOR, bf16_to_f32, bits_of, pack, unpack
 from edgemoe.formats.pack import (
@@ -37,15 +38,10 @@ from edgemoe.formats.pack import (
     BLOCK,
     MAX_BLOB,
     MAX_SECTION,
-    PARTS,
     Blob,
     Bytes,
-    DenseTensor,
-    ExpertLayer,
-    Level,
     PackContents,
     PackWriter,
-    Part,
     align,
     partial_path,
     tensor_size,

@@ -12,8 +12,8 @@ from typing import Any
 
 from edgemoe import _core
 from edgemoe.errors import EdgemoeError
+from edgemoe.options import DEFAULT_READERS
 
-DEFAULT_READERS = 2
 DEPTHS = (1, 2, 4, 8)  # reads under way at once
 _SECONDS = 0.12  # of one measurement
 _MOST_BYTES = 1 << 30  # ... and what it may read on a very fast disk

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe import _core
+from edgemoe._core import EngineCounters, RoutingRecord
 from edgemoe.errors import EdgemoeError
 
 Cancel = _core.Cancel
@@ -15,6 +16,18 @@ Cancel = _core.Cancel
 
 Cancelled = _core.Cancelled
 """Raised by a pass whose `Cancel` was set."""
+
+
+class Count:
+    """A sum of what an engine counts, made step by step. counters: the sum so far."""
+
+    __slots__ = ("counters",)
+
+    def __init__(self) -> None:
+        self.counters = EngineCounters()
+
+    def add(self, counters: EngineCounters) -> None:
+        self.counters += counters
 
 
 class Engine:
@@ -135,12 +148,12 @@ class Engine:
         with self.lock:
             self._idle().record_routing(on)
 
-    def take_routing(self) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.uint16]]:
-        """(picks, weights, predicted), each [tokens, picks of all layers]."""
+    def take_routing(self) -> RoutingRecord:
+        """What was kept; nothing where recording is switched off."""
         with self.lock:
             return self._idle().take_routing()
 
-    def counters(self) -> dict[str, float]:
+    def counters(self) -> EngineCounters:
         """Sums since the engine was made."""
         with self.lock:
             return self._idle().counters()

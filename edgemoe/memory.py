@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from edgemoe import _core
 from edgemoe.errors import MemoryBudgetError, OptionError
+from edgemoe.formats.index import ModelIndex
+from edgemoe.options import EngineOptions
 
 _UNITS = {
     "": 1,
@@ -132,33 +133,30 @@ class Budget:
         return self.expert_slots * self.slot_bytes
 
 
-def plan_budget(
-    limit: int | None, spec: dict[str, Any], index: dict[str, Any], options: dict[str, Any], path: str
-) -> Budget:
-    """Divides `limit` bytes (None: automatic). Raises MemoryBudgetError that names the least that would do."""
+def plan_budget(limit: int | None, index: ModelIndex, options: EngineOptions) -> Budget:
+    """Divides `limit` bytes (None: automatic); `chunk` and `expert_slots` of the options are not read.
+
+    Raises MemoryBudgetError that names the least that would do."""
     automatic = limit is None
     limit = automatic_budget() if limit is None else limit
     base = used_now() + RESERVE
     for chunk in CHUNKS:
-        plan = _core.plan(spec, index, {**options, "chunk": chunk, "expert_slots": 1})
-        fixed = base + plan["dense"] + plan["state"] + plan["scratch"]
+        plan = _core.plan(index, replace(options, chunk=chunk, expert_slots=1))
+        fixed = base + plan.dense + plan.state + plan.scratch
         room = limit - fixed
-        everything = plan["experts"] * plan["slot"]
-        if room >= everything or plan["scratch"] * 4 <= room + plan["scratch"] or chunk == CHUNKS[-1]:
+        everything = plan.experts * plan.slot
+        if room >= everything or plan.scratch * 4 <= room + plan.scratch or chunk == CHUNKS[-1]:
             break
-    least = fixed + plan["minimum_slots"] * plan["slot"]
+    least = fixed + plan.minimum_slots * plan.slot
     if limit < least:
-        count = options.get("sequences", 1)
+        count = options.sequences
         sequences = f"{count} sequences of " if count > 1 else ""
         raise MemoryBudgetError(
-            f"{path}: {'the memory that is free' if automatic else 'a memory budget'} of {format_size(limit)} is too "
-            f"small: {format_size(base)} for the program, {format_size(plan['dense'])} dense weights, "
-            f"{format_size(plan['state'])} state for {sequences}{options['context']} positions, "
-            f"{format_size(plan['scratch'])} "
-            f"activations, {format_size(plan['minimum_slots'] * plan['slot'])} for one token's experts; "
-            f"the least that works is {-(-least // 1000**2)}MB"
+            f"{index.path}: {'the memory that is free' if automatic else 'a memory budget'} of {format_size(limit)} is "
+            f"too small: {format_size(base)} for the program, {format_size(plan.dense)} dense weights, "
+            f"{format_size(plan.state)} state for {sequences}{options.context} positions, "
+            f"{format_size(plan.scratch)} activations, {format_size(plan.minimum_slots * plan.slot)} for one token's "
+            f"experts; the least that works is {-(-least // 1000**2)}MB"
         )
-    slots = plan["experts"] if room >= everything else room // plan["slot"]
-    return Budget(
-        limit, base, plan["dense"], plan["state"], plan["scratch"], plan["slot"], slots, plan["experts"], chunk
-    )
+    slots = plan.experts if room >= everything else room // plan.slot
+    return Budget(limit, base, plan.dense, plan.state, plan.scratch, plan.slot, slots, plan.experts, chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import sys
@@ -15,14 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe import _core
-from edgemoe.disk import DEFAULT_READERS, reading_threads
-from edgemoe.engine import Engine
+from edgemoe.disk import reading_threads
+from edgemoe.engine import Count, Engine
 from edgemoe.errors import ContextLengthError, OptionError, TokenizerError
-from edgemoe.formats.gguf import is_gguf
-from edgemoe.formats.gguf_index import GgufIndex, GgufSource, build_index
-from edgemoe.formats.pack import PARTS, Pack
+from edgemoe.formats.index import ModelIndex
+from edgemoe.formats.read import read_index
 from edgemoe.memory import Budget, parse_size, plan_budget
 from edgemoe.model_files import Progress, default_cache_dir, resolve
+from edgemoe.options import EngineOptions
 from edgemoe.processors import usable_processors
 from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Answer, Generation, GenerationResult, Request, Tally, figures
@@ -127,10 +128,10 @@ class Model:
         are thresholds below the share of the router's weight that the token's heavier experts have. level_cap: no
         expert works above this level. Both are there to measure levels and modes.
         """
-        pack = build_index(GgufSource.open(path)) if is_gguf(path) else Pack.open(path)
+        index = read_index(path)
         self.path = path
-        self.spec = pack.spec
-        self.generation_defaults = dict(pack.generation)
+        self.spec = index.spec
+        self.generation_defaults = dict(index.generation)
         self.tokenizer = load_tokenizer(path)
         check_vocabulary(self.tokenizer, self.spec)
         self.context = _context(context, self.spec)
@@ -146,9 +147,9 @@ class Model:
         if eviction not in EVICTION_POLICIES:
             raise OptionError(f"eviction policy {eviction!r} is not one of {', '.join(EVICTION_POLICIES)}")
         self.quality = quality
-        self.thresholds = _thresholds(pack, quality, thresholds)
-        if level_cap is not None and not 0 <= level_cap < _level_count(pack):
-            raise OptionError(f"{path}: level_cap {level_cap} is not one of its {_level_count(pack)} levels, from 0 on")
+        self.thresholds = _thresholds(index, quality, thresholds)
+        if level_cap is not None and not 0 <= level_cap < index.level_count:
+            raise OptionError(f"{path}: level_cap {level_cap} is not one of its {index.level_count} levels, from 0 on")
         for layer in self.spec.layers:
             attention = layer.attention
             types, dim = {cache_type_k, cache_type_v}, attention.head_dim
@@ -159,32 +160,31 @@ class Model:
             if "q8_0" in types and dim % 32:
                 raise OptionError(f"cache type q8_0 needs heads of a multiple of 32, not {dim}")
 
-        spec, index = self.spec.for_context(self.context).to_dict(), _engine_index(pack)
-        options: dict[str, Any] = {
-            "threads": threads,
-            "sequences": parallel,
-            "context": self.context,
-            "readers": DEFAULT_READERS,
-            "cache_type_k": cache_type_k,
-            "cache_type_v": cache_type_v,
-            "eviction": eviction,
-            "prefetch": prefetch,
-            "thresholds": self.thresholds,
-        }
-        if level_cap is not None:
-            options["level_cap"] = level_cap
-        self.budget = plan_budget(None if memory is None else parse_size(memory), spec, index, options, str(path))
-        options |= {"chunk": self.budget.chunk, "expert_slots": self.budget.expert_slots}
+        index = dataclasses.replace(index, spec=self.spec.for_context(self.context))
+        options = EngineOptions(
+            threads=threads,
+            sequences=parallel,
+            context=self.context,
+            eviction=eviction,
+            prefetch=prefetch,
+            thresholds=tuple(self.thresholds),
+            level_cap=level_cap,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+        )
+        self.budget = plan_budget(None if memory is None else parse_size(memory), index, options)
+        options = dataclasses.replace(options, chunk=self.budget.chunk, expert_slots=self.budget.expert_slots)
         if self.budget.expert_slots < self.budget.all_slots:
-            options["readers"] = reading_threads(path, self.budget.slot_bytes, default_cache_dir())
-        self.readers = int(options["readers"])
+            readers = reading_threads(path, self.budget.slot_bytes, default_cache_dir())
+            options = dataclasses.replace(options, readers=readers)
+        self.readers = options.readers
         try:
-            self._engine = Engine(_core.Engine(spec, index, options))
+            self._engine = Engine(_core.Engine(index, options))
         except ValueError as error:  # what only the engine can know: EDGEMOE_ISA, sizes of tensors in the file
             raise OptionError(f"{path}: {error}") from error
         self._sequences = Sequences(self._engine, parallel, self.budget.chunk)
         self._conversations = Conversations()
-        self._last = Tally(0, {})  # of the generation that computed last
+        self._last = Tally(0, Count())  # of the generation that computed last
 
     # -- text ---------------------------------------------------------------------------------------------------
 
@@ -390,7 +390,7 @@ class Model:
     @property
     def last_result(self) -> GenerationResult:
         """The result of the generation that computed last; where several run at once, ask the generation itself."""
-        self._sequences.settle(self._last.counters)
+        self._sequences.settle(self._last.count)
         return self._last.result()
 
     def stats(self, result: GenerationResult | None = None) -> dict[str, float]:
@@ -450,71 +450,26 @@ def _context(asked: int | None, spec: ModelSpec) -> int:
     return asked or spec.context
 
 
-def _level_count(pack: Pack | GgufIndex) -> int:
-    return max((len(layer.levels) for layer in pack.experts.values()), default=1)
-
-
-def _measured_modes(pack: Pack) -> dict[str, Any]:
-    """What the pack says of its lossy modes, by name."""
-    modes: dict[str, Any] = pack.quality.get("modes", {})
-    return modes
-
-
-def _thresholds(pack: Pack | GgufIndex, quality: str, chosen: Sequence[float] | None) -> list[float]:
+def _thresholds(index: ModelIndex, quality: str, chosen: Sequence[float] | None) -> list[float]:
     """What a mode's name means for a pack, or the thresholds that were chosen in its place. Raises OptionError."""
     if quality not in QUALITIES:
         raise OptionError(f"quality {quality!r} is not one of {', '.join(QUALITIES)}")
     if chosen is None:
         if quality == "exact":
             return []
-        if isinstance(pack, GgufIndex):
-            raise OptionError(f"{pack.path}: quality {quality!r}: a GGUF file has its experts at one precision only")
-        if _level_count(pack) == 1:
-            raise OptionError(f"{pack.path}: quality {quality!r}: the pack has its experts at one precision only")
-        modes = _measured_modes(pack)
+        if index.level_count == 1:
+            raise OptionError(f"{index.path}: quality {quality!r}: all experts are stored at one precision")
+        modes = {} if index.quality is None else index.quality.modes
         if quality not in modes:
             raise OptionError(
-                f"{pack.path}: quality {quality!r}: the pack does not say what was measured for this mode"
+                f"{index.path}: quality {quality!r}: the pack does not say what was measured for this mode"
             )
-        chosen = modes[quality]["thresholds"]
+        chosen = modes[quality].thresholds
     elif quality != "exact":
         raise OptionError(f"quality {quality!r} and thresholds exclude each other")
     thresholds = [float(threshold) for threshold in chosen]
-    if len(thresholds) >= _level_count(pack) and thresholds:
-        raise OptionError(f"{pack.path}: {len(thresholds)} thresholds for experts of {_level_count(pack)} levels")
+    if len(thresholds) >= index.level_count and thresholds:
+        raise OptionError(f"{index.path}: {len(thresholds)} thresholds for experts of {index.level_count} levels")
     if any(not -1 <= threshold <= 1 for threshold in thresholds) or thresholds != sorted(thresholds):
-        raise OptionError(f"{pack.path}: thresholds {thresholds} do not ascend from -1 to 1 at most")
+        raise OptionError(f"{index.path}: thresholds {thresholds} do not ascend from -1 to 1 at most")
     return thresholds
-
-
-def _engine_index(pack: Pack | GgufIndex) -> dict[str, Any]:
-    """The pack's index in the form the engine takes (native/include/edgemoe/pack_index.h)."""
-    experts = {
-        number: {
-            "levels": [
-                (level.bits, [(part.layout, part.extent, part.offset, *part.shape) for part in parts])
-                for level in layer.levels
-                for parts in [[level.parts[name] for name in PARTS]]
-            ],
-            "sections": layer.sections,
-        }
-        for number, layer in pack.experts.items()
-    }
-    return {
-        "files": [str(file) for file in pack.files],
-        "sections": [
-            ([(extent.file, extent.offset, extent.length) for extent in section.extents], section.checksum)
-            for section in pack.sections
-        ],
-        "dense": {
-            name: (
-                tensor.section,
-                tensor.offset,
-                tensor.layout,
-                *tensor.shape,
-                *([1] if len(tensor.shape) == 1 else []),
-            )
-            for name, tensor in pack.dense.items()
-        },
-        "experts": experts,
-    }

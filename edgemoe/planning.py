@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgemoe import _core
-from edgemoe.disk import DEFAULT_READERS
 from edgemoe.errors import OptionError, SourceError, UnsupportedModelError
-from edgemoe.formats.gguf import is_gguf
-from edgemoe.formats.gguf_index import GgufSource, build_index
-from edgemoe.formats.pack import (
-    ALIGNMENT,
-    BLOCK,
-    DenseTensor,
-    ExpertLayer,
-    Extent,
-    Level,
-    Pack,
-    Part,
-    Section,
-    align,
-    tensor_size,
-)
+from edgemoe.formats.index import DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
+from edgemoe.formats.pack import ALIGNMENT, BLOCK, align, tensor_size
+from edgemoe.formats.read import read_index
 from edgemoe.formats.safetensors import read_json
 from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now
-from edgemoe.model import DEFAULT_CONTEXT, QUALITIES, _engine_index
+from edgemoe.model import DEFAULT_CONTEXT, QUALITIES
+from edgemoe.options import EngineOptions
 from edgemoe.spec import FLOAT_TENSORS, ModelSpec
 
 if TYPE_CHECKING:
@@ -119,35 +106,30 @@ def plan_model(
     Raises MemoryBudgetError that names the number that would do, SourceError, PackError, UnsupportedModelError,
     OptionError.
     """
-    spec, index, shares = _facts(path, bits)
+    index = _facts(path, bits)
+    spec = index.spec
     total_experts = sum(layer.experts for layer in spec.layers)
     if not total_experts:
         raise UnsupportedModelError(f"{path}: every layer is dense; there is nothing to stream")
     length = min(spec.context, DEFAULT_CONTEXT) if context is None else context or spec.context
     if not 1 <= length <= spec.context:
         raise OptionError(f"a context of {length} positions: the model was made for 1 to {spec.context}")
-    options: dict[str, Any] = {
-        "threads": 1,
-        "context": length,
-        "readers": DEFAULT_READERS,
-        "cache_type_k": cache_type,
-        "cache_type_v": cache_type,
-        "eviction": "next_use",
-        "prefetch": True,
-    }
-    facts = spec.to_dict()
+    index = replace(index, spec=spec.for_context(length))
+    options = EngineOptions(
+        threads=1, context=length, chunk=CHUNKS[0], cache_type_k=cache_type, cache_type_v=cache_type
+    )
 
     def budget(limit: int) -> Budget:
-        return plan_budget(limit, facts, index, options, str(path))
+        return plan_budget(limit, index, options)
 
-    needs = _core.plan(facts, index, {**options, "chunk": CHUNKS[-1], "expert_slots": 1})
-    fixed = used_now() + RESERVE + needs["dense"] + needs["state"] + needs["scratch"]
+    needs = _core.plan(index, replace(options, chunk=CHUNKS[-1]))
+    fixed = used_now() + RESERVE + needs.dense + needs.state + needs.scratch
     working = sum(layer.top_k for layer in spec.layers)
-    least = fixed + needs["minimum_slots"] * needs["slot"] + _SLACK
+    least = fixed + needs.minimum_slots * needs.slot + _SLACK
     # With room for all experts the largest chunks are used.
-    largest = _core.plan(facts, index, {**options, "chunk": CHUNKS[0], "expert_slots": 1})
-    everything = fixed - needs["scratch"] + largest["scratch"] + needs["experts"] * needs["slot"] + _SLACK
-    sensible = min(_smallest(budget, min(2 * working, needs["experts"]), least, everything), everything)
+    largest = _core.plan(index, options)
+    everything = fixed - needs.scratch + largest.scratch + needs.experts * needs.slot + _SLACK
+    sensible = min(_smallest(budget, min(2 * working, needs.experts), least, everything), everything)
     limit = automatic_budget() if memory is None else memory
     chosen = budget(limit)
 
@@ -156,11 +138,11 @@ def plan_model(
     limits = sorted({least, sensible, everything, chosen.limit, *_between(least, everything)})
     budgets = [budget(size) for size in limits]
     expert_bytes = _expert_bytes(index)
-    active = _active_bytes(spec, index, expert_bytes)
+    active = _active_bytes(index, expert_bytes)
     working_bytes = sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
 
     # Levels that come and go apart take a little more memory than experts that are always whole.
-    levels_apart = _core.plan(facts, index, {**options, "chunk": CHUNKS[0], "expert_slots": 1, "thresholds": [1.0]})
+    levels_apart = _core.plan(index, replace(options, thresholds=(1.0,)))
 
     def speeds(share: float, slot: int) -> tuple[Speed, ...]:
         """Of all budgets, with so much of each expert read, kept and computed; slot: bytes of a whole one in memory."""
@@ -180,18 +162,18 @@ def plan_model(
         parameters=parameters,
         active_parameters=active_parameters,
         context=length,
-        dense=needs["dense"],
+        dense=needs.dense,
         experts=sum(layer.experts * size for layer, size in zip(spec.layers, expert_bytes, strict=True)),
         expert=max(expert_bytes),
         active=active,
-        state=needs["state"],
+        state=needs.state,
         least=least,
         sensible=sensible,
         everything=everything,
         memory=chosen.limit,
         source=f"trace of {trace.model}" if trace else "published range for caches of recently used experts",
-        speeds=speeds(1.0, needs["slot"]),
-        qualities={name: speeds(share, levels_apart["slot"]) for name, share in shares.items()},
+        speeds=speeds(1.0, needs.slot),
+        qualities={name: speeds(share, levels_apart.slot) for name, share in _mode_shares(index).items()},
     )
 
 
@@ -216,42 +198,35 @@ def _speed(
     return Speed(memory, slots, rates, reads, speed, expected)
 
 
-def _facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any], dict[str, float]]:
-    """The specification, the engine's index, and the share of an expert that each measured lossy mode uses."""
+def _facts(path: Path, bits: int) -> ModelIndex:
+    """Of a model file, or of the pack that a folder becomes."""
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if path.is_dir():
         has_weights = next(path.glob("*.safetensors"), None) is not None
-        return (*(_folder_facts(path, bits) if has_weights else _config_facts(path / "config.json", bits)), {})
-    if path.suffix == ".json":
-        return (*_config_facts(path, bits), {})
-    if is_gguf(path):
-        gguf = build_index(GgufSource.open(path))
-        return gguf.spec, _engine_index(gguf), {}
-    pack = Pack.open(path)
-    return pack.spec, _engine_index(pack), _mode_shares(pack)
+        return _folder_facts(path, bits) if has_weights else _config_facts(path / "config.json", bits)
+    return _config_facts(path, bits) if path.suffix == ".json" else read_index(path)
 
 
-def _mode_shares(pack: Pack) -> dict[str, float]:
-    """Mean bits of the lossy modes that the pack has measured, relative to those of exact mode."""
-    modes = pack.quality.get("modes", {})
-    whole = modes["exact"]["mean_bits"] if "exact" in modes else 0
-    shares = {name: modes[name]["mean_bits"] / whole for name in QUALITIES[1:] if name in modes and whole}
+def _mode_shares(index: ModelIndex) -> dict[str, float]:
+    """Mean bits of the lossy modes that a pack has measured, relative to those of exact mode."""
+    modes = {} if index.quality is None else index.quality.modes
+    whole = modes["exact"].mean_bits if "exact" in modes else 0
+    shares = {name: modes[name].mean_bits / whole for name in QUALITIES[1:] if name in modes and whole}
     # A file can say anything; a mode uses something of an expert, and no more than all of it.
     return {name: share for name, share in shares.items() if 0 < share <= 1}
 
 
-def _folder_facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
+def _folder_facts(path: Path, bits: int) -> ModelIndex:
     """Of the pack that a folder becomes."""
     from edgemoe.convert import _length, _plan
 
     conversion = _plan(path, bits, None)
     lengths = [len(section) if isinstance(section, bytes) else _length(section) for section in conversion.sections]
-    contents = conversion.contents
-    return contents.spec, _index_of(path, lengths, contents.dense, contents.experts)
+    return conversion.contents.index(path, [str(path)], _sections_of(lengths))
 
 
-def _config_facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
+def _config_facts(path: Path, bits: int) -> ModelIndex:
     """The same from nothing but the configuration: what it asks for is what the weights will be."""
     from edgemoe.families import family_for
 
@@ -278,40 +253,33 @@ def _config_facts(path: Path, bits: int) -> tuple[ModelSpec, dict[str, Any]]:
         sections = tuple((len(lengths) + expert,) for expert in range(layer.experts))
         experts[number] = ExpertLayer((Level(bits, parts),), sections)
         lengths += [end] * layer.experts
-    return spec, _index_of(path, lengths, dense, experts)
+    return ModelIndex(path, (str(path),), spec, _sections_of(lengths), dense, experts)
 
 
-def _index_of(
-    path: Path, lengths: Sequence[int], dense: dict[str, DenseTensor], experts: dict[int, ExpertLayer]
-) -> dict[str, Any]:
-    """The engine's index of a pack that does not exist: its sections, of these lengths, one after the other."""
+def _sections_of(lengths: Sequence[int]) -> tuple[Section, ...]:
+    """The sections of a pack that does not exist: of these lengths, one after the other."""
     sections, begin = [], 0
     for length in lengths:
         whole = align(length, BLOCK)
         sections.append(Section((Extent(0, begin, whole),), 0))
         begin += whole
-    pack: Any = SimpleNamespace(path=path, files=[path], sections=sections, dense=dense, experts=experts)
-    return _engine_index(pack)
+    return tuple(sections)
 
 
-def _expert_bytes(index: dict[str, Any]) -> list[int]:
+def _expert_bytes(index: ModelIndex) -> list[int]:
     """Stored bytes of one expert, the largest with all its levels, by layer; 0 for a dense one."""
-    layers = max(index["experts"]) + 1
+    layers = max(index.experts) + 1
     return [
-        max(
-            sum(length for section in levels for _, _, length in index["sections"][section][0])
-            for levels in index["experts"][layer]["sections"]
-        )
-        if layer in index["experts"]
-        else 0
+        max(index.section_bytes(levels) for levels in index.experts[layer].sections) if layer in index.experts else 0
         for layer in range(layers)
     ]
 
 
-def _active_bytes(spec: ModelSpec, index: dict[str, Any], expert_bytes: Sequence[int]) -> int:
+def _active_bytes(index: ModelIndex, expert_bytes: Sequence[int]) -> int:
     """Bytes of weights that one token works with: all dense ones but the embedding table, and its experts."""
-    dense = {entry[0] for name, entry in index["dense"].items() if name != "embedding" or spec.tied_embeddings}
-    total: int = sum(length for section in dense for _, _, length in index["sections"][section][0])
+    spec = index.spec
+    dense = {tensor.section for name, tensor in index.dense.items() if name != "embedding" or spec.tied_embeddings}
+    total = index.section_bytes(dense)
     return total + sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
 
 

@@ -295,15 +295,17 @@ class ModelSpec:
         return total, active
 
     def for_context(self, context: int) -> ModelSpec:
-        """The model as it is loaded with this many positions: LongRoPE's choice of frequencies is made."""
+        """The model as it is loaded with this many positions: LongRoPE's choice of frequencies is made, which the
+        engine asks for."""
 
         def attention(spec: AttentionSpec) -> AttentionSpec:
             rope = spec.rope
             if rope is None or not rope.long_inverse_frequencies:
                 return spec
+            frequencies, factor = rope.inverse_frequencies, rope.attention_factor
             if context > rope.original_context:
-                rope = RopeSpec(rope.long_inverse_frequencies, rope.interleaved, rope.long_attention_factor)
-            return dataclasses.replace(spec, rope=rope)
+                frequencies, factor = rope.long_inverse_frequencies, rope.long_attention_factor
+            return dataclasses.replace(spec, rope=RopeSpec(frequencies, rope.interleaved, factor))
 
         layers = tuple(dataclasses.replace(layer, attention=attention(layer.attention)) for layer in self.layers)
         return dataclasses.replace(self, layers=layers)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, Part, Quality
 from edgemoe.formats.layouts import (
     GROUP,
     OFFSET_UNIT,
@@ -20,19 +21,7 @@ from edgemoe.formats.layouts import (
     unpack,
     unpack_level,
 )
-from edgemoe.formats.pack import (
-    ALIGNMENT,
-    PARTS,
-    Blob,
-    DenseTensor,
-    ExpertLayer,
-    Level,
-    Pack,
-    PackContents,
-    PackWriter,
-    Part,
-    align,
-)
+from edgemoe.formats.pack import ALIGNMENT, Blob, Pack, PackContents, PackWriter, align
 
 Parameters = tuple[NDArray[Any], ...]
 """Of level 0, as `pack_level` takes them; later levels have none."""
@@ -135,7 +124,7 @@ def write_nested_pack(
     target: Path,
     bits: Sequence[int] = (2, 3, 4),
     levels_of: Callable[[int, int], int] | None = None,
-    quality: dict[str, Any] | None = None,
+    quality: Quality | None = None,
 ) -> Path:
     """The pack `source`, whose experts are float32, with nested experts instead.
 
@@ -143,14 +132,14 @@ def write_nested_pack(
     """
     old = Pack.open(source)
     contents = PackContents(
-        spec=old.spec,
-        generation=old.generation,
+        spec=old.index.spec,
+        generation=old.index.generation,
         provenance=old.provenance,
         dense={},
         experts={},
         blobs={},
         unused=old.unused,
-        quality=quality or {},
+        quality=quality,
     )
     names = level_names(bits)
     with PackWriter.create(target, str(bits)) as writer:
@@ -161,11 +150,11 @@ def write_nested_pack(
                 numbers[section] = writer.add([old.read_section(section)])
             return numbers[section]
 
-        for name, tensor in old.dense.items():
+        for name, tensor in old.index.dense.items():
             contents.dense[name] = DenseTensor(kept(tensor.section), tensor.offset, tensor.layout, tensor.shape)
         for name, blob in old.blobs.items():
             contents.blobs[name] = Blob(kept(blob.section), blob.length)
-        for number, layer in old.experts.items():
+        for number, layer in old.index.experts.items():
             shapes = {part: layer.levels[0].parts[part].shape for part in PARTS}
             levels = []
             for width, layout in zip(bits, names, strict=True):

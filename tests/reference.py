@@ -34,16 +34,16 @@ class PackWeights:
     """The weights of a pack."""
 
     def __init__(self, pack: Pack) -> None:
-        self.pack, self.spec = pack, pack.spec
+        self.pack, self.spec = pack, pack.index.spec
 
     def tensor(self, name: str) -> tuple[str, Array]:
         if ".experts." in name:
             _, layer, _, expert, part = name.split(".")
-            table = self.pack.experts[int(layer)]
+            table = self.pack.index.experts[int(layer)]
             place = table.levels[0].parts[part]
             section = table.sections[int(expert)][0]
             return place.layout, self._matrix(section, place.offset, place.layout, place.shape)
-        tensor = self.pack.dense[name]
+        tensor = self.pack.index.dense[name]
         return tensor.layout, self._matrix(tensor.section, tensor.offset, tensor.layout, tensor.shape)
 
     def _matrix(self, section: int, offset: int, layout: str, shape: tuple[int, ...]) -> Array:

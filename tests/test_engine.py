@@ -54,16 +54,6 @@ def load_divided(monkeypatch: pytest.MonkeyPatch) -> Callable[..., edgemoe.Model
     return load
 
 
-def room_for_sequences(monkeypatch: pytest.MonkeyPatch, sequences: int) -> None:
-    """Models loaded from now on have states for so many sequences."""
-
-    def plan(limit: Any, spec: Any, index: Any, options: dict[str, Any], path: str) -> Any:
-        options["sequences"] = sequences
-        return plan_budget(limit, spec, index, options, path)
-
-    monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
-
-
 # -- exactness ----------------------------------------------------------------------------------------------------
 
 
@@ -80,22 +70,22 @@ def test_logits_equal_the_numpy_reference(make_pack: Callable[..., Path], bits: 
 
 def test_the_last_layer_computes_only_wanted_tokens(make_pack: Callable[..., Path]) -> None:
     pack = make_pack(4)
-    count, layers, top_k = 30, len(Pack.open(pack).experts), Pack.open(pack).spec.layers[0].top_k
+    count, layers, top_k = 30, len(Pack.open(pack).index.experts), Pack.open(pack).index.spec.layers[0].top_k
     positions, ids = np.arange(count, dtype=np.int32), np.zeros(count, np.int32)
     with edgemoe.load(pack) as model:
         engine = model._open()
         every = engine.forward(TOKENS[:count], positions, ids, positions)
         for wanted in ([], [count - 1], [0, 3, 17]):
             engine.truncate(0, 0)
-            before = engine.counters()["expert_uses"]
+            before = engine.counters().expert_uses
             some = engine.forward(TOKENS[:count], positions, ids, np.array(wanted, np.int32))
-            uses = engine.counters()["expert_uses"] - before
+            uses = engine.counters().expert_uses - before
             np.testing.assert_array_equal(some, every[wanted])
             assert uses == ((layers - 1) * count + len(wanted)) * top_k
         engine.truncate(0, 0)
         engine.record_routing(True)
         np.testing.assert_array_equal(engine.forward(TOKENS[:count], positions, ids, [4]), every[[4]])
-        assert engine.take_routing()[0].shape == (count, layers * top_k)
+        assert engine.take_routing().picks.shape == (count, layers * top_k)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -150,9 +140,9 @@ def test_prefix_reuse_and_restored_state_change_nothing(make_pack: Callable[...,
         expected = model.logits(TOKENS)
 
         def last(tokens: Any) -> tuple[bytes, int]:
-            before = model._open().counters()["tokens"]
+            before = model._open().counters().tokens
             logits = model._next_logits(list(tokens))
-            return logits.tobytes(), int(model._open().counters()["tokens"] - before)
+            return logits.tobytes(), int(model._open().counters().tokens - before)
 
         other = [*TOKENS[:70], 1, 2, 3]
         last(other)
@@ -165,11 +155,12 @@ def test_prefix_reuse_and_restored_state_change_nothing(make_pack: Callable[...,
 
 
 def test_several_sequences_in_one_pass(make_pack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    room_for_sequences(monkeypatch, 2)
-    with edgemoe.load(make_pack()) as model:
+    with edgemoe.load(make_pack(), parallel=2) as model:
         first, second = model.logits(TOKENS[:20]), model.logits(TOKENS[50:67])
-        model.logits(TOKENS[:1])
-        other = model._open().add_sequence()
+        other = 1
+        for sequence in (0, other):
+            model._open().truncate(sequence, 0)
+        model.forward(TOKENS[:1], [0], [0], [])
         # Sequence 0 holds one token; the rest of it and all of the other one come mixed.
         tokens = [*TOKENS[1:20], *TOKENS[50:67]]
         positions = [*range(1, 20), *range(17)]
@@ -180,21 +171,21 @@ def test_several_sequences_in_one_pass(make_pack: Callable[..., Path], monkeypat
         assert logits[ids[order] == other].tobytes() == second.tobytes()
 
 
-def test_sequences_come_and_go(make_pack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_come_and_go(make_pack: Callable[..., Path]) -> None:
     path = make_pack()
     with edgemoe.load(path) as model:
         one = model.budget.state
         with pytest.raises(edgemoe.errors.StateError, match="room for 1 sequence,"):
             model._open().add_sequence()
-    room_for_sequences(monkeypatch, 3)
-    with edgemoe.load(path) as model:
+    with edgemoe.load(path, parallel=3) as model:
         assert model.budget.state == 3 * one
         engine = model._open()
         expected = model.logits(TOKENS[:20])
-        ids = [engine.add_sequence(), engine.add_sequence()]
+        ids = [1, 2]
         with pytest.raises(edgemoe.errors.StateError, match="room for 3 sequences,"):
             engine.add_sequence()
         for id in ids:
+            engine.truncate(id, 0)
             again = model.forward(TOKENS[:20], np.arange(20), np.full(20, id), np.arange(20))
             assert again.tobytes() == expected.tobytes()
         engine.remove_sequence(ids[0])
@@ -259,7 +250,7 @@ def test_senseless_budgets_are_refused(make_pack: Callable[..., Path], memory: A
 
 def damage(pack: Path, section: int) -> Callable[[], None]:
     """Flips a bit in the middle of a section; the result undoes it."""
-    extent = Pack.open(pack).sections[section].extents[0]
+    extent = Pack.open(pack).index.sections[section].extents[0]
 
     def flip() -> None:
         with pack.open("r+b") as file:
@@ -277,7 +268,7 @@ def test_a_damaged_expert_ends_the_generation_and_the_model_stays_usable(make_pa
     with edgemoe.load(pack) as model:
         expected = model.logits(TOKENS).tobytes()
     with edgemoe.load(pack) as model:
-        repair = damage(pack, Pack.open(pack).experts[1].sections[2][0])
+        repair = damage(pack, Pack.open(pack).index.experts[1].sections[2][0])
         with pytest.raises(edgemoe.ReadError, match=r"model-8.emoe: layer 1 expert 2 at offset \d+ is damaged"):
             model.logits(TOKENS)
         repair()
@@ -286,7 +277,7 @@ def test_a_damaged_expert_ends_the_generation_and_the_model_stays_usable(make_pa
 
 def test_damaged_dense_weights_are_found_at_loading(make_pack: Callable[..., Path]) -> None:
     pack = make_pack()
-    damage(pack, Pack.open(pack).dense["layers.1.q"].section)
+    damage(pack, Pack.open(pack).index.dense["layers.1.q"].section)
     with pytest.raises(edgemoe.ReadError, match="damaged"):
         edgemoe.load(pack)
 
@@ -294,7 +285,9 @@ def test_damaged_dense_weights_are_found_at_loading(make_pack: Callable[..., Pat
 def test_a_file_cut_off_while_running(make_pack: Callable[..., Path]) -> None:
     pack = make_pack()
     with edgemoe.load(pack) as model:
-        os.truncate(pack, Pack.open(pack).sections[Pack.open(pack).experts[0].sections[0][0]].extents[0].offset)
+        os.truncate(
+            pack, Pack.open(pack).index.sections[Pack.open(pack).index.experts[0].sections[0][0]].extents[0].offset
+        )
         with pytest.raises(edgemoe.ReadError, match="short of what its index promises"):
             model.logits(TOKENS)
 

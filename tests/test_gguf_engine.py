@@ -164,7 +164,7 @@ GGUF_NAMES = {
 
 def write_like_folder(pack: Pack, folder: Path, path: Path, writer: str) -> Path:
     """The same float32 weights as a GGUF file, by our own writer or by the `gguf` package's."""
-    reference, spec = ReferenceModel(pack), pack.spec
+    reference, spec = ReferenceModel(pack), pack.index.spec
     arrays: dict[str, np.ndarray] = {}
     for name in spec.dense_tensors():
         *layer, part = name.split(".")
@@ -276,7 +276,7 @@ def test_logits_are_bit_identical_however_they_are_computed(
         with load_divided(path, **variant) as model:
             assert model.logits(tokens).tobytes() == expected, variant
             if "slots" in variant:
-                assert model._open().counters()["evictions"] > 0
+                assert model._open().counters().evictions > 0
     for isa in _core.kernels.available_isas():
         monkeypatch.setenv("EDGEMOE_ISA", isa)
         with load_divided(path) as model:
@@ -326,21 +326,21 @@ def test_a_converted_file_keeps_its_blocks_and_its_logits(tmp_path: Path, kind: 
     layout = kind if kind not in QUANTIZED else f"ggml.{kind}"
     if kind in QUANTIZED:
         file = pack_path.read_bytes()
-        for number, layer in pack.experts.items():
+        for number, layer in pack.index.experts.items():
             for expert, (section,) in enumerate(layer.sections):
-                (extent,) = pack.sections[section].extents
+                (extent,) = pack.index.sections[section].extents
                 assert extent.offset % 4096 == 0
                 for part, place in layer.levels[0].parts.items():
                     tensor = source.sources[f"layers.{number}.experts.{expert}.{part}"]
                     blocks = bytes(source.model.read_bytes(tensor.name, tensor.index))
                     assert (place.layout, place.extent, place.offset % 64) == (layout, 0, 0)
                     assert file[extent.offset + place.offset :][: len(blocks)] == blocks
-        for name, dense in pack.dense.items():
+        for name, dense in pack.index.dense.items():
             if dense.layout == layout:
                 blocks = bytes(source.model.read_bytes(source.sources[name].name))
-                begin = pack.sections[dense.section].extents[0].offset + dense.offset
+                begin = pack.index.sections[dense.section].extents[0].offset + dense.offset
                 assert file[begin : begin + len(blocks)] == blocks
-    assert {dense.layout for dense in pack.dense.values()} == {"vector", "f32", layout}
+    assert {dense.layout for dense in pack.index.dense.values()} == {"vector", "f32", layout}
     assert logits(pack_path, tokens).tobytes() == logits(path, tokens).tobytes()
 
 
@@ -380,8 +380,8 @@ def test_dense_matrices_that_need_padding_lie_alone(tmp_path: Path) -> None:
     path = write(tmp_path / "tiny.gguf", metadata, tensors)
     convert(path, tmp_path / "tiny.emoe")
     pack = Pack.open(tmp_path / "tiny.emoe")
-    assert pack.dense["layers.0.k"].section != pack.dense["layers.0.q"].section
-    assert pack.dense["layers.0.o"].section == pack.dense["layers.0.q"].section
+    assert pack.index.dense["layers.0.k"].section != pack.index.dense["layers.0.q"].section
+    assert pack.index.dense["layers.0.o"].section == pack.index.dense["layers.0.q"].section
     assert logits(tmp_path / "tiny.emoe", some_tokens(30)).tobytes() == logits(path, some_tokens(30)).tobytes()
     expected = ReferenceModel(GgufPackageWeights(path)).logits(some_tokens(30))
     check_difference(logits(path, some_tokens(30), **F32_STATE), expected)

@@ -19,11 +19,13 @@ import edgemoe.model
 from edgemoe import _core
 from edgemoe.convert import convert
 from edgemoe.errors import OptionError, ReadError
+from edgemoe.formats.index import LevelQuality, ModelIndex, ModeQuality, Quality
 from edgemoe.formats.layouts import packed_size
 from edgemoe.formats.pack import Pack
 from edgemoe.memory import Budget, plan_budget
 from edgemoe.model import EVICTION_POLICIES, Model
 from edgemoe.model_files import bundled_model
+from edgemoe.options import EngineOptions
 
 TOKENS = np.random.default_rng(8).integers(0, 320, 24).tolist()
 LAYERS, EXPERTS, TOP_K = 3, 12, 3
@@ -68,8 +70,8 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
             budget = plan_budget(*arguments)
             return budget if slots is None else dataclasses.replace(budget, expert_slots=slots)
 
-        def engine(spec: Any, index: Any, chosen: dict[str, Any]) -> _core.Engine:
-            return real(spec, index, chosen | {"readers": readers, "arrival_jitter_us": jitter})
+        def engine(index: ModelIndex, chosen: EngineOptions) -> _core.Engine:
+            return real(index, dataclasses.replace(chosen, readers=readers, arrival_jitter_us=jitter))
 
         real = _core.Engine
         with monkeypatch.context() as patch:
@@ -97,7 +99,7 @@ class NestedWeights(PackWeights):
         if ".experts." not in name:
             return super().tensor(name)
         _, layer, _, expert, part = name.split(".")
-        table = self.pack.experts[int(layer)]
+        table = self.pack.index.experts[int(layer)]
         bits = [level.bits for level in table.levels]
         sections = table.sections[int(expert)][: self.level + 1]
         data = []
@@ -132,8 +134,8 @@ def test_a_cap_makes_every_expert_that_coarse(mixed: Path, level: int, load: Loa
         difference = np.abs(model.logits(TOKENS) - expected) / (expected.max() - expected.min())
         assert difference.mean() < 5e-4
         counters = model._open().counters()
-        assert 2 <= counters["expert_bits"] / counters["expert_uses"] <= 2 + level
-        assert (level == 0) == (counters["expert_bits"] == 2 * counters["expert_uses"])
+        assert 2 <= counters.expert_bits / counters.expert_uses <= 2 + level
+        assert (level == 0) == (counters.expert_bits == 2 * counters.expert_uses)
 
 
 @pytest.mark.parametrize("which", ["pack", "mixed"])
@@ -155,7 +157,7 @@ def test_no_bit_depends_on_memory_threads_or_arrival(
             }
             with load(path, slots, eviction=eviction, thresholds=thresholds, **options) as model:
                 assert passes(model) == expected, (eviction, slots, options)
-                assert model._open().counters()["evictions"] > 0
+                assert model._open().counters().evictions > 0
 
 
 def test_the_chunks_of_a_prompt_do_not_matter(pack: Path, load: Load) -> None:
@@ -176,7 +178,7 @@ def step_by_step(model: Model, trace: Path) -> tuple[dict[str, float], list[list
     with model.trace(trace):
         for n in range(len(TOKENS)):
             model._next_logits(TOKENS[: n + 1])
-    experts = Pack.open(model.path).experts
+    experts = Pack.open(model.path).index.experts
     steps = []
     recorded = read_trace(trace)
     for picks, weights in zip(recorded.ids.tolist(), recorded.weights.astype(np.float64), strict=True):
@@ -202,8 +204,8 @@ def test_levels_follow_the_rule_and_missing_sections_are_read_once(
     opened = Pack.open(path)
     with load(path, thresholds=thresholds, prefetch=False) as model:
         counters, steps = step_by_step(model, tmp_path / "steps.trace")
-    bits = sum(opened.experts[layer].levels[level].bits for step in steps for layer, _, level in step)
-    assert (counters["expert_uses"], counters["expert_bits"]) == (len(TOKENS) * LAYERS * TOP_K, bits)
+    bits = sum(opened.index.experts[layer].levels[level].bits for step in steps for layer, _, level in step)
+    assert (counters.expert_uses, counters.expert_bits) == (len(TOKENS) * LAYERS * TOP_K, bits)
     held: dict[tuple[int, int], int] = {}
     hits = refined = sections = size = 0
     for layer, expert, level in (use for step in steps for use in step):
@@ -212,11 +214,11 @@ def test_levels_follow_the_rule_and_missing_sections_are_read_once(
         refined += 0 < present <= level
         for missing in range(present, level + 1):
             sections += 1
-            size += opened.sections[opened.experts[layer].sections[expert][missing]].length
+            size += opened.index.sections[opened.index.experts[layer].sections[expert][missing]].length
         held[layer, expert] = max(present, level + 1)
     assert (refined > 0) == bool(thresholds)  # a base that is there is not read again
-    assert counters["experts_hit"] == hits
-    assert (counters["sections_read"], counters["bytes_read"]) == (sections, size)
+    assert counters.experts_hit == hits
+    assert (counters.sections_read, counters.bytes_read) == (sections, size)
 
 
 def test_thresholds_below_everything_take_the_first_expert_too(pack: Path, load: Load) -> None:
@@ -231,17 +233,17 @@ def test_counters_add_up(pack: Path, load: Load) -> None:
         deadline = time.monotonic() + 30
         passes(model)
         # Beside a model so small reading ahead hardly pays: it is tried now and then.
-        while model._open().counters()["prefetch_issued"] == 0 and time.monotonic() < deadline:
+        while model._open().counters().prefetch_issued == 0 and time.monotonic() < deadline:
             passes(model)
         while True:
             c = model._open().counters()
-            unused = c["prefetch_issued"] - c["prefetch_used"] - c["prefetch_late"] - c["prefetch_wasted"]
+            unused = c.prefetch_issued - c.prefetch_used - c.prefetch_late - c.prefetch_wasted
             if unused >= 0 or time.monotonic() > deadline:
                 break
-    assert c["prefetch_issued"] > 0
+    assert c.prefetch_issued > 0
     assert 0 <= unused <= 10 * 4
-    assert c["experts_hit"] < c["experts_requested"]
-    assert c["bytes_read"] % BLOCK == 0 and c["sections_read"] > c["evictions"]
+    assert c.experts_hit < c.experts_requested
+    assert c.bytes_read % BLOCK == 0 and c.sections_read > c.evictions
 
 
 def test_memory_holds_more_coarse_experts_than_whole_ones(pack: Path, load: Load, tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_memory_holds_more_coarse_experts_than_whole_ones(pack: Path, load: Load
     for cap in (0, 2):
         with load(pack, EXPERTS * LAYERS // 2, prefetch=False, level_cap=cap) as model:
             counters, _ = step_by_step(model, tmp_path / "steps.trace")
-            evictions[cap] = counters["evictions"]
+            evictions[cap] = counters.evictions
     assert evictions[0] == 0 < evictions[2]
 
 
@@ -257,8 +259,8 @@ def test_a_damaged_refinement_is_named(pack: Path, tmp_path: Path, load: Load) -
     opened = Pack.open(pack)
     damaged = tmp_path / "damaged.emoe"
     data = bytearray(pack.read_bytes())
-    for sections in opened.experts[1].sections:
-        data[opened.sections[sections[1]].extents[0].offset + 5] ^= 1
+    for sections in opened.index.experts[1].sections:
+        data[opened.index.sections[sections[1]].extents[0].offset + 5] ^= 1
     damaged.write_bytes(data)
     with load(damaged) as model:
         for _ in range(2):
@@ -278,19 +280,19 @@ def test_everything_fits_into_the_slots_that_a_plan_names(mixed: Path, pack: Pat
             for seed in range(12):
                 model.logits(np.random.default_rng(seed).integers(0, 320, 64))
             counters = model._open().counters()
-            assert counters["evictions"] == 0
-            sections = {s for layer in Pack.open(path).experts.values() for row in layer.sections for s in row}
-            assert counters["sections_read"] <= len(sections)
+            assert counters.evictions == 0
+            sections = {s for layer in Pack.open(path).index.experts.values() for row in layer.sections for s in row}
+            assert counters.sections_read <= len(sections)
 
 
 def test_experts_that_are_always_whole_waste_no_memory(load: Load) -> None:
     opened = Pack.open(bundled_model())
-    rows = [row for layer in opened.experts.values() for row in layer.sections]
-    whole = {sum(opened.sections[section].length for section in row) for row in rows}
+    rows = [row for layer in opened.index.experts.values() for row in layer.sections]
+    whole = {sum(opened.index.sections[section].length for section in row) for row in rows}
     with (
-        load(opened.path) as exact,
-        load(opened.path, quality="high") as high,
-        load(opened.path, level_cap=1) as capped,
+        load(opened.index.path) as exact,
+        load(opened.index.path, quality="high") as high,
+        load(opened.index.path, level_cap=1) as capped,
     ):
         assert {exact.budget.slot_bytes} == whole
         assert exact.budget.all_slots == len(rows)
@@ -307,7 +309,7 @@ def test_the_least_memory_is_one_tokens_experts(pack: Path, load: Load) -> None:
 
 def test_refusals(pack: Path, floats: Path) -> None:
     for mode in ("high", "balanced", "fast"):
-        with pytest.raises(OptionError, match=f"floats.emoe: quality '{mode}': the pack has its experts at one prec"):
+        with pytest.raises(OptionError, match=f"floats.emoe: quality '{mode}': all experts are stored at one prec"):
             edgemoe.load(floats, quality=mode)
         with pytest.raises(OptionError, match=f"nested.emoe: quality '{mode}': the pack does not say what was meas"):
             edgemoe.load(pack, quality=mode)
@@ -343,20 +345,27 @@ def test_levels_that_do_not_go_together_are_refused(
 ) -> None:
     real = _core.Engine
 
-    def engine(spec: Any, index: Any, chosen: dict[str, Any]) -> _core.Engine:
-        levels = index["experts"][1]["levels"]
-        for number, (layout, (bits, parts)) in enumerate(zip(layouts, levels, strict=True)):
-            levels[number] = (bits, [(layout, *rest) for _, *rest in parts])
-        return real(spec, index, chosen)
+    def engine(index: ModelIndex, chosen: EngineOptions) -> _core.Engine:
+        layer = index.experts[1]
+        levels = [
+            dataclasses.replace(
+                level, parts={name: dataclasses.replace(part, layout=layout) for name, part in level.parts.items()}
+            )
+            for layout, level in zip(layouts, layer.levels, strict=True)
+        ]
+        changed = {**index.experts, 1: dataclasses.replace(layer, levels=tuple(levels))}
+        return real(dataclasses.replace(index, experts=changed), chosen)
 
     monkeypatch.setattr(_core, "Engine", engine)
     with pytest.raises(OptionError, match="an expert of layer 1 has levels that are not nested"):
         Model(pack)
 
 
-def test_modes_are_the_packs_thresholds(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes = {"exact": {"thresholds": []}, "high": {"thresholds": [0.7]}, "fast": {"thresholds": [-1.0, 0.3]}}
-    monkeypatch.setattr(edgemoe.model, "_measured_modes", lambda opened: modes if opened.path == pack else {})
+def test_modes_are_the_packs_thresholds(floats: Path, tmp_path: Path) -> None:
+    thresholds = {"exact": (), "high": (0.7,), "fast": (-1.0, 0.3)}
+    modes = {name: ModeQuality(values, 10.0, 0.1, 4.0) for name, values in thresholds.items()}
+    quality = Quality("text", 100, 9.0, (LevelQuality(4, 10.0, 0.1),), modes)
+    pack = nested.write_nested_pack(floats, tmp_path / "measured.emoe", quality=quality)
     with edgemoe.load(pack, quality="high") as model:
         assert model.quality == "high" and model.thresholds == [0.7]
         high = model.logits(TOKENS).tobytes()

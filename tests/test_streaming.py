@@ -63,8 +63,8 @@ def test_no_bit_depends_on_what_is_in_memory(
             with load_with_slots(pack, slots, eviction=eviction, prefetch=prefetch) as model:
                 assert step_by_step(model) == expected, (slots, prefetch)
                 counters = model._open().counters()
-                assert counters["evictions"] > 0
-                assert (counters["prefetch_issued"] > 0) == (prefetch and slots > 3)
+                assert counters.evictions > 0
+                assert (counters.prefetch_issued > 0) == (prefetch and slots > 3)
 
 
 def test_counters_add_up(pack: Path, load_with_slots: Callable[..., edgemoe.Model]) -> None:
@@ -73,19 +73,19 @@ def test_counters_add_up(pack: Path, load_with_slots: Callable[..., edgemoe.Mode
         deadline = time.monotonic() + 30
         while True:
             c = model._open().counters()
-            misses = c["experts_requested"] - c["experts_hit"]
+            misses = c.experts_requested - c.experts_hit
             # A miss is read on demand, or was being read ahead already.
-            reads = misses - c["prefetch_late"] + c["prefetch_issued"]
-            if c["sections_read"] == reads or time.monotonic() > deadline:
+            reads = misses - c.prefetch_late + c.prefetch_issued
+            if c.sections_read == reads or time.monotonic() > deadline:
                 break  # else a prediction is still being read
     layers, tokens, top_k = 4, len(TOKENS) + 1, 3
-    assert c["experts_requested"] == layers * tokens * top_k
-    assert c["sections_read"] == reads
+    assert c.experts_requested == layers * tokens * top_k
+    assert c.sections_read == reads
     # A prediction is used, late, wasted or still there.
-    unused = c["prefetch_issued"] - c["prefetch_used"] - c["prefetch_late"] - c["prefetch_wasted"]
+    unused = c.prefetch_issued - c.prefetch_used - c.prefetch_late - c.prefetch_wasted
     assert 0 <= unused <= 20
-    assert c["bytes_read"] == c["sections_read"] * model.budget.slot_bytes
-    assert c["sections_read"] - c["evictions"] <= 20
+    assert c.bytes_read == c.sections_read * model.budget.slot_bytes
+    assert c.sections_read - c.evictions <= 20
 
 
 def test_the_last_layer_is_not_read_for_tokens_without_logits(
@@ -98,9 +98,9 @@ def test_the_last_layer_is_not_read_for_tokens_without_logits(
         for position in range(0, 400, 2):  # now and then one is read ahead whether it pays or not
             engine.forward(TOKENS[:2], [position, position + 1], [0, 0], [])
         counters = engine.counters()
-        assert counters["sections_read"] <= 16 and counters["prefetch_issued"] == 0
+        assert counters.sections_read <= 16 and counters.prefetch_issued == 0
         model.logits(TOKENS[:1])
-        assert engine.counters()["sections_read"] > counters["sections_read"]
+        assert engine.counters().sections_read > counters.sections_read
 
 
 def test_without_prediction_lru_reads_what_a_simulation_says(
@@ -111,7 +111,7 @@ def test_without_prediction_lru_reads_what_a_simulation_says(
     with load_with_slots(pack, 14, eviction="lru", prefetch=False) as model:
         with model.trace(tmp_path / "steps.trace"):
             step_by_step(model)
-        hits = model._open().counters()["experts_hit"]
+        hits = model._open().counters().experts_hit
     trace = read_trace(tmp_path / "steps.trace")
     held: list[tuple[int, int]] = []  # least recently used first
     expected = 0
@@ -147,7 +147,7 @@ def test_a_read_error_ends_the_pass_and_the_model_stays_usable(
             os.close(saved)
             os.close(directory)
         after = model._open().counters()
-        assert {name: after[name] for name in READS} == {name: before[name] for name in READS}
+        assert [getattr(after, name) for name in READS] == [getattr(before, name) for name in READS]
         assert model.logits(TOKENS).tobytes() == expected
 
 

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from edgemoe.convert import BLOBS, SourceModel
 from edgemoe.errors import EdgemoeError, OptionError
+from edgemoe.formats.index import Quality
 from edgemoe.formats.layouts import (
     BLOCK,
     GROUP,
@@ -83,22 +84,24 @@ class InflatedModel:
             digest.update(data)
         self.fingerprint = f"{digest.hexdigest()} {hidden_times} {ffn_times}"
         self.levels: tuple[int, ...] = ()
-        self.quality: dict[str, Any] = {}
+        self.quality: Quality | None = None
         self._nested: Pack | None = None
         if levels_of is not None:
             self._open_nested(levels_of, small)
 
     def _open_nested(self, path: Path, small: ModelSpec) -> None:
         nested = Pack.open(path)
-        ladders = {tuple(level.bits for level in layer.levels) for layer in nested.experts.values()}
-        if nested.spec != small or len(ladders) != 1:
+        ladders = {tuple(level.bits for level in layer.levels) for layer in nested.index.experts.values()}
+        if nested.index.spec != small or len(ladders) != 1:
             raise OptionError(f"{path}: not this model with the same levels in every layer")
         (self.levels,) = ladders
-        if any(len(sections) < len(self.levels) for layer in nested.experts.values() for sections in layer.sections):
+        if any(
+            len(sections) < len(self.levels) for layer in nested.index.experts.values() for sections in layer.sections
+        ):
             raise OptionError(f"{path}: some experts have fewer levels than others")
         if len(self.levels) < 2 or self._times[1] & (self._times[1] - 1):
             raise OptionError(f"{path}: {len(self.levels)} levels, {self._times[1]} copies of the feed-forward units")
-        self._nested, self.quality = nested, nested.quality
+        self._nested, self.quality = nested, nested.index.quality
         self.fingerprint += f" {path.resolve()} {path.stat().st_mtime_ns}"
 
     def packed(self, name: str, layout: str, level: int = 0) -> Iterator[Bytes]:
@@ -121,7 +124,7 @@ class InflatedModel:
         """One level of an expert's matrix: codes and parameters repeated like the weights."""
         hidden_times, ffn_times = self._times
         _, layer, _, expert, part = name.split(".")
-        experts = nested.experts[int(layer)]
+        experts = nested.index.experts[int(layer)]
         place = experts.levels[level].parts[part]
         section = nested.read_section(experts.sections[int(expert)][level])
         data = section[place.offset : place.offset + packed_size(place.layout, *place.shape)]

@@ -13,20 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgemoe.errors import OptionError, SourceError
-from edgemoe.formats.pack import (
-    ALIGNMENT,
-    PARTS,
-    Blob,
-    Bytes,
-    DenseTensor,
-    ExpertLayer,
-    Level,
-    PackContents,
-    PackWriter,
-    Part,
-    align,
-    tensor_size,
-)
+from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, Part, Quality
+from edgemoe.formats.pack import ALIGNMENT, Blob, Bytes, PackContents, PackWriter, align, tensor_size
 from edgemoe.quantize.nested_experts import level_layouts
 from edgemoe.spec import ModelSpec
 
@@ -44,7 +32,7 @@ class Model(Protocol):
 
     rope_base: of the rotary embedding. generation: as in a pack's index. blobs: name -> contents (tokenizer.json, ...).
     name: for people. fingerprint: of everything the bytes depend on. levels: widths of nested experts; quality: what
-    was measured of them, as in a pack's index; both empty for experts of one width.
+    was measured of them; empty and None for experts of one width.
     """
 
     spec: ModelSpec
@@ -54,7 +42,7 @@ class Model(Protocol):
     name: str
     fingerprint: str
     levels: tuple[int, ...]
-    quality: dict[str, Any]
+    quality: Quality | None
 
     def packed(self, name: str, layout: str, level: int = 0) -> Iterable[Bytes]:
         """The tensor of this engine name ("layers.0.experts.1.gate"), or one level of it, in a layout of packs, in

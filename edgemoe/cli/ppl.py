@@ -99,8 +99,8 @@ def _number(value: float) -> float | None:
 
 def _model_context(model: str | None) -> int:
     """How many positions the model was made for."""
-    from edgemoe.formats.pack import Pack
+    from edgemoe.formats.read import read_index
     from edgemoe.model_files import resolve
 
     with progress_bar("converting") as advance:
-        return int(Pack.open(resolve(model, announce=note, progress=advance)).spec.context)
+        return read_index(resolve(model, announce=note, progress=advance)).spec.context

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,27 +48,27 @@ def _pack_facts(path: Path) -> dict[str, Any]:
     from edgemoe.formats.pack import Pack
 
     pack = Pack.open(path)
-    sizes = pack.layout_bytes()
+    index, sizes = pack.index, pack.layout_bytes()
     levels: list[dict[str, Any]] = []
-    for layer in pack.experts.values():
+    for layer in index.experts.values():
         for level in layer.levels:
             facts = {"bits": level.bits, "layouts": sorted({part.layout for part in level.parts.values()})}
             if facts not in levels:
                 levels.append(facts)
     counts: dict[str, int] = {}
-    for layer in pack.experts.values():
+    for layer in index.experts.values():
         for sections in layer.sections:
             width = str(layer.levels[len(sections) - 1].bits)
             counts[width] = counts.get(width, 0) + 1
     return {
-        **_spec_facts(path, "pack", pack.spec, pack.generation),
+        **_spec_facts(path, "pack", index.spec, index.generation),
         "levels": levels,
         "experts_by_bits": dict(sorted(counts.items(), key=lambda item: int(item[0]))),
         "dense_layouts": sizes["dense"],
         "expert_layouts": sizes["experts"],
-        **_size_facts(pack.spec, sum(sizes["dense"].values()), sum(sizes["experts"].values()), path.stat().st_size),
+        **_size_facts(index.spec, sum(sizes["dense"].values()), sum(sizes["experts"].values()), path.stat().st_size),
         "provenance": pack.provenance,
-        "quality": pack.quality or None,
+        "quality": index.quality.to_dict() if index.quality else None,
         "unused": pack.unused,
     }
 
@@ -123,7 +123,7 @@ def _gguf_facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _spec_facts(path: Path, form: str, spec: ModelSpec, generation: dict[str, Any]) -> dict[str, Any]:
+def _spec_facts(path: Path, form: str, spec: ModelSpec, generation: Mapping[str, Any]) -> dict[str, Any]:
     total, active = spec.parameters()
     routed = [layer for layer in spec.layers if layer.experts]
     return {
@@ -140,7 +140,7 @@ def _spec_facts(path: Path, form: str, spec: ModelSpec, generation: dict[str, An
         "expert_dim": max((layer.ffn_dim for layer in routed), default=0),
         "context": spec.context,
         "tokenizer": _tokenizer_facts(path),
-        "generation": generation,
+        "generation": dict(generation),
     }
 
 

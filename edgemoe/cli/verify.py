@@ -30,14 +30,13 @@ def command(ctx: click.Context, pack: Path, as_json: bool) -> None:
     opened = Pack.open(pack)
     with progress_bar("verifying") as advance:
         damaged = opened.verify(advance)
-    size = sum(section.length for section in opened.sections)
+    sections = opened.index.sections
+    size = sum(section.length for section in sections)
     if as_json:
-        click.echo(json.dumps({"path": str(pack), "sections": len(opened.sections), "bytes": size, "damaged": damaged}))
+        click.echo(json.dumps({"path": str(pack), "sections": len(sections), "bytes": size, "damaged": damaged}))
     else:
         for line in damaged:
             click.echo(printable(line))
-        what = (
-            f"{len(damaged)} of {len(opened.sections)} sections are damaged" if damaged else "all checksums are right"
-        )
-        click.echo(f"{pack}: {len(opened.sections)} sections, {format_size(size)}: {what}")
+        what = f"{len(damaged)} of {len(sections)} sections are damaged" if damaged else "all checksums are right"
+        click.echo(f"{pack}: {len(sections)} sections, {format_size(size)}: {what}")
     ctx.exit(1 if damaged else 0)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from edgemoe.errors import SourceError
 from edgemoe.formats.ggml_blocks import TYPES, TYPES_BY_CODE, dequantize
+from edgemoe.formats.index import Extent
 
 MAX_METADATA = 128 << 20
 """Bytes of metadata and tensor descriptions of one file (the largest vocabularies take 20 MiB)."""
@@ -69,14 +70,6 @@ class TensorInfo(NamedTuple):
     file: int
     offset: int
     nbytes: int
-
-
-class Extent(NamedTuple):
-    """`length` bytes at `offset` of file number `file`."""
-
-    file: int
-    offset: int
-    length: int
 
 
 class StringArray(Sequence[str]):

@@ -17,8 +17,8 @@ from edgemoe.errors import SourceError, UnsupportedModelError
 from edgemoe.families import TensorSource, gguf_family_for
 from edgemoe.formats.ggml_blocks import READABLE
 from edgemoe.formats.gguf import GgufModel
+from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
 from edgemoe.formats.layouts import bits_of
-from edgemoe.formats.pack import PARTS, DenseTensor, ExpertLayer, Extent, Level, Part
 from edgemoe.spec import ModelSpec
 from edgemoe.text.gguf_tokenizer import read_special_ids
 
@@ -67,47 +67,19 @@ class GgufSource:
         return cls(model, spec, sources, generation, [name for name in model.names() if name not in used])
 
 
-@dataclass(frozen=True, slots=True)
-class RawSection:
-    """What is read at once: extents, one after the other; GGUF has no checksums."""
-
-    extents: tuple[Extent, ...]
-    checksum: None = None
-
-    @property
-    def length(self) -> int:
-        return sum(extent.length for extent in self.extents)
-
-
-@dataclass(frozen=True, slots=True)
-class GgufIndex:
-    """The fields of `pack.Pack`, except that sections have no checksum and there are no blobs: the tokenizer is made
-    from the metadata."""
-
-    path: Path
-    files: list[str]
-    spec: ModelSpec
-    generation: dict[str, Any]
-    provenance: dict[str, Any]
-    sections: list[RawSection]
-    dense: dict[str, DenseTensor]
-    experts: dict[int, ExpertLayer]
-    unused: list[str]
-
-
-def build_index(source: GgufSource) -> GgufIndex:
+def build_index(source: GgufSource) -> ModelIndex:
     """Raises UnsupportedModelError for a type of tensor that the engine has no products for."""
     model, spec = source.model, source.spec
-    sections: list[RawSection] = []
+    sections: list[Section] = []
 
     def extent(name: str) -> Extent:
         tensor = source.sources[name]
-        return Extent(*model.extent(tensor.name, tensor.index, tensor.rows))
+        return model.extent(tensor.name, tensor.index, tensor.rows)
 
     dense = {}
     for name, shape in spec.dense_tensors().items():
         dense[name] = DenseTensor(len(sections), 0, _layout(source, name, len(shape) == 1), shape)
-        sections.append(RawSection((extent(name),)))
+        sections.append(Section((extent(name),)))
     experts = {}
     for number, layer in enumerate(spec.layers):
         if not layer.experts:
@@ -120,16 +92,15 @@ def build_index(source: GgufSource) -> GgufIndex:
                     raise UnsupportedModelError(f"{model.path}: experts of layer {number} differ in their types")
         first = len(sections)
         sections += [
-            RawSection(tuple(extent(f"{here}{expert}.{part}") for part in PARTS)) for expert in range(layer.experts)
+            Section(tuple(extent(f"{here}{expert}.{part}") for part in PARTS)) for expert in range(layer.experts)
         ]
         parts = {part: Part(layouts[part], place, 0, shapes[part]) for place, part in enumerate(PARTS)}
         bits = max(bits_of(layout) for layout in layouts.values())
         experts[number] = ExpertLayer(
             (Level(bits, parts),), tuple((first + expert,) for expert in range(layer.experts))
         )
-    provenance = {"source": model.path.name, "source_format": "gguf"}
-    files = [str(file) for file in model.files]
-    return GgufIndex(model.path, files, spec, source.generation, provenance, sections, dense, experts, source.unused)
+    files = tuple(str(file) for file in model.files)
+    return ModelIndex(model.path, files, spec, tuple(sections), dense, experts, source.generation)
 
 
 def gguf_generation(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ continues; any other failure removes them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -18,7 +17,7 @@ import struct
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -26,6 +25,19 @@ import msgpack  # type: ignore[import-untyped]
 
 from edgemoe._core import crc32c
 from edgemoe.errors import PackError, UnsupportedModelError
+from edgemoe.formats.index import (
+    PARTS,
+    DenseTensor,
+    ExpertLayer,
+    Extent,
+    Level,
+    LevelQuality,
+    ModelIndex,
+    ModeQuality,
+    Part,
+    Quality,
+    Section,
+)
 from edgemoe.formats.layouts import BLOCK as ROW_BLOCK
 from edgemoe.formats.layouts import LAYOUTS, NESTED, ROW_MAJOR, level_bits, packed_size
 from edgemoe.spec import ModelSpec
@@ -41,70 +53,12 @@ MAX_SECTION = 4 << 30
 MAX_BLOB = 256 << 20
 MAX_LEVELS = 8
 MAX_NESTED_BITS = 8
-PARTS = ("gate", "up", "down")
 KNOWN_FEATURES: frozenset[str] = frozenset()
 
 _HEADER = struct.Struct("<4sIQQI")
 _CHUNK = 4 << 20
 
 Bytes = bytes | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """`length` bytes at `offset` of file number `file` of the pack."""
-
-    file: int
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """What is read at once: extents, one after the other, and the CRC32C of all their bytes."""
-
-    extents: tuple[Extent, ...]
-    checksum: int
-
-    @property
-    def length(self) -> int:
-        return sum(extent.length for extent in self.extents)
-
-
-@dataclass(frozen=True, slots=True)
-class DenseTensor:
-    """A tensor of the dense part: `offset` counts from the beginning of its section."""
-
-    section: int
-    offset: int
-    layout: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One matrix of an expert: in which extent of the section, and where in it."""
-
-    layout: str
-    extent: int
-    offset: int
-    shape: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One stored precision of a layer's experts; all of them share the places of their parts."""
-
-    bits: int
-    parts: dict[str, Part]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertLayer:
-    """levels: coarse to fine. sections: [expert][level] -> section number; an expert may end with an earlier level."""
-
-    levels: tuple[Level, ...]
-    sections: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +69,7 @@ class Blob:
 
 @dataclass(slots=True)
 class PackContents:
-    """Everything the index says, except the sections."""
+    """What a pack that is being written says in its index, except the sections."""
 
     spec: ModelSpec
     generation: dict[str, Any]
@@ -124,8 +78,20 @@ class PackContents:
     experts: dict[int, ExpertLayer]
     blobs: dict[str, Blob]
     unused: list[str]
-    quality: dict[str, Any] = field(default_factory=dict)
-    """What was measured of levels and modes (docs/format.md); empty: nothing."""
+    quality: Quality | None = None
+
+    def index(self, path: Path, files: Iterable[str], sections: Iterable[Section]) -> ModelIndex:
+        """The same for the engine, with sections in these files."""
+        return ModelIndex(
+            path=path,
+            files=tuple(files),
+            spec=self.spec,
+            sections=tuple(sections),
+            dense=self.dense,
+            experts=self.experts,
+            generation=self.generation,
+            quality=self.quality,
+        )
 
 
 def tensor_size(layout: str, shape: tuple[int, ...]) -> int:
@@ -195,11 +161,10 @@ class PackWriter:
         assert self._journal is not None
         self._journal.write(_note_line(layer, levels))
 
-    def unfinished(self, contents: PackContents) -> Pack:
+    def unfinished(self, contents: PackContents) -> ModelIndex:
         """The pack as far as it is written, to run it where it lies."""
         path = partial_path(self.target)
-        fields = {name.name: getattr(contents, name.name) for name in dataclasses.fields(PackContents)}
-        return Pack(**fields, path=path, files=[os.path.abspath(path)], sections=self._sections)  # noqa: PTH100
+        return contents.index(path, [os.path.abspath(path)], self._sections)  # noqa: PTH100
 
     @property
     def done(self) -> int:
@@ -379,23 +344,24 @@ def _index(contents: PackContents, sections: list[Section]) -> dict[str, Any]:
         },
         "blobs": {name: [blob.section, blob.length] for name, blob in contents.blobs.items()},
         "unused": contents.unused,
-        **({"quality": contents.quality} if contents.quality else {}),
+        **({"quality": contents.quality.to_dict()} if contents.quality else {}),
     }
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Pack(PackContents):
+@dataclass(frozen=True, slots=True)
+class Pack:
     """A pack whose index has been read and checked; the sections are read when they are asked for.
 
-    files: absolute paths; extents refer to them by number, and 0 is the pack itself.
+    index: file 0 is the pack itself. provenance: where it comes from. unused: tensors of the source that are not in it.
     """
 
-    path: Path = field(kw_only=True)
-    files: list[str] = field(kw_only=True)
-    sections: list[Section] = field(kw_only=True)
+    index: ModelIndex
+    provenance: dict[str, Any]
+    blobs: dict[str, Blob]
+    unused: list[str]
 
     @classmethod
     def open(cls, path: str | Path) -> Pack:
@@ -412,7 +378,7 @@ class Pack(PackContents):
 
     def read_section(self, number: int) -> bytes:
         """The bytes of a section, padding included. Raises PackError if the checksum differs."""
-        section = self.sections[number]
+        section = self.index.sections[number]
         data = bytearray(section.length)
         at = 0
         for chunk in self._chunks(section):
@@ -426,15 +392,15 @@ class Pack(PackContents):
     def read_blob(self, name: str) -> bytes:
         """Raises PackError if there is none of this name."""
         if name not in self.blobs:
-            raise PackError(f"{self.path}: no {name} in it")
+            raise PackError(f"{self.index.path}: no {name} in it")
         blob = self.blobs[name]
         return self.read_section(blob.section)[: blob.length]
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
         """Reads everything; returns one line for each damaged section. progress(bytes read, bytes in all)."""
-        total, done = sum(section.length for section in self.sections), 0
+        total, done = sum(section.length for section in self.index.sections), 0
         damaged = []
-        for number, section in enumerate(self.sections):
+        for number, section in enumerate(self.index.sections):
             checksum = 0
             try:
                 for chunk in self._chunks(section):
@@ -453,10 +419,10 @@ class Pack(PackContents):
     def layout_bytes(self) -> dict[str, dict[str, int]]:
         """{"dense": {layout: bytes}, "experts": {layout: bytes}}, without padding between tensors."""
         dense: dict[str, int] = {}
-        for tensor in self.dense.values():
+        for tensor in self.index.dense.values():
             dense[tensor.layout] = dense.get(tensor.layout, 0) + tensor_size(tensor.layout, tensor.shape)
         experts: dict[str, int] = {}
-        for layer in self.experts.values():
+        for layer in self.index.experts.values():
             for number, level in enumerate(layer.levels):
                 count = sum(len(sections) > number for sections in layer.sections)
                 for part in level.parts.values():
@@ -466,21 +432,21 @@ class Pack(PackContents):
 
     def section_contents(self, number: int) -> str:
         """What lies in a section, in words: "layer 3, expert 17"."""
-        for layer_number, layer in self.experts.items():
+        for layer_number, layer in self.index.experts.items():
             for expert, sections in enumerate(layer.sections):
                 if number in sections:
                     level = f", level {sections.index(number)}" if len(sections) > 1 else ""
                     return f"layer {layer_number}, expert {expert}{level}"
-        names = [name for name, tensor in self.dense.items() if tensor.section == number]
+        names = [name for name, tensor in self.index.dense.items() if tensor.section == number]
         names += [name for name, blob in self.blobs.items() if blob.section == number]
         return ", ".join(names) or "not used"
 
     def _damage(self, number: int) -> str:
-        return f"{self.path}: section {number} ({self.section_contents(number)})"
+        return f"{self.index.path}: section {number} ({self.section_contents(number)})"
 
     def _chunks(self, section: Section) -> Iterator[bytes]:
         for extent in section.extents:
-            file = Path(self.files[extent.file])
+            file = Path(self.index.files[extent.file])
             try:
                 with file.open("rb", buffering=0) as stream:
                     stream.seek(extent.offset)
@@ -573,17 +539,19 @@ class _Checker:
         files, sizes = self._files(self._strings(index, "files"))
         sections = self._sections(index.get("sections"), sizes)
         return Pack(
-            path=self._path,
-            files=files,
-            spec=spec,
-            generation=self._generation(index),
+            ModelIndex(
+                path=self._path,
+                files=tuple(files),
+                spec=spec,
+                sections=tuple(sections),
+                dense=self._dense(self._map(index, "dense"), spec),
+                experts=self._experts(self._map(index, "experts"), spec),
+                generation=self._generation(index),
+                quality=self._quality(index.get("quality")),
+            ),
             provenance=self._map(index, "provenance"),
-            sections=sections,
-            dense=self._dense(self._map(index, "dense"), spec),
-            experts=self._experts(self._map(index, "experts"), spec),
             blobs=self._blobs(self._map(index, "blobs")),
             unused=self._strings(index, "unused"),
-            quality=self._quality(index.get("quality")),
         )
 
     def _error(self, message: str) -> PackError:
@@ -611,11 +579,10 @@ class _Checker:
                 raise self._error(f"index: generation: {key} = {_short(ids)} is not a list of token ids")
         return generation
 
-    def _quality(self, value: Any) -> dict[str, Any]:
+    def _quality(self, value: Any) -> Quality | None:
         """What is known is checked and kept, anything else left out."""
         if value is None:
-            return {}
-        figures = ("perplexity", "kl", "mean_bits")
+            return None
 
         def number(entry: Any, key: str, where: str) -> float:
             found: Any = entry.get(key) if isinstance(entry, dict) else None
@@ -630,17 +597,7 @@ class _Checker:
             raise self._error(f"index: quality: levels are {_short(levels)}")
         if not isinstance(modes, dict) or any(not isinstance(name, str) for name in modes) or len(modes) > 16:
             raise self._error(f"index: quality: modes are {_short(modes)}")
-        checked: dict[str, Any] = {
-            "text": value["text"],
-            "tokens": int(number(value, "tokens", "text")),
-            "reference": {"perplexity": number(value.get("reference"), "perplexity", "reference")},
-            "levels": [
-                {"bits": int(number(level, "bits", "levels"))}
-                | {key: number(level, key, "levels") for key in figures[:2]}
-                for level in levels
-            ],
-            "modes": {},
-        }
+        checked: dict[str, ModeQuality] = {}
         for name, mode in modes.items():
             where = f"mode {_short(name)}"
             thresholds = mode.get("thresholds") if isinstance(mode, dict) else None
@@ -651,10 +608,26 @@ class _Checker:
                 or thresholds != sorted(thresholds)
             ):
                 raise self._error(f"index: quality: {where}: {_short(thresholds)} are not ascending thresholds")
-            checked["modes"][name] = {"thresholds": [float(item) for item in thresholds]} | {
-                key: number(mode, key, where) for key in figures
-            }
-        return checked
+            checked[name] = ModeQuality(
+                thresholds=tuple(float(item) for item in thresholds),
+                perplexity=number(mode, "perplexity", where),
+                kl=number(mode, "kl", where),
+                mean_bits=number(mode, "mean_bits", where),
+            )
+        return Quality(
+            text=value["text"],
+            tokens=int(number(value, "tokens", "text")),
+            reference=number(value.get("reference"), "perplexity", "reference"),
+            levels=tuple(
+                LevelQuality(
+                    int(number(level, "bits", "levels")),
+                    number(level, "perplexity", "levels"),
+                    number(level, "kl", "levels"),
+                )
+                for level in levels
+            ),
+            modes=checked,
+        )
 
     def _files(self, names: list[str]) -> tuple[list[str], list[int]]:
         """Absolute paths and usable sizes. Other files lie beside the pack, under plain names."""

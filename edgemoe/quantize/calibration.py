@@ -9,14 +9,13 @@ experts in proportion to how many tokens it has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgemoe._core import LayerRecord
 from edgemoe.errors import OptionError
 from edgemoe.quantize.layerwise import temporary_array
 from edgemoe.spec import LayerSpec
@@ -81,11 +80,11 @@ class Statistics:
             *(np.zeros(pairs, np.float32) for _ in range(3)),
         )
 
-    def observe(self, place: slice, seen: Mapping[str, npt.NDArray[Any]]) -> None:
+    def observe(self, place: slice, seen: LayerRecord) -> None:
         """Takes what one window's tokens gave; what is beyond `tokens` is not looked at."""
         if place.start < len(self.picks):
             for name in self.__slots__:
-                getattr(self, name)[place] = seen[name]
+                getattr(self, name)[place] = getattr(seen, name)
 
     def expert(self, number: int) -> ExpertStatistics:
         return ExpertStatistics(self, *np.nonzero(self.picks == number))

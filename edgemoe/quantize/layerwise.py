@@ -7,8 +7,9 @@ size, each expert is read once, and what a layer's experts multiply can be looke
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +18,48 @@ import numpy.typing as npt
 
 from edgemoe import _core
 from edgemoe.convert import SourceModel, copied_tensor
-from edgemoe.disk import DEFAULT_READERS
 from edgemoe.errors import MemoryBudgetError
 from edgemoe.families import TensorSource
 from edgemoe.formats.gguf import is_gguf
-from edgemoe.formats.gguf_index import GgufIndex, GgufSource, RawSection, build_index
-from edgemoe.formats.pack import BLOCK, PARTS, DenseTensor, ExpertLayer, Extent, Level, Part
+from edgemoe.formats.gguf_index import GgufSource, build_index
+from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
+from edgemoe.formats.pack import BLOCK
 from edgemoe.formats.safetensors import SafetensorsFolder
 from edgemoe.memory import format_size
-from edgemoe.model import _engine_index
+from edgemoe.options import EngineOptions
 from edgemoe.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
-Observer = Callable[[slice, Mapping[str, npt.NDArray[Any]]], None]
+Observer = Callable[[slice, _core.LayerRecord], None]
 
 
 class LayerwiseModel:
-    """index: of the whole model, in the form the engine takes. threads: of the engine. memory: for one layer's weights
-    and activations, in bytes. options: further ones of the engine. work: a folder for a small temporary file. report:
-    called with the number of tokens after each window that went through a layer."""
+    """index: of the whole model. threads: of the engine. memory: for one layer's weights and activations, in bytes.
+    options: further fields of EngineOptions. work: a folder for a small temporary file. report: called with the number
+    of tokens after each window that went through a layer."""
 
     def __init__(
         self,
-        spec: ModelSpec,
-        index: dict[str, Any],
+        index: ModelIndex,
         window: int,
         *,
         threads: int,
         memory: int,
         work: Path,
-        options: Mapping[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
         report: Callable[[int], None] | None = None,
     ) -> None:
-        self.spec = spec.for_context(window)
+        self.spec = index.spec.for_context(window)
         self.window = window
         self._index = index
         self._memory = memory
         self._report = report
-        self._options = {
-            "threads": threads,
-            "context": window,
-            "chunk": window,
-            "readers": DEFAULT_READERS,
-            "cache_type_k": "f16",
-            "cache_type_v": "f16",
-            "eviction": "lru",
-            "prefetch": False,
-            **(options or {}),
-        }
+        self._options = EngineOptions(
+            threads=threads, context=window, chunk=window, eviction="lru", prefetch=False, **(options or {})
+        )
         # Stands for the embedding in the layers that do not need it.
         self._zeros = work / "zeros"
-        self._zeros.write_bytes(bytes(4096 + 4 * spec.hidden_size))
+        self._zeros.write_bytes(bytes(4096 + 4 * self.spec.hidden_size))
 
     def run(
         self,
@@ -97,7 +89,7 @@ class LayerwiseModel:
             if self._report is not None:
                 self._report(len(window))
             if len(positions):
-                yield seen["logits"]
+                yield seen.logits
 
     def _engine(self, layer: int) -> _core.Engine:
         first, last = layer == 0, layer == len(self.spec.layers) - 1
@@ -108,49 +100,49 @@ class LayerwiseModel:
             tied_embeddings=self.spec.tied_embeddings or not (first and last),
         )
         index = self._layer_index(layer, spec)
-        data = spec.to_dict()
-        plan = _core.plan(data, index, {**self._options, "expert_slots": 1})
-        room = self._memory - plan["dense"] - plan["state"] - plan["scratch"]
-        slots = min(room // max(plan["slot"], 1), max(plan["experts"], 1))
-        if room < 0 or slots < plan["minimum_slots"]:
-            least = self._memory - room + plan["minimum_slots"] * plan["slot"]
+        plan = _core.plan(index, self._options)
+        room = self._memory - plan.dense - plan.state - plan.scratch
+        slots = min(room // max(plan.slot, 1), max(plan.experts, 1))
+        if room < 0 or slots < plan.minimum_slots:
+            least = self._memory - room + plan.minimum_slots * plan.slot
             free = format_size(max(self._memory, 0))
             raise MemoryBudgetError(f"layer {layer} takes {format_size(least)} to run, {free} are there for it (-M)")
-        return _core.Engine(data, index, {**self._options, "expert_slots": max(slots, 1)})
+        return _core.Engine(index, dataclasses.replace(self._options, expert_slots=max(slots, 1)))
 
-    def _layer_index(self, layer: int, spec: ModelSpec) -> dict[str, Any]:
+    def _layer_index(self, layer: int, spec: ModelSpec) -> ModelIndex:
         """The part of the index that a model of this layer alone has."""
         index, shapes = self._index, self.spec.dense_tensors()
-        sections = list(index["sections"])
+        sections = list(index.sections)
         dense = {}
         for name, shape in spec.dense_tensors().items():
             source = name.replace("layers.0.", f"layers.{layer}.", 1) if name.startswith("layers.0.") else name
             if source == "embedding" and layer and not self.spec.tied_embeddings:
                 source = "head"  # nothing is embedded after the first layer
             if shapes[source] == shape:
-                dense[name] = index["dense"][source]
+                dense[name] = index.dense[source]
                 continue
-            rows, columns = (*shape, 1)[:2]
             layout = "vector" if len(shape) == 1 else "ggml.f32"
-            dense[name] = (len(sections), 0, layout, rows, columns)
-            sections.append(([(len(index["files"]), 0, 4 * rows * columns)], None))
-        return {
-            "files": [*index["files"], str(self._zeros)],
-            "sections": sections,
-            "dense": dense,
-            "experts": {0: index["experts"][layer]} if layer in index["experts"] else {},
-        }
+            dense[name] = DenseTensor(len(sections), 0, layout, shape)
+            sections.append(Section((Extent(len(index.files), 0, 4 * math.prod(shape)),)))
+        return dataclasses.replace(
+            index,
+            files=(*index.files, str(self._zeros)),
+            spec=spec,
+            sections=tuple(sections),
+            dense=dense,
+            experts={0: index.experts[layer]} if layer in index.experts else {},
+        )
 
 
-def original_index(path: Path, work: Path) -> dict[str, Any]:
-    """The engine's index of a source's own weights: a GGUF file or a folder of safetensors, matrices read where they
+def original_index(path: Path, work: Path) -> ModelIndex:
+    """The index of a source's own weights: a GGUF file or a folder of safetensors, matrices read where they
     lie. What the engine cannot read there (vectors of 16 bits, matrices that are transposed or in parts, experts of
     several types) is copied to a temporary file in `work`."""
     if is_gguf(path):
-        return _engine_index(build_index(GgufSource.open(path)))
+        return build_index(GgufSource.open(path))
     model = SourceModel.open(path)
     assert isinstance(model.folder, SafetensorsFolder)
-    return _engine_index(_FolderIndex(model, model.folder, work).index())
+    return _FolderIndex(model, model.folder, work).index()
 
 
 class _FolderIndex:
@@ -160,21 +152,19 @@ class _FolderIndex:
         self._model = model
         self._folder = folder
         self._files: dict[str, int] = {}
-        self._sections: list[RawSection] = []
+        self._sections: list[Section] = []
         self._copy = work / "copied"
 
-    def index(self) -> GgufIndex:
+    def index(self) -> ModelIndex:
         spec = self._model.spec
         with self._copy.open("wb") as self._stream:
             dense = {}
             for name, shape in spec.dense_tensors().items():
                 extent, layout = self._place(name, shape)
                 dense[name] = DenseTensor(len(self._sections), 0, layout, shape)
-                self._sections.append(RawSection((extent,)))
+                self._sections.append(Section((extent,)))
             experts = {number: self._layer(number) for number, layer in enumerate(spec.layers) if layer.experts}
-        return GgufIndex(
-            self._folder.folder, list(self._files), spec, {}, {}, self._sections, dense, experts, self._model.unused
-        )
+        return ModelIndex(self._folder.folder, tuple(self._files), spec, tuple(self._sections), dense, experts)
 
     def _layer(self, number: int) -> ExpertLayer:
         shapes, extents, parts = self._model.spec.expert_tensors(number), list[list[Extent]](), {}
@@ -188,7 +178,7 @@ class _FolderIndex:
             extents.append([extent for extent, _ in places])
             parts[part] = Part(places[0][1], at, 0, shapes[part])
         first = len(self._sections)
-        self._sections += [RawSection(together) for together in zip(*extents, strict=True)]
+        self._sections += [Section(together) for together in zip(*extents, strict=True)]
         # The number of bits is for people; nobody sees this index.
         levels = (Level(32, parts),)
         return ExpertLayer(levels, tuple((section,) for section in range(first, len(self._sections))))

@@ -18,21 +18,10 @@ import numpy.typing as npt
 
 from edgemoe.convert import SourceModel, read_matrix
 from edgemoe.errors import MemoryBudgetError, OptionError, SourceError
+from edgemoe.formats.index import PARTS, ExpertLayer, Level, Part
 from edgemoe.formats.layouts import pack_level, packed_size
-from edgemoe.formats.pack import (
-    ALIGNMENT,
-    BLOCK,
-    PARTS,
-    Bytes,
-    ExpertLayer,
-    Level,
-    PackContents,
-    PackWriter,
-    Part,
-    align,
-)
+from edgemoe.formats.pack import ALIGNMENT, BLOCK, Bytes, PackContents, PackWriter, align
 from edgemoe.memory import RESERVE, automatic_budget, format_size, used_now
-from edgemoe.model import _engine_index
 from edgemoe.processors import usable_processors
 from edgemoe.quantize.allocation import allocate, super_experts
 from edgemoe.quantize.calibration import SHIPPED, WINDOW, Statistics, windows
@@ -191,7 +180,6 @@ class NestedExperts:
         if options.quality_text is not None:
             held_out = windows(tokenizer, options.quality_text, window, options.quality_tokens)
         original = LayerwiseModel(
-            spec,
             original_index(self._path, self._work),
             window,
             threads=self._threads,
@@ -212,10 +200,9 @@ class NestedExperts:
             if layer.experts:
                 self._write_layer(number, statistics if options.calibrate else None, writer, contents)
         if options.quality_text is not None:
-            index = _engine_index(writer.unfinished(contents))
+            index = writer.unfinished(contents)
             contents.quality = measure(
                 lambda engine_options: LayerwiseModel(
-                    spec,
                     index,
                     window,
                     threads=self._threads,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.formats.pack import ExpertLayer
+from edgemoe._core import LayerRecord
+from edgemoe.formats.index import ExpertLayer, LevelQuality, ModeQuality, Quality
 from edgemoe.quantize.layerwise import LayerwiseModel, temporary_array
 
 Floats = npt.NDArray[np.float32]
@@ -82,24 +82,6 @@ class Reference:
         return perplexity, max(divergence / self.tokens, 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """thresholds: of the mode (docs/quantization.md). mean_bits: over all (token, slot) pairs."""
-
-    thresholds: tuple[float, ...]
-    perplexity: float
-    kl: float
-    mean_bits: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "thresholds": list(self.thresholds),
-            "perplexity": self.perplexity,
-            "kl": self.kl,
-            "mean_bits": self.mean_bits,
-        }
-
-
 def levels_dropped(weights: npt.NDArray[Any], thresholds: Sequence[float]) -> npt.NDArray[np.int64]:
     """How many levels below an expert's highest it works at: int [tokens, top_k] for router weights [tokens, top_k] in
     descending order: the thresholds that the share of the weights before it exceeds (HOBBIT's importance, Tang et al.
@@ -124,8 +106,8 @@ def lowest_place(levels: int) -> float:
 
 
 def find_thresholds(
-    measure: Callable[[tuple[float, ...]], Measured], levels: int, exact: Measured, budgets: Mapping[str, float]
-) -> dict[str, Measured]:
+    measure: Callable[[tuple[float, ...]], ModeQuality], levels: int, exact: ModeQuality, budgets: Mapping[str, float]
+) -> dict[str, ModeQuality]:
     """The cheapest thresholds found for each mode by bisection, whose cost is within its budget.
 
     The cost is the increase of the mean negative log-likelihood over exact mode, or that of the divergence if it is
@@ -160,14 +142,14 @@ def find_thresholds(
 def evaluate(
     model: LayerwiseModel,
     reference: Reference,
-    observe: Callable[[int, Mapping[str, npt.NDArray[Any]]], None] | None = None,
+    observe: Callable[[int, LayerRecord], None] | None = None,
 ) -> tuple[float, float]:
     """(perplexity, mean KL divergence in nats) of a model. observe: called with the number of each layer and what
     `Engine.forward_layer` hands out for a window."""
     residual = temporary_array(reference.work, (*reference.windows.shape, model.spec.hidden_size), np.float32)
     for number in range(len(model.spec.layers)):
 
-        def watch(_: slice, seen: Mapping[str, npt.NDArray[Any]], number: int = number) -> None:
+        def watch(_: slice, seen: LayerRecord, number: int = number) -> None:
             if observe is not None:
                 observe(number, seen)
 
@@ -188,35 +170,34 @@ def measure(
     experts: Mapping[int, ExpertLayer],
     reference: Reference,
     text: str,
-) -> dict[str, Any]:
-    """The value of a pack's index key `quality`. model: the pack's model with these options of the engine."""
+) -> Quality:
+    """model: the pack's model with these fields of EngineOptions."""
     levels = next(iter(experts.values())).levels
 
-    def run(options: dict[str, Any]) -> Measured:
-        thresholds = tuple(options.get("thresholds", ()))
+    def run(options: dict[str, Any]) -> ModeQuality:
+        thresholds = options.get("thresholds", ())
         widths = list[float]()
 
-        def observe(number: int, seen: Mapping[str, npt.NDArray[Any]]) -> None:
+        def observe(number: int, seen: LayerRecord) -> None:
             if number in experts:
-                widths.append(_mean_bits(experts[number], seen["picks"], seen["weights"], thresholds))
+                widths.append(_mean_bits(experts[number], seen.picks, seen.weights, thresholds))
 
-        return Measured(thresholds, *evaluate(model(options), reference, observe), float(np.mean(widths)))
+        return ModeQuality(thresholds, *evaluate(model(options), reference, observe), float(np.mean(widths)))
 
     exact = run({})
     single = [run({"level_cap": level}) for level in range(len(levels) - 1)] + [exact]
     modes = {"exact": exact}
     if len(levels) > 1:
-        modes |= find_thresholds(lambda thresholds: run({"thresholds": list(thresholds)}), len(levels), exact, MODES)
-    return {
-        "text": text,
-        "tokens": reference.tokens,
-        "reference": {"perplexity": reference.perplexity()},
-        "levels": [
-            {"bits": level.bits, "perplexity": found.perplexity, "kl": found.kl}
-            for level, found in zip(levels, single, strict=True)
-        ],
-        "modes": {name: found.to_dict() for name, found in modes.items()},
-    }
+        modes |= find_thresholds(lambda thresholds: run({"thresholds": thresholds}), len(levels), exact, MODES)
+    return Quality(
+        text=text,
+        tokens=reference.tokens,
+        reference=reference.perplexity(),
+        levels=tuple(
+            LevelQuality(level.bits, found.perplexity, found.kl) for level, found in zip(levels, single, strict=True)
+        ),
+        modes=modes,
+    )
 
 
 def _mean_bits(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from edgemoe.engine import Cancel, Cancelled
+from edgemoe._core import EngineCounters
+from edgemoe.engine import Cancel, Cancelled, Count
 from edgemoe.errors import EdgemoeError
 from edgemoe.serving.session import Sequences, Session
 from edgemoe.text.reasoning import Part, ReasoningSplitter
@@ -40,7 +41,7 @@ class GenerationResult:
     computed_tokens: int
     ttft_seconds: float | None
     seconds: float
-    counters: dict[str, float]
+    counters: EngineCounters
 
     @property
     def generated_tokens(self) -> int:
@@ -52,7 +53,7 @@ class Tally:
     """What a generation counts while it runs; a model keeps that of its last one, when the generation is gone."""
 
     prompt_tokens: int
-    counters: dict[str, float]
+    count: Count
     pieces: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
@@ -71,7 +72,7 @@ class Tally:
             self.computed_tokens,
             self.ttft_seconds,
             self.seconds,
-            dict(self.counters),
+            self.count.counters,
         )
 
 
@@ -97,7 +98,7 @@ class Request:
     ) -> None:
         self.sequences = sequences
         self.session = Session(tokens)
-        self.tally = Tally(len(tokens), self.session.counters)
+        self.tally = Tally(len(tokens), self.session.count)
         self.cancel = Cancel()
         self._sampler = sampler
         self._stream = stream
@@ -235,7 +236,7 @@ class Generation:
     @property
     def result(self) -> GenerationResult:
         """What it has done so far; final once `finish_reason` is not empty."""
-        self._request.sequences.settle(self._request.session.counters)
+        self._request.sequences.settle(self._request.session.count)
         return self._request.tally.result()
 
     def __enter__(self) -> Generation:
@@ -296,23 +297,22 @@ class Answer:
         self.close()
 
 
-def figures(counters: Mapping[str, float]) -> dict[str, float]:
+def figures(run: EngineCounters) -> dict[str, float]:
     """Sums of the engine's counters as docs/architecture.md names them, rates and means with them."""
-    run = defaultdict(float, counters)
     return {
-        "experts_requested": run["experts_requested"],
-        "experts_hit": run["experts_hit"],
-        "hit_rate": run["experts_hit"] / run["experts_requested"] if run["experts_requested"] else 0.0,
-        "sections_read": run["sections_read"],
-        "bytes_read": run["bytes_read"],
-        "bytes_read_per_token": run["bytes_read"] / max(run["tokens"], 1),
-        "stall_ms": 1e3 * run["stall_seconds"],
-        "compute_ms": 1e3 * (run["seconds"] - run["stall_seconds"]),
-        "evictions": run["evictions"],
-        "prefetch_issued": run["prefetch_issued"],
-        "prefetch_used": run["prefetch_used"],
-        "prefetch_late": run["prefetch_late"],
-        "prefetch_wasted": run["prefetch_wasted"],
-        "mean_bits": run["expert_bits"] / run["expert_uses"] if run["expert_uses"] else 0.0,
-        "disk_mb_s": run["bytes_read"] / run["read_seconds"] / 1e6 if run["read_seconds"] else 0.0,
+        "experts_requested": run.experts_requested,
+        "experts_hit": run.experts_hit,
+        "hit_rate": run.experts_hit / run.experts_requested if run.experts_requested else 0.0,
+        "sections_read": run.sections_read,
+        "bytes_read": run.bytes_read,
+        "bytes_read_per_token": run.bytes_read / max(run.tokens, 1),
+        "stall_ms": 1e3 * run.stall_seconds,
+        "compute_ms": 1e3 * (run.seconds - run.stall_seconds),
+        "evictions": run.evictions,
+        "prefetch_issued": run.prefetch_issued,
+        "prefetch_used": run.prefetch_used,
+        "prefetch_late": run.prefetch_late,
+        "prefetch_wasted": run.prefetch_wasted,
+        "mean_bits": run.expert_bits / run.expert_uses if run.expert_uses else 0.0,
+        "disk_mb_s": run.bytes_read / run.read_seconds / 1e6 if run.read_seconds else 0.0,
     }

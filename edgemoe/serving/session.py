@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.engine import Cancel, Cancelled, Engine
+from edgemoe._core import EngineCounters
+from edgemoe.engine import Cancel, Cancelled, Count, Engine
 from edgemoe.errors import StateError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Session:
     """One conversation's tokens. `Sequences.next_logits` says what comes after them.
 
     tokens: append to it what is said next. prompt: how many of them are the prompt. computed: positions that its passes
-    computed. counters: what the engine counted from the begin of its steps on. done: it will not go on, and needs no
+    computed. count: of what the engine counted from the begin of its steps on. done: it will not go on, and needs no
     sequence any more.
     """
 
@@ -41,7 +42,7 @@ class Session:
         self.tokens = tokens
         self.prompt = len(tokens)
         self.computed = 0
-        self.counters: dict[str, float] = {}
+        self.count = Count()
         self.done = False
 
 
@@ -86,7 +87,7 @@ class Sequences:
         # Appended to before the lock is asked for: who comes back for the next step must see who waits already.
         self._waiting: list[Session] = []
         # Whose step was the last, and the engine's counters when it began. Not the session itself: it may be dropped.
-        self._counted: tuple[dict[str, float] | None, dict[str, float]] = (None, engine.counters())
+        self._counted: tuple[Count | None, EngineCounters] = (None, engine.counters())
 
     def check_open(self) -> None:
         """Raises EdgemoeError if the model is closed."""
@@ -165,13 +166,13 @@ class Sequences:
             sequence.tokens = list(tokens)
             sequence.turn = self._next_turn()
 
-    def settle(self, counters: dict[str, float]) -> None:
-        """Brings a session's counters up to date: what is read after a step belongs to it, until the next one begins.
-        Does not wait where a step is under way; if it is another session's, they are up to date."""
+    def settle(self, count: Count) -> None:
+        """Brings a session's count up to date: what is read after a step belongs to it, until the next one begins.
+        Does not wait where a step is under way; if it is another session's, it is up to date."""
         if self._engine.lock.acquire(blocking=False):
             try:
-                if self._counted[0] is counters and not self._engine.closed:
-                    self._count(counters)
+                if self._counted[0] is count and not self._engine.closed:
+                    self._count(count)
             finally:
                 self._engine.lock.release()
 
@@ -193,7 +194,7 @@ class Sequences:
         if sequence.holder is not session:
             sequence.give(session)
             sequence.left = SLICE
-        self._count(session.counters)
+        self._count(session.count)
         return sequence
 
     def _leave(self, session: Session) -> None:
@@ -229,13 +230,12 @@ class Sequences:
         self._turns += 1
         return self._turns
 
-    def _count(self, counters: dict[str, float] | None) -> None:
-        """Adds what was counted since the last step began to that step's session; from now on it is for `counters`."""
+    def _count(self, count: Count) -> None:
+        """Adds what was counted since the last step began to that step's session; from now on it is for `count`."""
         (last, before), now = self._counted, self._engine.counters()
         if last is not None:
-            for name, value in now.items():
-                last[name] = last.get(name, 0) + value - before[name]
-        self._counted = (counters, now)
+            last.add(now - before)
+        self._counted = (count, now)
 
     # -- passes, with the lock held -----------------------------------------------------------------------------
 
@@ -295,8 +295,9 @@ class Sequences:
             sequence.tokens = (sequence.tokens + tokens.tolist())[: engine.length(sequence.id)]
             if self._trace is not None:
                 writer, part = self._trace
-                picks, weights, predicted = engine.take_routing()
-                writer.extend([part] * len(picks), positions[: len(picks)], picks, weights, predicted)
+                routing = engine.take_routing()
+                done = len(routing.picks)
+                writer.extend([part] * done, positions[:done], routing.picks, routing.weights, routing.predicted)
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -140,9 +140,9 @@ class Tokenizer:
         names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
         blobs = {name: pack.read_blob(name) for name in names if name in pack.blobs}
         if names[0] not in blobs:
-            raise TokenizerError(f"{pack.path}: no tokenizer.json in the pack")
+            raise TokenizerError(f"{pack.index.path}: no tokenizer.json in the pack")
         return cls.from_files(
-            blobs[names[0]], blobs.get(names[1]), pack.generation, blobs.get(names[2]), name=str(pack.path)
+            blobs[names[0]], blobs.get(names[1]), pack.index.generation, blobs.get(names[2]), name=str(pack.index.path)
         )
 
     # -- text to ids --------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def test_converts(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     pack = Pack.open(target)
     assert (pack.provenance["bits"], pack.provenance["dense_bits"]) == (4, 8)
     assert run("convert", source, tmp_path / "b.emoe", "--bits", "16", "--dense-bits", "32").exit_code == 0
-    assert Pack.open(tmp_path / "b.emoe").dense["embedding"].layout == "f32"
+    assert Pack.open(tmp_path / "b.emoe").index.dense["embedding"].layout == "f32"
 
 
 def test_levels(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
@@ -40,16 +40,16 @@ def test_levels(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     result = run("convert", source, target, "--levels", "3,5", *arguments)
     assert result.exit_code == 0, result.stderr
     pack = Pack.open(target)
-    assert [level.bits for level in pack.experts[0].levels] == [3, 5]
+    assert [level.bits for level in pack.index.experts[0].levels] == [3, 5]
     assert pack.provenance["calibration"] == "text.txt"
-    assert pack.quality["tokens"] == 255
+    assert pack.index.quality is not None and pack.index.quality.tokens == 255
     shown = run("show", target).stdout
     assert "3 bits (base3r1); 5 bits (refine2)" in shown
     assert "on text.txt, 255 tokens: perplexity" in shown
     for name in ("3 bits  ", "5 bits  ", "exact (5.00 bits)", "high (", "balanced (", "fast ("):
         assert name in shown
     facts = json.loads(run("show", target, "--json").stdout)
-    assert facts["quality"] == pack.quality
+    assert facts["quality"] == pack.index.quality.to_dict()
     assert json.loads(run("show", source, "--json").stdout).get("quality") is None
 
 
@@ -57,7 +57,7 @@ def test_levels_without_texts(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     source, target = tiny_qwen3_moe(), tmp_path / "a.emoe"
     result = run("convert", source, target, "-l", "2,4", "--calibration", "none", "--quality-text", "none")
     assert result.exit_code == 0, result.stderr
-    assert not Pack.open(target).quality
+    assert not Pack.open(target).index.quality
     assert "quality" not in run("show", target).stdout
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from edgemoe.cli import main
 from edgemoe.convert import convert
+from edgemoe.formats.index import LevelQuality, ModeQuality, Quality
 from edgemoe.formats.pack import Pack
 from edgemoe.planning import plan_model
 from edgemoe.profiling import Trace
@@ -37,9 +38,9 @@ def test_a_folder_is_planned_as_the_pack_it_becomes(models: tuple[Path, Path]) -
     for name in ("dense", "experts", "expert", "active", "state", "parameters", "context"):
         assert found[0][name] == found[1][name], name
     pack = Pack.open(models[1])
-    layers = [number for number, layer in enumerate(pack.spec.layers) if layer.experts]
+    layers = [number for number, layer in enumerate(pack.index.spec.layers) if layer.experts]
     assert found[1]["experts"] == sum(
-        pack.sections[levels[0]].length for number in layers for levels in pack.experts[number].sections
+        pack.index.sections[levels[0]].length for number in layers for levels in pack.index.experts[number].sections
     )
     assert found[1]["disk_speed"] == 10**9
 
@@ -85,19 +86,18 @@ def test_measured_modes_read_and_compute_less(models: tuple[Path, Path], tmp_pat
     floats = tmp_path / "f.emoe"
     convert(folder, floats, 32)
     widths = {"exact": 4.0, "high": 3.0, "fast": 2.0}
-    figures = {"perplexity": 9.0, "kl": 0.1}
 
-    def quality(modes: dict[str, float]) -> dict[str, Any]:
-        return {
-            "text": "t",
-            "tokens": 100,
-            "reference": {"perplexity": 9.0},
-            "levels": [{"bits": bits, **figures} for bits in (2, 3, 4)],
-            "modes": {name: {"thresholds": [], "mean_bits": bits, **figures} for name, bits in modes.items()},
-        }
+    def quality(modes: dict[str, float]) -> Quality:
+        levels = tuple(LevelQuality(bits, 9.0, 0.1) for bits in (2, 3, 4))
+        return Quality("t", 100, 9.0, levels, {name: ModeQuality((), 9.0, 0.1, bits) for name, bits in modes.items()})
 
     # A mode of no bits, and one of more than there are, are not foretold.
-    cases = ({}, quality(widths), quality({"exact": 4.0, "high": 0.0, "fast": 5.0}), quality({"exact": 0.0, "high": 0}))
+    cases = (
+        None,
+        quality(widths),
+        quality({"exact": 4.0, "high": 0.0, "fast": 5.0}),
+        quality({"exact": 0.0, "high": 0}),
+    )
     packs = [nested.write_nested_pack(floats, tmp_path / f"{n}.emoe", quality=case) for n, case in enumerate(cases)]
     plans = [plan_model(path, memory=10**9, disk=1e9, bandwidth=1e10) for path in packs]
     assert plans[0].qualities == plans[2].qualities == plans[3].qualities == {}
@@ -111,7 +111,7 @@ def test_measured_modes_read_and_compute_less(models: tuple[Path, Path], tmp_pat
             assert speed.hit_rate[0] >= exact.hit_rate[0]
             assert speed.bytes_per_token[1] <= share * exact.bytes_per_token[1]
         # With everything in memory only the arithmetic counts: all dense weights, and the share of the experts.
-        experts = sum(layer.top_k for layer in Pack.open(packs[1]).spec.layers) * plan.expert
+        experts = sum(layer.top_k for layer in Pack.open(packs[1]).index.spec.layers) * plan.expert
         assert speeds[-1].expected == pytest.approx(7.5e9 / (plan.active - (1 - share) * experts))
     for path, expected in ((packs[1], True), (packs[0], False), (one_level, False)):
         assert ("fast, tokens/s" in run(str(path), "-M", "1GB", *SPEEDS).stdout) == expected
@@ -126,7 +126,7 @@ def test_what_does_not_fit_says_what_would(models: tuple[Path, Path]) -> None:
 
 
 def test_hit_rates_come_from_a_trace(models: tuple[Path, Path], tmp_path: Path) -> None:
-    spec = Pack.open(models[1]).spec
+    spec = Pack.open(models[1]).index.spec
     rng = np.random.default_rng(0)
     columns = [
         np.argsort(rng.random((50, layer.experts)), axis=1)[:, : layer.top_k] for layer in spec.layers if layer.experts

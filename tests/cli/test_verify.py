@@ -26,9 +26,9 @@ def run(*arguments: object) -> Result:
 
 def damage(path: Path, layer: int, expert: int) -> int:
     """Flips a bit in an expert; returns its section number."""
-    number = Pack.open(path).experts[layer].sections[expert][0]
+    number = Pack.open(path).index.experts[layer].sections[expert][0]
     data = bytearray(path.read_bytes())
-    data[Pack.open(path).sections[number].extents[0].offset + 77] ^= 4
+    data[Pack.open(path).index.sections[number].extents[0].offset + 77] ^= 4
     path.write_bytes(data)
     return number
 
@@ -40,7 +40,7 @@ def test_whole(pack: Path) -> None:
     assert result.stderr == ""
     facts = json.loads(run("verify", pack, "--json").stdout)
     assert facts["damaged"] == []
-    assert facts["sections"] == len(Pack.open(pack).sections)
+    assert facts["sections"] == len(Pack.open(pack).index.sections)
     assert facts["path"] == str(pack)
 
 

@@ -146,7 +146,7 @@ def test_layer_by_layer_equals_the_whole(model: tuple[str, Path], load: Load, tm
     spec, window = SourceModel.open(folder / "hf").spec, len(tokens)
     index = original_index(folder / "hf", tmp_path)
     states = {"cache_type_k": "f32", "cache_type_v": "f32"}
-    parts = LayerwiseModel(spec, index, window, threads=1, memory=10**9, work=tmp_path, options=states)
+    parts = LayerwiseModel(index, window, threads=1, memory=10**9, work=tmp_path, options=states)
     residual = np.zeros((1, window, spec.hidden_size), np.float32)
     for layer in range(len(spec.layers)):
         logits = list(parts.run(layer, tokens[None], residual, None, np.arange(window, dtype=np.int32)))
@@ -174,6 +174,6 @@ def test_levels_are_calibrated(name: str, tmp_path: Path) -> None:
     text.write_text(" ".join(f"<{i}>" for i in np.random.default_rng(3).integers(0, VOCABULARY, 600)))
     nested = NestedOptions((2, 8), text, tokens=512, quality_text=text, quality_tokens=256, memory=10**9, threads=1)
     convert(tmp_path / "hf", tmp_path / "a.emoe", dense_bits=32, nested=nested)
-    coarse, fine = Pack.open(tmp_path / "a.emoe").quality["levels"]
-    assert 5 * fine["kl"] < coarse["kl"]
-    assert fine["kl"] < 0.1
+    coarse, fine = Pack.open(tmp_path / "a.emoe").index.quality.levels
+    assert 5 * fine.kl < coarse.kl
+    assert fine.kl < 0.1

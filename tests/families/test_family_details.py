@@ -66,7 +66,9 @@ def test_the_names_transformers_saves_by_itself(tmp_path: Path, name: str) -> No
         write_folder(tmp_path / str(original), CASES[name], original)
         convert(tmp_path / str(original), tmp_path / f"{original}.emoe", 32)
     packs = [Pack.open(tmp_path / f"{original}.emoe") for original in (True, False)]
-    assert [section.checksum for section in packs[0].sections] == [section.checksum for section in packs[1].sections]
+    assert [section.checksum for section in packs[0].index.sections] == [
+        section.checksum for section in packs[1].index.sections
+    ]
     assert packs[0].unused == packs[1].unused == []
 
 
@@ -110,7 +112,7 @@ def test_mxfp4_experts_stay_what_they_are(tmp_path: Path) -> None:
     packs = {bits: Pack.open(tmp_path / f"{bits}.emoe") for bits in (None, 8, 32)}
     for bits, layouts in ((None, {"ggml.mxfp4"}), (8, {"ggml.mxfp4"}), (32, {"f32"})):
         assert set(packs[bits].layout_bytes()["experts"]) == layouts
-    assert packs[8].experts[0].levels[0].bits == 4
+    assert packs[8].index.experts[0].levels[0].bits == 4
 
     case = CASES["gpt_oss"]
 
@@ -203,7 +205,7 @@ def test_a_failed_chunk_costs_a_window_nothing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
     whole = pack.read_bytes()
     last = Pack.open(pack)
-    sections = [last.sections[numbers[0]].extents[0] for numbers in last.experts[1].sections]
+    sections = [last.index.sections[numbers[0]].extents[0] for numbers in last.index.experts[1].sections]
     with edgemoe.load(pack, **F32_STATE) as model:
         tokens = np.resize(TOKENS, 300)
         expected = model.logits(tokens)[-1].tobytes()

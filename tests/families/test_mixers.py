@@ -208,10 +208,9 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    def load(path: Path, chunk: int = 512, slots: int = 0, sequences: int = 1, **options: Any) -> edgemoe.Model:
-        def plan(limit: Any, spec: Any, index: Any, engine_options: dict[str, Any], path: str) -> Any:
-            engine_options["sequences"] = sequences
-            budget = plan_budget(limit, spec, index, engine_options, path)
+    def load(path: Path, chunk: int = 512, slots: int = 0, **options: Any) -> edgemoe.Model:
+        def plan(*arguments: Any) -> Any:
+            budget = plan_budget(*arguments)
             return dataclasses.replace(budget, chunk=chunk, expert_slots=slots or budget.expert_slots)
 
         monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
@@ -243,10 +242,12 @@ def test_bits_are_those_of_every_instruction_set(
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_several_sequences_in_one_pass(packs: Callable[[str], Path], load: Load, name: str) -> None:
-    with load(packs(name), sequences=2) as model:
+    with load(packs(name), parallel=2) as model:
         first, second = model.logits(TOKENS[:40]), model.logits(TOKENS[50:87])
-        other = model._open().add_sequence()
-        model.logits(TOKENS[:3])
+        other = 1
+        for sequence in (0, other):
+            model._open().truncate(sequence, 0)
+        model.forward(TOKENS[:3], range(3), [0] * 3, [])
         sequences = [*[0, other] * 34, *[other] * 3, *[0] * 3]
         lengths, tokens, positions = {0: 3, other: 0}, [], []
         for sequence in sequences:
@@ -290,9 +291,9 @@ def test_a_prompt_is_kept_for_another_answer(packs: Callable[[str], Path], load:
         prompt = TOKENS[:80].tolist()
 
         def computed(tokens: list[int]) -> int:
-            before = model._open().counters()["tokens"]
+            before = model._open().counters().tokens
             reused = model._next_logits(tokens).tobytes()
-            done = int(model._open().counters()["tokens"] - before)
+            done = int(model._open().counters().tokens - before)
             held = model.snapshot()
             assert model.logits(tokens)[-1].tobytes() == reused
             model.restore(held)
@@ -306,10 +307,10 @@ def test_a_prompt_is_kept_for_another_answer(packs: Callable[[str], Path], load:
         model._next_logits(prompt)
         for token in (7, 8, 9):
             prompt_and_answer = [*prompt, token, token + 1]
-            before = model._open().counters()["tokens"]
+            before = model._open().counters().tokens
             model._next_logits(prompt_and_answer[:-1])
             model._next_logits(prompt_and_answer)
-            assert model._open().counters()["tokens"] - before <= 4
+            assert model._open().counters().tokens - before <= 4
 
 
 @pytest.mark.parametrize("layer, kept", [(-2, 49), (-1, 129)])
@@ -323,14 +324,14 @@ def test_a_failed_pass_leaves_no_trace(
     path = tmp_path / "model.emoe"
     path.write_bytes(whole)
     pack = Pack.open(path)
-    damaged = pack.experts[sorted(pack.experts)[layer]].sections
+    damaged = pack.index.experts[sorted(pack.index.experts)[layer]].sections
     with load(path, chunk=16, slots=3) as model:
         expected = model.logits(TOKENS)[-1].tobytes()
         model._next_logits(TOKENS[:50].tolist())
         assert model._open().marked(0) == 49
         with path.open("r+b") as file:
             for sections in damaged:
-                file.seek(pack.sections[sections[0]].extents[0].offset)
+                file.seek(pack.index.sections[sections[0]].extents[0].offset)
                 file.write(bytes(64))
         with pytest.raises(edgemoe.ReadError, match="damaged"):
             model._next_logits(TOKENS.tolist())
@@ -363,7 +364,8 @@ def test_the_names_transformers_saves_by_itself(tmp_path: Path, packs: Callable[
     write_folder(tmp_path / "hf", CASES[name], False)
     convert(tmp_path / "hf", tmp_path / "model.emoe", 32)
     both = [Pack.open(packs(name)), Pack.open(tmp_path / "model.emoe")]
-    assert [section.checksum for section in both[0].sections] == [section.checksum for section in both[1].sections]
+    checksums = [[section.checksum for section in pack.index.sections] for pack in both]
+    assert checksums[0] == checksums[1]
     assert both[0].unused == both[1].unused == []
 
 
@@ -384,8 +386,10 @@ def test_vision_and_further_predictions_are_not_used(tmp_path: Path, packs: Call
     convert(tmp_path, tmp_path / "model.emoe", 32)
     pack, plain = Pack.open(tmp_path / "model.emoe"), Pack.open(packs("qwen3_5_moe"))
     assert sorted(pack.unused) == sorted(others)
-    checksums = {name: pack.sections[tensor.section].checksum for name, tensor in pack.dense.items()}
-    assert checksums == {name: plain.sections[tensor.section].checksum for name, tensor in plain.dense.items()}
+    checksums = {name: pack.index.sections[tensor.section].checksum for name, tensor in pack.index.dense.items()}
+    assert checksums == {
+        name: plain.index.sections[tensor.section].checksum for name, tensor in plain.index.dense.items()
+    }
 
 
 def test_old_files_of_latent_attention_are_refused(tmp_path: Path, packs: Callable[[str], Path]) -> None:
@@ -402,7 +406,7 @@ def test_files_with_layers_for_further_predictions(
     tmp_path: Path, packs: Callable[[str], Path], name: str, form: str
 ) -> None:
     case, folder = CASES[name], packs(name).parent / "hf"
-    layers = len(Pack.open(packs(name)).spec.layers)
+    layers = len(Pack.open(packs(name)).index.spec.layers)
 
     def convert_all(tensors: dict[str, Any], config: Any) -> dict[str, Any]:
         further = {f"blk.{layers}.{part}.weight": np.ones(64, np.float32) for part in ("attn_norm", "nextn.eh_proj")}

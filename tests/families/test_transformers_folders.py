@@ -47,11 +47,11 @@ def test_qwen3_moe(tmp_path: Path, tied: bool) -> None:
     names = set(SourceModel.open(tmp_path / "stacked" / "model").folder.names())
     assert "model.layers.0.mlp.experts.gate_up_proj" in names  # else this test tests less than it says
     assert packs[1:] == packs[:1] * 2
-    assert pack.spec.tied_embeddings == tied
-    rope = pack.spec.layers[0].attention.rope
+    assert pack.index.spec.tied_embeddings == tied
+    rope = pack.index.spec.layers[0].attention.rope
     assert rope is not None
     inverse = model.model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(rope.inverse_frequencies, inverse, rtol=1e-6)
-    parameters, _ = pack.spec.parameters()
+    parameters, _ = pack.index.spec.parameters()
     assert parameters == model.num_parameters()
-    assert json.loads((folder / "config.json").read_text())["model_type"] == pack.spec.family
+    assert json.loads((folder / "config.json").read_text())["model_type"] == pack.index.spec.family

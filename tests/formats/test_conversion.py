@@ -50,7 +50,7 @@ NAMES = {
 
 def weights_of(pack: Pack) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """Source name and weights of every tensor in the pack."""
-    for name, tensor in pack.dense.items():
+    for name, tensor in pack.index.dense.items():
         data = memoryview(pack.read_section(tensor.section))[tensor.offset :]
         rows, columns = (*tensor.shape, 1)[:2]
         size = tensor_size(tensor.layout, tensor.shape)
@@ -60,7 +60,7 @@ def weights_of(pack: Pack) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
             yield f"model.layers.{layer}.{NAMES[part]}", weights
         else:
             yield NAMES[name], weights
-    for number, layer_experts in pack.experts.items():
+    for number, layer_experts in pack.index.experts.items():
         for expert, sections in enumerate(layer_experts.sections):
             data = memoryview(pack.read_section(sections[0]))
             for part, place in layer_experts.levels[0].parts.items():
@@ -100,10 +100,10 @@ def test_every_weight_arrives(tiny_qwen3_moe: Make, tmp_path: Path, dtype: str, 
     assert seen == set(expected)
     plain = {"F32": "f32", "BF16": "bf16", "F16": "f16"}[dtype]
     layout = {32: "f32", 16: plain, 8: "q8g64", 4: "q4g64"}[bits]
-    assert {part.layout for part in pack.experts[0].levels[0].parts.values()} == {layout}
-    assert pack.dense["layers.0.router"].layout == "f32"
-    assert pack.dense["layers.0.q_norm"].layout == "vector"
-    assert pack.dense["head"].layout == ("q8g64" if bits == 4 else layout)
+    assert {part.layout for part in pack.index.experts[0].levels[0].parts.values()} == {layout}
+    assert pack.index.dense["layers.0.router"].layout == "f32"
+    assert pack.index.dense["layers.0.q_norm"].layout == "vector"
+    assert pack.index.dense["head"].layout == ("q8g64" if bits == 4 else layout)
 
 
 def test_index_facts(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_index_facts(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     convert(source, tmp_path / "a.emoe", 4, dense_bits=16)
     pack = Pack.open(tmp_path / "a.emoe")
     assert pack.unused == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
-    assert pack.generation == {
+    assert pack.index.generation == {
         "bos_token_ids": [0],
         "eos_token_ids": [3, 5],
         "top_p": 0.9,
@@ -127,15 +127,15 @@ def test_index_facts(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
         "bits": 4,
         "dense_bits": 16,
     }
-    assert pack.dense["embedding"].layout == "bf16"
+    assert pack.index.dense["embedding"].layout == "bf16"
     assert pack.read_blob("chat_template.jinja") == b"{{ messages }}"
     assert pack.read_blob("tokenizer.json") == (source / "tokenizer.json").read_bytes()
-    assert pack.spec.layers[0].experts == 6
+    assert pack.index.spec.layers[0].experts == 6
     # One expert, one read: a section begins and ends at a multiple of 4096 and holds nothing else.
-    numbers = [number for layer in pack.experts.values() for levels in layer.sections for number in levels]
+    numbers = [number for layer in pack.index.experts.values() for levels in layer.sections for number in levels]
     assert len(set(numbers)) == 12
-    assert all(len(section.extents) == 1 for section in pack.sections)
-    assert all(section.extents[0].offset % 4096 == section.length % 4096 == 0 for section in pack.sections)
+    assert all(len(section.extents) == 1 for section in pack.index.sections)
+    assert all(section.extents[0].offset % 4096 == section.length % 4096 == 0 for section in pack.index.sections)
 
 
 def test_same_bytes_for_every_form_of_the_source(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
@@ -169,13 +169,13 @@ def test_mixed_types_share_a_layout(tiny_qwen3_moe: Make, tmp_path: Path) -> Non
     source = tiny_qwen3_moe(dtypes={odd: "F16", "lm_head.weight": "F32"})
     convert(source, tmp_path / "a.emoe", 16)
     pack = Pack.open(tmp_path / "a.emoe")
-    assert pack.experts[0].levels[0].parts["up"].layout == "bf16"
-    assert {name: part.layout for name, part in pack.experts[1].levels[0].parts.items()} == {
+    assert pack.index.experts[0].levels[0].parts["up"].layout == "bf16"
+    assert {name: part.layout for name, part in pack.index.experts[1].levels[0].parts.items()} == {
         "gate": "bf16",
         "up": "f32",
         "down": "bf16",
     }
-    assert pack.dense["head"].layout == "f32"
+    assert pack.index.dense["head"].layout == "f32"
     expected = tiny_weights(json.loads((source / "config.json").read_text()))
     read = dict(weights_of(pack))
     np.testing.assert_array_equal(read[odd], expected[odd].astype(np.float16).astype(np.float32))
@@ -219,7 +219,7 @@ def test_interrupted_anywhere_continues(tiny_qwen3_moe: Make, tmp_path: Path, mo
     target.parent.mkdir()
     convert(source, tmp_path / "whole.emoe", 4)
     whole = (tmp_path / "whole.emoe").read_bytes()
-    sections = len(Pack.open(tmp_path / "whole.emoe").sections)
+    sections = len(Pack.open(tmp_path / "whole.emoe").index.sections)
     resumed_at = []
     create = PackWriter.create
 

@@ -51,13 +51,13 @@ def test_every_weight_arrives(tmp_path: Path, bits: int, tolerance: float) -> No
     source, target = GgufSource.open(path), tmp_path / "tiny.emoe"
     convert(path, target, bits, dense_bits=bits)
     pack = Pack.open(target)
-    assert pack.spec == source.spec and pack.verify() == []
+    assert pack.index.spec == source.spec and pack.verify() == []
     assert pack.provenance["source_format"] == "gguf" and pack.provenance["source"] == "tiny.gguf"
     found = {
         name: unpacked(pack, tensor.section, tensor.offset, tensor.layout, tensor.shape)
-        for name, tensor in pack.dense.items()
+        for name, tensor in pack.index.dense.items()
     }
-    for number, layer in pack.experts.items():
+    for number, layer in pack.index.experts.items():
         for expert, (section,) in enumerate(layer.sections):
             for part, place in layer.levels[0].parts.items():
                 name = f"layers.{number}.experts.{expert}.{part}"
@@ -89,17 +89,20 @@ def test_blocks_are_kept_unless_bits_are_asked_for(tmp_path: Path) -> None:
     path = tiny(tmp_path, {"blk.0.ffn_down_exps.weight": random_tensor("q4_1", (4, 64, 32))})
     convert(path, tmp_path / "kept.emoe")
     kept = Pack.open(tmp_path / "kept.emoe")
-    assert {part: place.layout for part, place in kept.experts[0].levels[0].parts.items()} == {
+    assert {part: place.layout for part, place in kept.index.experts[0].levels[0].parts.items()} == {
         "gate": "ggml.q8_0",
         "up": "ggml.q8_0",
         "down": "ggml.q4_1",
     }
-    assert kept.experts[0].levels[0].bits == 8
-    assert kept.dense["layers.1.router"].layout == "f32" and kept.dense["embedding"].layout == "ggml.q8_0"
+    assert kept.index.experts[0].levels[0].bits == 8
+    assert kept.index.dense["layers.1.router"].layout == "f32" and kept.index.dense["embedding"].layout == "ggml.q8_0"
     assert kept.layout_bytes()["experts"]["ggml.q4_1"] == 4 * 64 * 20
     convert(path, tmp_path / "half.emoe", None, 16)
     half = Pack.open(tmp_path / "half.emoe")
-    assert half.dense["embedding"].layout == "f32" and half.experts[0].levels[0].parts["up"].layout == "ggml.q8_0"
+    assert (
+        half.index.dense["embedding"].layout == "f32"
+        and half.index.experts[0].levels[0].parts["up"].layout == "ggml.q8_0"
+    )
     assert "bits" not in half.provenance and half.provenance["dense_bits"] == 16
 
 

@@ -13,7 +13,8 @@ from gguf_writer import STRING, Tensor, Value, random_tensor, tiny_qwen3_moe_ggu
 from edgemoe.errors import EdgemoeError, SourceError, UnsupportedModelError
 from edgemoe.families import family_for, family_names, gguf_family_for
 from edgemoe.formats.ggml_blocks import dequantize
-from edgemoe.formats.gguf_index import GgufIndex, GgufSource, build_index
+from edgemoe.formats.gguf_index import GgufSource, build_index
+from edgemoe.formats.index import ModelIndex
 
 
 def tiny(tmp_path: Path, *, without: tuple[str, ...] = (), tensors: Any = None, **changes: Any) -> GgufSource:
@@ -27,7 +28,7 @@ def tiny(tmp_path: Path, *, without: tuple[str, ...] = (), tensors: Any = None, 
     return GgufSource.open(write(tmp_path / "tiny.gguf", metadata, all_tensors))
 
 
-def bytes_at(index: GgufIndex, extent: Any) -> bytes:
+def bytes_at(index: ModelIndex, extent: Any) -> bytes:
     with Path(index.files[extent.file]).open("rb") as stream:
         stream.seek(extent.offset)
         return stream.read(extent.length)

@@ -19,6 +19,7 @@ from helpers import byte_level_tokenizer, write_tiny_qwen3_moe
 from edgemoe._core import crc32c
 from edgemoe.convert import convert
 from edgemoe.errors import PackError
+from edgemoe.formats.index import ModeQuality
 from edgemoe.formats.pack import BLOCK, MAX_INDEX, Pack, PackWriter
 
 Change = Callable[[dict[str, Any]], None]
@@ -64,19 +65,19 @@ def test_reads_back(pack_bytes: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.emoe"
     path.write_bytes(pack_bytes)
     pack = Pack.open(path)
-    assert pack.path == path
-    assert pack.files == [str(path)]
+    assert pack.index.path == path
+    assert pack.index.files == (str(path),)
     assert pack.verify() == []
-    assert set(pack.dense) == set(pack.spec.dense_tensors())
-    assert list(pack.experts) == [1]
-    assert [level.bits for level in pack.experts[1].levels] == [4]
-    assert len(pack.experts[1].sections) == 3
+    assert set(pack.index.dense) == set(pack.index.spec.dense_tensors())
+    assert list(pack.index.experts) == [1]
+    assert [level.bits for level in pack.index.experts[1].levels] == [4]
+    assert len(pack.index.experts[1].sections) == 3
     assert json.loads(pack.read_blob("tokenizer.json"))["version"] == "1.0"
     with pytest.raises(PackError, match="no chat_template"):
         pack.read_blob("chat_template.jinja")
-    used = {tensor.section for tensor in pack.dense.values()} | {blob.section for blob in pack.blobs.values()}
-    used |= {number for numbers in pack.experts[1].sections for number in numbers}
-    assert used == set(range(len(pack.sections)))
+    used = {tensor.section for tensor in pack.index.dense.values()} | {blob.section for blob in pack.blobs.values()}
+    used |= {number for numbers in pack.index.experts[1].sections for number in numbers}
+    assert used == set(range(len(pack.index.sections)))
 
 
 def test_every_truncation(pack_bytes: bytes, tmp_path: Path) -> None:
@@ -355,9 +356,11 @@ def test_quality(pack_bytes: bytes, tmp_path: Path) -> None:
     index["quality"] = QUALITY | {"modes": QUALITY["modes"] | {"fast": fast}}
     path = tmp_path / "a.emoe"
     path.write_bytes(joined(sections, msgpack.packb(index)))
-    found = Pack.open(path).quality
-    assert found["modes"]["fast"] == {"thresholds": [-1.0, 0.5], "perplexity": 11.0, "kl": 0.02, "mean_bits": 3.5}
-    assert found["levels"] == QUALITY["levels"]
+    found = Pack.open(path).index.quality
+    assert found is not None
+    assert found.modes["fast"] == ModeQuality((-1.0, 0.5), 11.0, 0.02, 3.5)
+    fast = {"thresholds": [-1.0, 0.5], "perplexity": 11.0, "kl": 0.02, "mean_bits": 3.5}
+    assert found.to_dict() == QUALITY | {"modes": QUALITY["modes"] | {"fast": fast}}
 
 
 @pytest.mark.parametrize(
@@ -400,7 +403,7 @@ def test_a_pack_of_two_files(pack_bytes: bytes, tmp_path: Path) -> None:
     pack = Pack.open(path)
     assert pack.verify() == []
     assert pack.read_section(3) == sections[offset : offset + length]
-    assert pack.files[1] == str(tmp_path / "more.bin")
+    assert pack.index.files[1] == str(tmp_path / "more.bin")
     os.truncate(tmp_path / "more.bin", length - 62)
     with pytest.raises(PackError, match=r"more\.bin: ends at byte"):
         pack.read_section(3)
@@ -426,7 +429,7 @@ def test_damaged_sections_are_named(pack_bytes: bytes, tmp_path: Path) -> None:
         f"section {embedding} (embedding)",
         f"section {expert} (layer 1, expert 2)",
     ]
-    assert calls[-1][0] == calls[-1][1] == sum(section.length for section in pack.sections)
+    assert calls[-1][0] == calls[-1][1] == sum(section.length for section in pack.index.sections)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     with pytest.raises(
         PackError, match=r"section \d+ \(layer 1, expert 2\): checksum [0-9a-f]{8}, expected [0-9a-f]{8}"

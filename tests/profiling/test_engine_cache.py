@@ -40,7 +40,7 @@ def test_the_simulated_counters_are_the_engines(tmp_path: Path) -> None:
     (found,) = simulate_engine(trace, [slots], passes=passes)
     assert (found.experts_requested, found.experts_hit) == (stats["experts_requested"], stats["experts_hit"])
     # The simulation counts experts. At full width all levels of one come and leave together.
-    levels = len(Pack.open(MODEL).experts[0].levels)
+    levels = len(Pack.open(MODEL).index.experts[0].levels)
     assert levels * found.sections_read == stats["sections_read"]
     assert levels * found.evictions == stats["evictions"]
     assert found.evictions > 0

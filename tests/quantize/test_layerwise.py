@@ -25,7 +25,7 @@ POSITIONS = np.arange(5, WINDOW, 2, dtype=np.int32)
 def run(path: Path, work: Path, observe: Any = None, memory: int = 10**8) -> tuple[npt.NDArray[Any], list[Any]]:
     spec = SourceModel.open(path).spec
     tokens = np.random.default_rng(0).integers(0, 260, (3, WINDOW)).astype(np.int32)
-    model = LayerwiseModel(spec, original_index(path, work), WINDOW, threads=2, memory=memory, work=work)
+    model = LayerwiseModel(original_index(path, work), WINDOW, threads=2, memory=memory, work=work)
     residual = np.zeros((3, WINDOW, spec.hidden_size), np.float32)
     logits: list[Any] = []
     for layer in range(len(spec.layers)):

@@ -13,8 +13,9 @@ from gguf_writer import tiny_qwen3_moe_gguf, write
 
 from edgemoe.convert import SourceModel, _plan, convert, read_matrix
 from edgemoe.errors import MemoryBudgetError, OptionError, SourceError, UnsupportedModelError
+from edgemoe.formats.index import PARTS
 from edgemoe.formats.layouts import packed_size, unpack_level
-from edgemoe.formats.pack import PARTS, Pack, PackWriter
+from edgemoe.formats.pack import Pack, PackWriter
 from edgemoe.formats.safetensors import SafetensorsFolder
 from edgemoe.model import Model
 from edgemoe.quantize import nested_experts
@@ -39,7 +40,7 @@ def text(tmp_path: Path) -> Path:
 
 def expert_weights(pack: Pack, layer: int, expert: int, part: str) -> Floats:
     """What the highest stored level stands for."""
-    stored = pack.experts[layer]
+    stored = pack.index.experts[layer]
     numbers = stored.sections[expert]
     bits, levels = [], []
     for level, number in zip(stored.levels, numbers, strict=False):
@@ -54,7 +55,7 @@ def expert_weights(pack: Pack, layer: int, expert: int, part: str) -> Floats:
 def relative_error(source: Path, target: Path) -> float:
     pack, model = Pack.open(target), SourceModel.open(source)
     lost = signal = 0.0
-    for layer in pack.experts:
+    for layer in pack.index.experts:
         for expert in range(model.spec.layers[layer].experts):
             for part in PARTS:
                 name, shape = f"layers.{layer}.experts.{expert}.{part}", model.spec.expert_tensors(layer)[part]
@@ -68,12 +69,12 @@ def test_without_calibration(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     source, target = tiny_qwen3_moe(mlp_only_layers=[0]), tmp_path / "a.emoe"
     convert(source, target, nested=PLAIN)
     pack = Pack.open(target)
-    assert not pack.quality
-    assert [level.bits for level in pack.experts[1].levels] == [2, 3, 4]
-    assert [level.parts["up"].layout for level in pack.experts[1].levels] == ["base2r2", "refine1", "refine1"]
-    assert {len(sections) for sections in pack.experts[1].sections} == {3}
+    assert not pack.index.quality
+    assert [level.bits for level in pack.index.experts[1].levels] == [2, 3, 4]
+    assert [level.parts["up"].layout for level in pack.index.experts[1].levels] == ["base2r2", "refine1", "refine1"]
+    assert {len(sections) for sections in pack.index.experts[1].sections} == {3}
     assert pack.provenance["levels"] == [2, 3, 4]
-    assert pack.dense["embedding"].layout == "q8g64"
+    assert pack.index.dense["embedding"].layout == "q8g64"
     assert relative_error(source, target) < 0.012
     with Model(target) as model:
         assert np.isfinite(model.logits([1, 2, 3])).all()
@@ -85,23 +86,24 @@ def test_calibrated_and_measured(tiny_qwen3_moe: Make, tmp_path: Path, text: Pat
     convert(source, target, nested=options)
     pack = Pack.open(target)
     assert relative_error(source, target) < 0.02
-    quality = pack.quality
-    assert quality["text"] == "text.txt"
-    assert quality["tokens"] == 4 * 31
-    assert [level["bits"] for level in quality["levels"]] == [2, 4]
-    assert quality["levels"][1]["kl"] < quality["levels"][0]["kl"]
-    assert list(quality["modes"]) == ["exact", "high", "balanced", "fast"]
-    exact = quality["modes"]["exact"]
-    assert exact["thresholds"] == [] and exact["mean_bits"] == 4
-    assert exact["kl"] == quality["levels"][1]["kl"]
-    previous = exact["mean_bits"]
+    quality = pack.index.quality
+    assert quality is not None
+    assert quality.text == "text.txt"
+    assert quality.tokens == 4 * 31
+    assert [level.bits for level in quality.levels] == [2, 4]
+    assert quality.levels[1].kl < quality.levels[0].kl
+    assert list(quality.modes) == ["exact", "high", "balanced", "fast"]
+    exact = quality.modes["exact"]
+    assert exact.thresholds == () and exact.mean_bits == 4
+    assert exact.kl == quality.levels[1].kl
+    previous = exact.mean_bits
     for name, budget in (("high", 0.003), ("balanced", 0.01), ("fast", 0.03)):
-        mode = quality["modes"][name]
-        assert mode["perplexity"] <= exact["perplexity"] * (1 + budget) * (1 + 1e-9)
-        assert mode["mean_bits"] <= previous
-        previous = mode["mean_bits"]
+        mode = quality.modes[name]
+        assert mode.perplexity <= exact.perplexity * (1 + budget) * (1 + 1e-9)
+        assert mode.mean_bits <= previous
+        previous = mode.mean_bits
         with Model(target, quality=name) as model:
-            assert model.thresholds == mode["thresholds"]
+            assert tuple(model.thresholds) == mode.thresholds
     # The same text through the whole engine, at once.
     with Model(target, level_cap=0) as coarse, Model(target) as fine:
         tokens = coarse.tokenizer.encode(text.read_text())[:64]
@@ -145,12 +147,12 @@ def test_target_bits(tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypat
     monkeypatch.setattr(nested_experts, "super_experts", lambda peaks: {(1, 2)})
     convert(source, target, nested=options)
     pack = Pack.open(target)
-    counts = [[len(sections) for sections in layer.sections] for layer in pack.experts.values()]
+    counts = [[len(sections) for sections in layer.sections] for layer in pack.index.experts.values()]
     assert counts[1][2] == 3
     assert all(1 <= count <= 3 for layer in counts for count in layer)
     weights = 6 * 3 * 40 * 72
-    for layer in pack.experts.values():
-        stored = sum(pack.sections[number].length for sections in layer.sections for number in sections)
+    for layer in pack.index.experts.values():
+        stored = sum(pack.index.sections[number].length for sections in layer.sections for number in sections)
         assert stored * 8 / weights <= TARGET
     assert len({count for layer in counts for count in layer}) > 1
     with Model(target) as model:
@@ -237,7 +239,7 @@ def test_resumes_where_it_was(
     whole = (tmp_path / "whole.emoe").read_bytes()
     convert(source, tmp_path / "alone.emoe", nested=dataclasses.replace(options, threads=1, memory=2 * 10**9))
     assert (tmp_path / "alone.emoe").read_bytes() == whole
-    sections = len(Pack.open(tmp_path / "whole.emoe").sections)
+    sections = len(Pack.open(tmp_path / "whole.emoe").index.sections)
     add, quantize = PackWriter.add, NestedExperts._quantize_expert
     made: list[int] = []
 

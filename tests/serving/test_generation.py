@@ -227,11 +227,11 @@ def test_results_are_of_their_own_generation(model: edgemoe.Model, expected: dic
     results = (first.result, second.result)
     assert [result.finish_reason for result in results] == ["length", "stop"]
     assert results[0].generated_tokens == 12 > results[1].generated_tokens > 0
-    after = model._open().counters()
+    counters = [*(result.counters for result in results), model._open().counters() - before]
     for name in ("tokens", "experts_requested", "experts_hit"):
-        assert results[0].counters[name] + results[1].counters[name] == after[name] - before[name]
-        assert results[0].counters[name] > 0 < results[1].counters[name]
-    assert results[0].computed_tokens == results[0].counters["tokens"]
+        one, other, both = (getattr(found, name) for found in counters)
+        assert one > 0 < other and one + other == both
+    assert results[0].computed_tokens == results[0].counters.tokens
     # The second one took the sequence in between: some of the first one's tokens were computed twice.
     assert results[0].computed_tokens > results[0].computed_prompt_tokens + 11
     assert model.last_stop_reason == "length" and model.stats()["prompt_tokens"] == results[0].prompt_tokens

@@ -207,7 +207,9 @@ def test_pack(byte_level: Tokenizer) -> None:
         "chat_template.jinja": b"T",
     }
     pack: Any = types.SimpleNamespace(
-        path="m.emoe", blobs=blobs, read_blob=blobs.__getitem__, generation={"eos_token_ids": [2]}
+        index=types.SimpleNamespace(path="m.emoe", generation={"eos_token_ids": [2]}),
+        blobs=blobs,
+        read_blob=blobs.__getitem__,
     )
     tokenizer = Tokenizer.from_pack(pack)
     assert (tokenizer.bos_ids, tokenizer.eos_ids, tokenizer.chat_template) == ((0,), (2,), "T")

@@ -43,7 +43,7 @@ def logits(path: Path) -> np.ndarray:
 
 
 def expert(pack: Pack, layer: int, number: int, part: str) -> np.ndarray:
-    table = pack.experts[layer]
+    table = pack.index.experts[layer]
     place = table.levels[0].parts[part]
     data = pack.read_section(table.sections[number][0])[place.offset :]
     return unpack(place.layout, data[: packed_size(place.layout, *place.shape)], *place.shape)
@@ -60,7 +60,7 @@ def test_widened_model_computes_the_same_and_routes_the_same(
     model = InflatedModel(folder, 4, 2)
     write_pack(model, wide, 32, 32)
     pack = Pack.open(wide)
-    assert pack.spec.hidden_size == 4 * Pack.open(small).spec.hidden_size
+    assert pack.index.spec.hidden_size == 4 * Pack.open(small).index.spec.hidden_size
     assert not pack.verify()
     expected, found = logits(small), logits(wide)
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
@@ -101,7 +101,7 @@ def test_levels_are_those_of_a_nested_pack(
     model = InflatedModel(folder, 2, ffn_times, small)
     write_pack(model, wide, 4, 8)
     packs = [Pack.open(path) for path in (small, wide)]
-    assert [level.bits for level in packs[1].experts[1].levels] == [2, 3, 4]
+    assert [level.bits for level in packs[1].index.experts[1].levels] == [2, 3, 4]
     for part, times, width in (
         ("gate", (ffn_times, 2), 64),
         ("up", (ffn_times, 2), 64),
@@ -109,7 +109,7 @@ def test_levels_are_those_of_a_nested_pack(
     ):
         stored = []
         for pack in packs:
-            table = pack.experts[1]
+            table = pack.index.experts[1]
             levels = []
             for level, section in zip(table.levels, table.sections[3], strict=True):
                 place = level.parts[part]

@@ -32,14 +32,14 @@ def tiny(**options: Any) -> SyntheticModel:
 
 
 def dense(pack: Pack, name: str) -> np.ndarray:
-    tensor = pack.dense[name]
+    tensor = pack.index.dense[name]
     shape = (*tensor.shape, 1)[:2]
     data = pack.read_section(tensor.section)[tensor.offset :]
     return unpack(tensor.layout, data[: packed_size(tensor.layout, *shape)], *shape).reshape(tensor.shape)
 
 
 def expert(pack: Pack, layer: int, number: int, part: str) -> np.ndarray:
-    table = pack.experts[layer]
+    table = pack.index.experts[layer]
     place = table.levels[0].parts[part]
     data = pack.read_section(table.sections[number][0])[place.offset :]
     return unpack(place.layout, data[: packed_size(place.layout, *place.shape)], *place.shape)

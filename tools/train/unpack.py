@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgemoe.formats.index import PARTS, DenseTensor
 from edgemoe.formats.layouts import NESTED, packed_size, unpack, unpack_level
-from edgemoe.formats.pack import PARTS, DenseTensor, Pack
+from edgemoe.formats.pack import Pack
 from edgemoe.quantize.nested import Nested
 from edgemoe.spec import ModelSpec
 from tools.train.export import export
@@ -67,8 +68,8 @@ def _dense(pack: Pack, tensor: DenseTensor) -> Floats:
 
 def _expert(pack: Pack, layer: int, expert: int, name: str) -> Floats:
     """``gate``, ``up`` or ``down`` of an expert at the largest width it is stored at, float32 [rows, columns]."""
-    numbers = pack.experts[layer].sections[expert]
-    places = [level.parts[name] for level in pack.experts[layer].levels[: len(numbers)]]
+    numbers = pack.index.experts[layer].sections[expert]
+    places = [level.parts[name] for level in pack.index.experts[layer].levels[: len(numbers)]]
     rows, columns = places[0].shape
     stored = [
         np.frombuffer(pack.read_section(number), np.uint8)[place.offset :][: packed_size(place.layout, rows, columns)]
@@ -76,25 +77,25 @@ def _expert(pack: Pack, layer: int, expert: int, name: str) -> Floats:
     ]
     if places[0].layout not in NESTED:
         return unpack(places[0].layout, stored[0], rows, columns)
-    bits = [level.bits for level in pack.experts[layer].levels[: len(numbers)]]
+    bits = [level.bits for level in pack.index.experts[layer].levels[: len(numbers)]]
     levels = [unpack_level(place.layout, data, rows, columns) for place, data in zip(places, stored, strict=True)]
     return Nested.of_levels(bits, levels).weights(len(numbers) - 1, columns)
 
 
 def read_model(pack: Pack) -> Model:
     """The model of a pack, in float32: dense part and experts as the largest stored width has them."""
-    config = config_of(pack.spec)
+    config = config_of(pack.index.spec)
     model = Model(config)
     state = model.state_dict()
 
     def put(name: str, values: Floats) -> None:
         state[name].copy_(torch.from_numpy(values))
 
-    put("embed_tokens.weight", _dense(pack, pack.dense["embedding"]))
-    put("norm.weight", _dense(pack, pack.dense["final_norm"]))
+    put("embed_tokens.weight", _dense(pack, pack.index.dense["embedding"]))
+    put("norm.weight", _dense(pack, pack.index.dense["final_norm"]))
     for layer in range(config.num_hidden_layers):
         for name, stored in _DENSE.items():
-            put(f"layers.{layer}.{name}", _dense(pack, pack.dense[f"layers.{layer}.{stored}"]))
+            put(f"layers.{layer}.{name}", _dense(pack, pack.index.dense[f"layers.{layer}.{stored}"]))
         experts = [[_expert(pack, layer, expert, name) for name in PARTS] for expert in range(config.num_experts)]
         put(f"layers.{layer}.mlp.gate_up", np.stack([np.concatenate([gate, up]) for gate, up, _ in experts]))
         put(f"layers.{layer}.mlp.down", np.stack([down for _, _, down in experts]))
