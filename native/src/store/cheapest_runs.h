@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "edgemoe/eviction.h"
+#include "store/eviction.h"
 
 namespace edgemoe {
 

@@ -1,22 +1,14 @@
-// Which expert, or which level of one, leaves memory when another one needs its place.
+// The order in which sections leave memory.
 #pragma once
 
 #include <array>
 #include <compare>
 #include <cstdint>
-#include <string_view>
 #include <vector>
 
+#include "edgemoe/store_options.h"
+
 namespace edgemoe {
-
-enum class Eviction : uint8_t {
-    lru,          // least recently used
-    lfu,          // least often used, then least recently
-    least_stale,  // those untouched in this forward pass first, then least recently used (SpecMD): the order of lru
-    next_use,     // least likely to be used when its layer comes again; among equals the layer that comes last
-};
-
-Eviction eviction_from_name(std::string_view name);  // throws std::invalid_argument
 
 // What is remembered about every section (an expert, or one level of it), in memory or not, and the order of leaving
 // that follows from it. A level is used whenever a finer one of its expert is, and is told so after it: then no level
