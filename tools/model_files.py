@@ -169,7 +169,7 @@ def write_gguf(model: Model, target: Path, bits: int, dense_bits: int, progress:
         writer.add_tensor_info(name, stack, None, nbytes, gguf.GGMLQuantizationType[kind])
 
     for name, shape in spec.dense_tensors().items():
-        add(_gguf_name(name), [name], shape, dense_bits)
+        add(gguf_name(name), [name], shape, dense_bits)
     for number, layer_spec in enumerate(spec.layers):
         for part, matrix in spec.expert_tensors(number).items():
             names = [f"layers.{number}.experts.{expert}.{part}" for expert in range(layer_spec.experts)]
@@ -217,7 +217,8 @@ _GGUF_NAMES = {
 }
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """The name of a dense tensor in a GGUF file, by its engine name."""
     *layer, part = name.split(".")
     return f"{f'blk.{layer[1]}.' if layer else ''}{_GGUF_NAMES[part]}.weight"
 
