@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_writer import BLOCKS, Tensor, byte_level_metadata, write
+from helpers import slow_except
 from reference import Array, ReferenceModel
 from tiny_gguf import tiny, tiny_tensors
 
@@ -77,7 +78,7 @@ def check_difference(found: np.ndarray, expected: Array, plain: bool = False) ->
 # -- other programs' reading ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", slow_except(TYPES, "f16", "q4_k"))
 def test_logits_equal_the_dequantized_weights(tmp_path: Path, kind: str) -> None:
     path, tokens = tiny(tmp_path, kind, hidden=256, ffn=256), some_tokens(40)
     weights = GgufPackageWeights(path)
@@ -215,7 +216,7 @@ SHAPES: dict[str, tuple[dict[str, str], dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_except(SHAPES))
 def test_logits_are_bit_identical_however_they_are_computed(
     tmp_path: Path, load_divided: Load, monkeypatch: pytest.MonkeyPatch, shape: str
 ) -> None:
@@ -239,7 +240,7 @@ def test_logits_are_bit_identical_however_they_are_computed(
             assert model.logits(tokens).tobytes() == expected, isa
 
 
-@pytest.mark.parametrize("kind", [name for name in TYPES if name != "f32"])
+@pytest.mark.parametrize("kind", slow_except([name for name in TYPES if name != "f32"], "f16", "q4_k"))
 def test_a_router_of_any_type(tmp_path: Path, load_divided: Load, kind: str) -> None:
     path, tokens = tiny(tmp_path, {"ffn_gate_inp": kind}, hidden=256, ffn=64), some_tokens(40)
     found = logits(path, tokens, **F32_STATE)
@@ -250,7 +251,7 @@ def test_a_router_of_any_type(tmp_path: Path, load_divided: Load, kind: str) -> 
         assert model.logits(tokens).tobytes() == found.tobytes()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_except(SHAPES))
 def test_shapes_equal_the_dequantized_weights(tmp_path: Path, shape: str) -> None:
     kinds, sizes = SHAPES[shape]
     path, tokens = tiny(tmp_path, kinds, **sizes), some_tokens(30)
@@ -272,7 +273,7 @@ def test_a_split_file_gives_the_same_logits(tmp_path: Path) -> None:
 # -- packs with the same blocks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", slow_except(TYPES, "f16", "q4_k"))
 def test_a_converted_file_keeps_its_blocks_and_its_logits(tmp_path: Path, kind: str) -> None:
     path, pack_path, tokens = tiny(tmp_path, kind, hidden=256, ffn=256), tmp_path / "tiny.emoe", some_tokens(40)
     convert(path, pack_path)
@@ -299,7 +300,7 @@ def test_a_converted_file_keeps_its_blocks_and_its_logits(tmp_path: Path, kind: 
     assert logits(pack_path, tokens).tobytes() == logits(path, tokens).tobytes()
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "padded"])
+@pytest.mark.parametrize("shape", slow_except(shape for shape in SHAPES if shape != "padded"))
 def test_converted_shapes_keep_their_logits(tmp_path: Path, shape: str) -> None:
     kinds, sizes = SHAPES[shape]
     path, pack_path = tiny(tmp_path, kinds, **sizes), tmp_path / "tiny.emoe"

@@ -12,6 +12,7 @@ from typing import Any
 import nested
 import numpy as np
 import pytest
+from helpers import slow_except
 from reference import PackWeights, ReferenceModel
 
 import edgemoe
@@ -113,7 +114,7 @@ class NestedWeights(PackWeights):
 # -- results ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 4), (3, 5, 8), (1, 2, 3, 4, 5, 6, 7, 8), (4,)])
+@pytest.mark.parametrize("ladder", slow_except([(2, 3, 4), (2, 4), (3, 5, 8), (1, 2, 3, 4, 5, 6, 7, 8), (4,)]))
 def test_exact_logits_equal_the_numpy_reference(
     floats: Path, tmp_path: Path, ladder: Sequence[int], load: Load
 ) -> None:
@@ -138,7 +139,7 @@ def test_a_cap_makes_every_expert_that_coarse(mixed: Path, level: int, load: Loa
         assert (level == 0) == (counters.expert_bits == 2 * counters.expert_uses)
 
 
-@pytest.mark.parametrize("which", ["pack", "mixed"])
+@pytest.mark.parametrize("which", slow_except(["pack", "mixed"]))
 @pytest.mark.parametrize("thresholds", [[], THRESHOLDS], ids=["exact", "lossy"])
 def test_no_bit_depends_on_memory_threads_or_arrival(
     which: str, thresholds: list[float], load: Load, request: pytest.FixtureRequest

@@ -467,6 +467,7 @@ def test_other_refusals(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM")
 @pytest.mark.parametrize("bits", [32, 4])
 def test_memory_stays_far_below_the_model(tiny_qwen3_moe: Make, tmp_path: Path, bits: int) -> None:
