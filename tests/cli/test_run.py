@@ -502,12 +502,6 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, **options)
 
 
-@pytest.fixture
-def folder(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("EDGEMOE_CACHE", str(tmp_path / "cache"))
-    return str(tiny_qwen3_moe())
-
-
 def test_tiny_model(folder: str) -> None:
     first = run(folder, "The quick", "-n", "8", "--temp", "0", "--json", "--ignore-eos")
     assert first.exit_code == 0, first.stderr
