@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgemoe.errors import OptionError, SourceError
-from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, Part, Quality
+from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, MeasuredQuality, Part
 from edgemoe.formats.pack import ALIGNMENT, Blob, Bytes, PackContents, PackWriter, align, tensor_size
 from edgemoe.quantize.nested_experts import level_layouts
 from edgemoe.spec import ModelSpec
@@ -42,7 +42,7 @@ class Model(Protocol):
     name: str
     fingerprint: str
     levels: tuple[int, ...]
-    quality: Quality | None
+    quality: MeasuredQuality | None
 
     def packed(self, name: str, layout: str, level: int = 0) -> Iterable[Bytes]:
         """The tensor of this engine name ("layers.0.experts.1.gate"), or one level of it, in a layout of packs, in
