@@ -9,9 +9,8 @@
 //    and the cosine and sine of rotary angles. What IEEE 754 asks to be exact, or rounded once, is what is left: sums,
 //    products, fused multiply-adds, quotients, square roots;
 //  * no operation gives a subnormal number where it is not given numbers near them: exp is 0 below -87.33654 and
-//  infinity
-//    above 87.33654, so neither it nor its inverse is one, and activations so small that their scale would be one count
-//    as zeros. So hardware that flushes subnormal numbers to zero computes the same bits of a model;
+//    infinity above 87.33654, so neither it nor its inverse is one, and shares of a softmax and activations that could
+//    lead to one count as zeros. So hardware that flushes subnormal numbers to zero computes the same bits of a model;
 //  * a result that is NaN is the one quiet NaN 0x7FC00000, because which operand's NaN an instruction passes on depends
 //    on the order a compiler puts the operands in.
 // The scalar table is the reference that the others are compared with, byte by byte.
@@ -166,7 +165,7 @@ struct Kernels {
     // error is at most (2 + 3 |log x|) 2^-23.
     void (*softplus_decay)(std::span<float> x, const float* bias, const float* rate);
 
-    // In place: x[i] = exp(x[i] - max) / sum.
+    // In place: x[i] = exp(x[i] - max) / sum of these; exp counts as 0 where x[i] - max < -64.
     void (*softmax)(std::span<float> x);
 
     // y[i] += a * x[i] (one fused multiply-add each).

@@ -105,7 +105,8 @@ void softmax(std::span<float> x) {
     const float maximum = fold_max(largest);
     Lanes total{};
     for (size_t i = 0; i < x.size(); ++i) {
-        x[i] = exp_of(x[i] - maximum);
+        const float distance = x[i] - maximum;
+        x[i] = exp_of(distance < kLeastDistance ? exponential::kZero : distance);
         total[i % kLanes] += x[i];
     }
     const float sum = fold_sum(total);

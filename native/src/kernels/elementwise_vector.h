@@ -187,6 +187,12 @@ struct ElementwiseKernels {
         }
     }
 
+    // Of an element of a softmax, before it is divided by the sum.
+    static EDGEMOE_INLINE F share(F x, F maximum) {
+        return Functions::exp_of(
+            V::unless_below(V::sub(x, maximum), V::set1(kLeastDistance), V::set1(exponential::kZero)));
+    }
+
     static void softmax(std::span<float> x) {
         float* values = x.data();
         const ptrdiff_t size = static_cast<ptrdiff_t>(x.size());
@@ -198,13 +204,13 @@ struct ElementwiseKernels {
         const F maximum = V::set1(V::fold_max(largest));
         F total = V::zero();
         for (i = 0; i + kLanes <= size; i += kLanes) {
-            const F value = Functions::exp_of(V::sub(V::load(values + i), maximum));
+            const F value = share(V::load(values + i), maximum);
             V::store(values + i, value);
             total = V::add(total, value);
         }
         if (i < size) {
             const int n = size - i;
-            const F value = Functions::exp_of(V::sub(V::load_n(values + i, n), maximum));
+            const F value = share(V::load_n(values + i, n), maximum);
             V::store_n(values + i, value, n);
             total = V::add(total, V::keep(value, 0, n, V::zero()));
         }

@@ -50,6 +50,9 @@ inline constexpr float kC[kTerms] = {-4.999993e-1f, 3.3330464e-1f, -2.4958019e-1
 
 namespace edgemoe {
 
+// Elements of a softmax that are further below the largest one are 0: divided by the sum they could be subnormal.
+inline constexpr float kLeastDistance = -64.0f;
+
 // Activations smaller than this count as zeros: their scale would be subnormal.
 inline constexpr float kLeastMagnitude = 127 * 0x1p-126f;
 
