@@ -1,7 +1,6 @@
 """The C++ core. `edgemoe.engine` is the user of `Engine`; `kernels` is there for tests, `profiling` for
 `edgemoe.profiling` and `edgemoe.machine`."""
 
-from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from edgemoe.formats.index import ModelIndex
-from edgemoe.options import EngineOptions, Quality
+from edgemoe.options import EngineOptions
 
 __version__: str
 kernels: ModuleType
@@ -165,11 +164,8 @@ class Engine:
         sequence_ids: NDArray[np.int32],
         wanted: NDArray[np.int32],
         cancel: Cancel | None = None,
-        qualities: Sequence[Quality] = (),
-        quality: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.float32]:
-        """Logits [wanted, vocab]. Row i is computed at qualities[quality[i]], or at qualities[0] without `quality`;
-        without both at the engine's."""
+        """Logits [wanted, vocab]."""
 
     def forward_layer(
         self,

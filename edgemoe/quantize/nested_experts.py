@@ -202,13 +202,13 @@ class NestedExperts:
         if options.quality_text is not None:
             index = writer.unfinished(contents)
             contents.quality = measure(
-                lambda quality: LayerwiseModel(
+                lambda engine_options: LayerwiseModel(
                     index,
                     window,
                     threads=self._threads,
                     memory=self._free(),
                     work=self._work,
-                    quality=quality,
+                    options=engine_options,
                     report=lambda tokens: self._advance(tokens * pass_bytes),
                 ),
                 contents.experts,

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import slow_except
 
 import edgemoe
 import edgemoe.model
@@ -60,7 +59,7 @@ def load(path: Path, **options: Any) -> edgemoe.Model:
     return edgemoe.load(path, memory="2GB", context=256, threads=1, **options)
 
 
-@pytest.mark.parametrize("name", slow_except(KINDS, "gpt_oss", "qwen3_next"))
+@pytest.mark.parametrize("name", KINDS)
 def test_tokens_do_not_depend_on_others(packs: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     with load(packs(name)) as model:
         alone = []

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import slow_except
 
 import edgemoe
 import edgemoe.model
@@ -437,7 +436,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(QUANTIZED, "qwen3_next"))
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_mixers(tmp_path: Path, load: Load, name: str) -> None:
     """Blocks of a GGUF file, where they lie and in a pack; and folders at 8 and 4 bits."""
     plain = CASES[name]

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "edgemoe/kernels.h"
+#include "edgemoe/weight_layouts.h"
 
 namespace edgemoe {
 

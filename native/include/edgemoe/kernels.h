@@ -1,84 +1,48 @@
-// The arithmetic of the engine: one table of function pointers per instruction set, chosen at run time.
+// The arithmetic of a pass, to the bit: what the operations of every backend promise.
 //
-// Every function gives the same bits on every instruction set and for every way of cutting its work into tokens or
-// rows:
-//  * a product has one float accumulator per output row (one row per lane); columns, or groups of columns, are added in
-//    ascending order with fused multiply-adds, whether one token is multiplied or a tile of them;
-//  * a reduction over a vector (norms, sums) runs in kLanes interleaved partial sums, folded by halves (8, 4, 2, 1);
-//  * functions are our own polynomials, never the C library's, of which two may differ in a last bit: exp, log(1 + e),
-//    and the cosine and sine of rotary angles. What IEEE 754 asks to be exact, or rounded once, is what is left: sums,
-//    products, fused multiply-adds, quotients, square roots;
-//  * no operation gives a subnormal number where it is not given numbers near them: exp is 0 below -87.33654 and
-//    infinity above 87.33654, so neither it nor its inverse is one, and shares of a softmax and activations that could
-//    lead to one count as zeros. So hardware that flushes subnormal numbers to zero computes the same bits of a model;
-//  * a result that is NaN is the one quiet NaN 0x7FC00000, because which operand's NaN an instruction passes on depends
-//    on the order a compiler puts the operands in.
-// The scalar table is the reference that the others are compared with, byte by byte.
+// A table of these functions exists for every instruction set, and is chosen at run time. The scalar one is the
+// reference: the others, and the kernels of a device, give the same bytes. Nor does a result depend on its company:
+// however a batch is cut into tokens, a matrix into rows or a text into chunks, each number comes out as if it were
+// computed alone. What that takes:
+//
+//  * Every operation that rounds is written down below, and in which order it comes. fma(a, b, c) rounds once,
+//    everything else after each operation, to the nearest number and to the even one of two. Compilers must not fuse
+//    or reorder anything (-ffp-contract=off, and no -ffast-math).
+//  * A product has one accumulator for each of its outputs. Columns, or groups of columns, are added in ascending
+//    order. What is summed within a group are integers, exact in any order.
+//  * A reduction over a vector (norms, softmax) has kLanes accumulators: element i goes to accumulator i % kLanes,
+//    ascending, and they are folded by halves (i takes in i + 8, then i + 4, i + 2, i + 1), whatever the width of a
+//    register.
+//  * Attention goes through positions in blocks of kKvBlock that begin at absolute multiples of it, ascending.
+//  * Functions are our own, since two C libraries may differ in a last bit: exp and log(1 + e) are polynomials in
+//    float32 (function_constants.h), cosine and sine of rotary angles are computed once for all backends, in double
+//    precision, by rotary() below. Otherwise there are only operations which IEEE 754 defines to the bit: sums,
+//    products, fma, quotients, square roots, conversions.
+//  * No operation makes a subnormal number of numbers that are not near them: exp is 0 below -87.33654 and infinity
+//    above 87.33654, so that neither it nor its inverse is one; shares of a softmax and activations that could lead to
+//    one count as zeros; and what shrinks below them on its way into a sum, such as an accumulator of attend when the
+//    maximum grows, is too small to change it. So hardware that flushes subnormal numbers computes the same logits.
+//  * What is not a number stays visible: a NaN or an infinity in an input reaches the outputs that depend on it. A
+//    result that is NaN is always the same quiet one, 0x7FC00000, because which operand's an instruction passes on
+//    depends on the order a compiler puts the operands in. max(a, b) and min(a, b) are b where the two are unordered.
+//
+// Sizes need not be multiples of anything unless it says so, and nothing beyond them is written. Unless it says so,
+// outputs do not overlap inputs.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <string>
 #include <string_view>
 #include <vector>
 
+#include "edgemoe/weight_layouts.h"
+
 namespace edgemoe {
 
-inline constexpr int kRowBlock = 16;  // rows interleaved in a weight block
-inline constexpr int kGroup = 64;     // columns that share one scale and offset
-inline constexpr int kLanes = 16;     // partial sums of a reduction
-inline constexpr int kKvBlock = 64;   // positions per attention block; blocks start at absolute multiples of it
-inline constexpr int kKvGroup = 32;   // elements of a q8_0 key or value that share a scale
-
-// Weight layouts in memory; docs/format.md describes the bytes of the first five. The ggml_* layouts hold the blocks of
-// a GGUF file, permuted by interleave() below.
-enum class Layout : uint8_t {
-    f32,
-    bf16,
-    f16,
-    q8g64,
-    q4g64,
-    ggml_q4_0,
-    ggml_q4_1,
-    ggml_q5_0,
-    ggml_q5_1,
-    ggml_q8_0,
-    ggml_q2_k,
-    ggml_q3_k,
-    ggml_q4_k,
-    ggml_q5_k,
-    ggml_q6_k,
-    ggml_iq4_nl,
-    ggml_iq4_xs,
-    ggml_mxfp4,
-    nested,  // levels that lie apart: Matrix::levels instead of Matrix::data
-};
-
-inline constexpr int kMaxLevels = 8;
-
-bool is_ggml(Layout layout);
-
-// Whether products with this layout read the int8 codes of the activations; otherwise they read the float values.
-bool reads_codes(Layout layout);
-
-// The levels of a nested matrix that a product works with, coarse to fine: at most 8 bits in all.
-struct NestedLevels {
-    int count = 0;
-    int later = 0;                                    // that level 0 has parameters of: count - 1 or more
-    std::array<uint8_t, kMaxLevels> bits{};           // that each level adds
-    std::array<const std::byte*, kMaxLevels> data{};  // 64-byte aligned
-};
-
-// A weight matrix [rows, cols] in memory, 64-byte aligned.
-struct Matrix {
-    Layout layout;
-    int rows;
-    int cols;
-    const std::byte* data;
-    NestedLevels levels{};  // of the nested layout
-};
+inline constexpr int kLanes = 16;    // accumulators of a reduction
+inline constexpr int kKvBlock = 64;  // positions of a block of keys and values
+inline constexpr int kKvGroup = 32;  // elements of a q8_0 key or value that share a scale
 
 // The inputs of a product, for up to `tokens` tokens. Float layouts read `values`; quantized layouts read the rest.
 struct Activations {
@@ -101,8 +65,13 @@ struct KvBlocks {
     const int32_t* table;  // [blocks of the sequence] where in the pool each of them is
 };
 
+// Bytes of the keys, or values, of a block.
+size_t kv_block_bytes(KvType type, int dim);
+
 struct Kernels {
     std::string_view name;
+
+    // --- products ---------------------------------------------------------------------------------------------------
 
     // out[i * out_stride + row] = matrix[row, :] . x[tokens[i], :] for all i and the rows of blocks [first, last).
     // An empty `tokens` means tokens 0 .. count-1 in order; otherwise count == tokens.size().
@@ -137,7 +106,9 @@ struct Kernels {
     // visible in the output. Padding columns count as 0.
     void (*quantize)(std::span<const float> x, int8_t* codes, float* scales, float* sums);
 
-    // out = (x * (1 / sqrt(mean(x^2) + epsilon))) * weight. out may be x.
+    // --- vectors ----------------------------------------------------------------------------------------------------
+
+    // out = (x * (1 / sqrt(mean(x^2) + epsilon))) * weight, with the squares summed as fma(x, x, sum). out may be x.
     void (*rms_norm)(std::span<const float> x, const float* weight, float epsilon, float* out);
 
     // mean = sum(x) / n; variance = sum((x - mean)^2) / n; out = fma((x - mean) * (1 / sqrt(variance + epsilon)),
@@ -157,6 +128,9 @@ struct Kernels {
     // In place: x[i] = 1 / (1 + exp(-x[i])).
     void (*sigmoid)(std::span<float> x);
 
+    // out[i] = x[i] * (1 / (1 + exp(-gate[i]))). out may be x.
+    void (*sigmoid_multiply)(std::span<const float> gate, const float* x, float* out);
+
     // In place: x[i] = cap * tanh(x[i] / cap), with tanh(t) = 1 - 2 / (1 + exp(2 t)).
     void (*softcap)(float cap, std::span<float> x);
 
@@ -168,20 +142,22 @@ struct Kernels {
     // In place: x[i] = exp(x[i] - max) / sum of these; exp counts as 0 where x[i] - max < -64.
     void (*softmax)(std::span<float> x);
 
-    // y[i] += a * x[i] (one fused multiply-add each).
+    // y[i] = fma(a, x[i], y[i]).
     void (*add_scaled)(float a, const float* x, std::span<float> y);
 
-    // Rotates pairs (i, i + pairs) of one head in place by cosine[i], sine[i]; elements beyond 2 * pairs stay.
-    // out[i] = x[i] c - x[i+p] s ; out[i+p] = x[i+p] c + x[i] s, each as the rounded product with s and one fused
-    // multiply-add.
+    // --- positions, keys and values ---------------------------------------------------------------------------------
+
+    // Turns pairs (i, i + pairs) of one head in place by cosine[i], sine[i], which rotary() makes; elements beyond
+    // 2 * pairs stay. out[i] = fma(x[i], c, -(x[i+p] * s)); out[i+p] = fma(x[i+p], c, x[i] * s).
     void (*rope)(float* head, const float* cosine, const float* sine, int pairs);
 
     // Stores one position's key (or value) vector of `dim` elements. In its block,
     // keys lie transposed, [dim][kKvBlock] (q8_0: codes [dim][kKvBlock], then float16 scales [dim/kKvGroup][kKvBlock]),
     // so that attention has one position per lane. Values lie [kKvBlock][dim] (q8_0: codes, then float16 scales
-    // [kKvBlock][dim/kKvGroup]). q8_0 needs dim % kKvGroup == 0; per group, scale = float16(max|x| / 127) and code =
-    // round-half-even(x / scale) limited to +-127, with the scale as it is stored. A group whose scale rounds to zero
-    // has codes 0; one with a NaN or infinity, or whose scale overflows, has scale NaN and codes 0.
+    // [kKvBlock][dim/kKvGroup]). f16 rounds half to even. q8_0 needs dim % kKvGroup == 0; per group, scale =
+    // float16(max|x| / 127) and code = round-half-even(x / scale) limited to +-127, with the scale as it is stored. A
+    // group whose scale rounds to zero has codes 0; one with a NaN or infinity, or whose scale overflows, has scale NaN
+    // and codes 0.
     void (*store_key)(KvType type, std::span<const float> key, int position, const KvBlocks& blocks);
     void (*store_value)(KvType type, std::span<const float> value, int position, const KvBlocks& blocks);
 
@@ -201,8 +177,7 @@ struct Kernels {
     void (*attend_latent)(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
                           const KvBlocks& blocks, int begin, int end, float* maximum, float* sum, float* accumulator);
 
-    // out[i] = x[i] * (1 / (1 + exp(-gate[i]))). out may be x.
-    void (*sigmoid_multiply)(std::span<const float> gate, const float* x, float* out);
+    // --- convolutions and recurrences -------------------------------------------------------------------------------
 
     // One position of a causal depthwise convolution, for the channels of blocks [first, last) of `weights`, an f32
     // matrix [channels, taps]: y[c] = sum over ascending taps of fma(weights[c, tap], rows[tap][c], y[c]), from 0.
@@ -224,46 +199,6 @@ struct Kernels {
 // double precision, and are the nearest float32 but for one in 10^8. Not a number for angles beyond 2^40. cosine, sine:
 // [inverse_frequencies]. On the processor for all backends, the same on every one.
 void rotary(std::span<const float> inverse_frequencies, int position, float factor, float* cosine, float* sine);
-
-// Bytes of one row block of a layout, of a whole matrix, and of one key or value block. Throws std::invalid_argument if
-// cols is not a multiple of the layout's block (32 or 256 columns of the ggml layouts).
-size_t block_bytes(Layout layout, int cols);
-size_t block_bytes(const Matrix& matrix);  // of a nested one: of all its levels
-size_t matrix_bytes(Layout layout, int rows, int cols);
-size_t kv_block_bytes(KvType type, int dim);
-
-// Matrices as files store them: the layouts above as they are, or row after row as in GGUF (`row_major`), which must be
-// interleaved once they are in memory. Names of row-major ones are "ggml.f32", "ggml.f16", "ggml.bf16" (their layouts
-// are f32, f16, bf16) and "ggml.q4_0" ... "ggml.mxfp4". One level of a nested matrix: "base2r3" is level 0 of 2 bits,
-// followed by 3 later levels, "refine1" a later level that adds one bit.
-struct StoredLayout {
-    Layout layout;
-    bool row_major;
-    int level_bits = 0;
-    bool refines = false;
-    int later = 0;  // levels that follow, of a level 0
-};
-StoredLayout stored_layout(std::string_view name);  // throws std::invalid_argument
-// Bytes of the file: rows beyond the last are not stored in row-major matrices, so that this may be less than
-// matrix_bytes; it is the same if rows is a multiple of kRowBlock.
-size_t stored_bytes(StoredLayout stored, int rows, int cols);
-
-// Permutes a row-major matrix: source [stored_bytes] -> target [matrix_bytes, 64-byte aligned]. The two may overlap in
-// any way or be the same; source needs no alignment. Rows that fill up the last block become zeros. scratch:
-// block_bytes(layout, cols), of its own, for every thread that interleaves.
-//
-// A row block of a ggml layout: as many blocks at a time as fill 64 bytes with parameters (one, two or four; of q8_0
-// all; the last time as many as there are), first their 32-bit words [block][word][16 rows], those of q6_k in another
-// order, then their remaining parameters [block][parameter][16 rows], which are float16 numbers (iq4_xs: the second is
-// scales_h; mxfp4: one byte, the exponent).
-void interleave(Layout layout, int rows, int cols, const std::byte* source, std::byte* target, std::byte* scratch);
-
-// Row `row` of the matrix as float32 [cols] (embedding lookup); ggml layouts with ggml's own products and their order.
-void dequantize_row(const Matrix& matrix, int row, float* out);
-
-Layout layout_from_name(std::string_view name);  // throws std::invalid_argument
-std::string_view layout_name(Layout layout);
-std::string stored_name(StoredLayout stored);
 
 // The tables this build has and this processor can run, best last; scalar is always first.
 std::vector<std::string_view> available_isas();

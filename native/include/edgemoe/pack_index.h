@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "edgemoe/kernels.h"
+#include "edgemoe/weight_layouts.h"
 
 namespace edgemoe {
 

@@ -1,6 +1,26 @@
 // Keys and values in their blocks, and attention over them.
+#include <stdexcept>
+#include <string>
+
 #include "half.h"
 #include "scalar.h"
+
+namespace edgemoe {
+
+size_t kv_block_bytes(KvType type, int dim) {
+    const size_t elements = static_cast<size_t>(dim) * kKvBlock;
+    switch (type) {
+        case KvType::f32:
+            return elements * sizeof(float);
+        case KvType::f16:
+            return elements * sizeof(uint16_t);
+        case KvType::q8_0:
+            return elements + elements / kKvGroup * sizeof(uint16_t);
+    }
+    throw std::invalid_argument("unknown cache type number " + std::to_string(static_cast<int>(type)));
+}
+
+}  // namespace edgemoe
 
 namespace edgemoe::scalar {
 namespace {

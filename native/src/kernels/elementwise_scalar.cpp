@@ -15,11 +15,11 @@ void quantize(std::span<const float> x, int8_t* codes, float* scales, float* sum
             continue;
         }
         const float magnitude = std::bit_cast<float>(largest);
-        const float inverse = 127.0f / magnitude;
         if (magnitude < kLeastMagnitude) {
             scales[g] = sums[g] = 0.0f;
             continue;
         }
+        const float inverse = 127.0f / magnitude;
         int32_t sum = 0;
         for (int i = 0; i < columns; ++i) {
             const int code = static_cast<int>(std::lrint(values[i] * inverse));
@@ -39,13 +39,6 @@ void rms_norm(std::span<const float> x, const float* weight, float epsilon, floa
     for (size_t i = 0; i < x.size(); ++i) out[i] = canonical(x[i] * inverse * weight[i]);
 }
 
-void silu_multiply(std::span<const float> gate, const float* up, float* out) {
-    for (size_t i = 0; i < gate.size(); ++i) {
-        const float value = gate[i];
-        out[i] = canonical(value / (1.0f + exp_of(0.0f - value)) * up[i]);
-    }
-}
-
 void layer_norm(std::span<const float> x, const float* weight, const float* bias, float epsilon, float* out) {
     Lanes sums{}, squares{};
     const auto size = static_cast<float>(x.size());
@@ -57,6 +50,13 @@ void layer_norm(std::span<const float> x, const float* weight, const float* bias
     }
     const float inverse = 1.0f / std::sqrt(fold_sum(squares) / size + epsilon);
     for (size_t i = 0; i < x.size(); ++i) out[i] = canonical(std::fma((x[i] - mean) * inverse, weight[i], bias[i]));
+}
+
+void silu_multiply(std::span<const float> gate, const float* up, float* out) {
+    for (size_t i = 0; i < gate.size(); ++i) {
+        const float value = gate[i];
+        out[i] = canonical(value / (1.0f + exp_of(0.0f - value)) * up[i]);
+    }
 }
 
 void gelu_multiply(std::span<const float> gate, const float* up, float* out) {
@@ -79,15 +79,15 @@ void sigmoid(std::span<float> x) {
     for (float& value : x) value = canonical(1.0f / (1.0f + exp_of(0.0f - value)));
 }
 
+void sigmoid_multiply(std::span<const float> gate, const float* x, float* out) {
+    for (size_t i = 0; i < gate.size(); ++i) out[i] = canonical(x[i] * (1.0f / (1.0f + exp_of(0.0f - gate[i]))));
+}
+
 void softcap(float cap, std::span<float> x) {
     for (float& value : x) {
         const float t = value / cap;
         value = canonical((1.0f - 2.0f / (1.0f + exp_of(t + t))) * cap);
     }
-}
-
-void sigmoid_multiply(std::span<const float> gate, const float* x, float* out) {
-    for (size_t i = 0; i < gate.size(); ++i) out[i] = canonical(x[i] * (1.0f / (1.0f + exp_of(0.0f - gate[i]))));
 }
 
 void softplus_decay(std::span<float> x, const float* bias, const float* rate) {

@@ -35,12 +35,12 @@ struct ElementwiseKernels {
                 continue;
             }
             const float magnitude = Functions::as_float(bits);
-            const float inverse = 127.0f / magnitude;
             if (magnitude < kLeastMagnitude) {
                 __builtin_memset(group, 0, kGroup);
                 scales[g] = sums[g] = 0.0f;
                 continue;
             }
+            const float inverse = 127.0f / magnitude;
             I total = V::set1_i(0);
             EDGEMOE_UNROLL
             for (int c = 0; c < chunks; ++c) {
@@ -109,46 +109,54 @@ struct ElementwiseKernels {
         }
     }
 
-    // out[i] = operation(a[i], b[i]).
-    template <class Operation>
-    static EDGEMOE_INLINE void each(std::span<const float> a, const float* b, float* out, Operation operation) {
-        const float* values = a.data();
-        const ptrdiff_t size = static_cast<ptrdiff_t>(a.size());
+    // out[i] = operation(x[i], others[i]...).
+    template <class Operation, class... Others>
+    static EDGEMOE_INLINE void each(std::span<const float> x, float* out, Operation operation, Others... others) {
+        const float* values = x.data();
+        const ptrdiff_t size = static_cast<ptrdiff_t>(x.size());
         ptrdiff_t i = 0;
         for (; i + kLanes <= size; i += kLanes)
-            V::store(out + i, V::canonical(operation(V::load(values + i), V::load(b + i))));
+            V::store(out + i, V::canonical(operation(V::load(values + i), V::load(others + i)...)));
         if (i < size) {
             const int n = size - i;
-            V::store_n(out + i, V::canonical(operation(V::load_n(values + i, n), V::load_n(b + i, n))), n);
+            V::store_n(out + i, V::canonical(operation(V::load_n(values + i, n), V::load_n(others + i, n)...)), n);
         }
     }
 
     static void silu_multiply(std::span<const float> gate, const float* up, float* out) {
-        each(gate, up, out, [](F g, F u) EDGEMOE_INLINE_LAMBDA { return V::mul(Functions::gated(g, g), u); });
+        const auto silu = [](F g, F u) EDGEMOE_INLINE_LAMBDA { return V::mul(Functions::gated(g, g), u); };
+        each(gate, out, silu, up);
     }
 
     static void gelu_multiply(std::span<const float> gate, const float* up, float* out) {
-        each(gate, up, out, [](F g, F u) EDGEMOE_INLINE_LAMBDA {
+        const auto gelu = [](F g, F u) EDGEMOE_INLINE_LAMBDA {
             const F cubic = V::fma(V::mul(V::set1(kGeluCubic), g), V::mul(g, g), g);
             return V::mul(Functions::gated(g, V::mul(cubic, V::set1(kGeluScale))), u);
-        });
+        };
+        each(gate, out, gelu, up);
     }
 
     static void clamped_swiglu(std::span<const float> gate, const float* up, float alpha, float limit, float* out) {
-        each(gate, up, out, [alpha, limit](F g, F u) EDGEMOE_INLINE_LAMBDA {
+        const auto swiglu = [alpha, limit](F g, F u) EDGEMOE_INLINE_LAMBDA {
             g = V::min(V::set1(limit), g);
             u = V::max(V::set1(-limit), V::min(V::set1(limit), u));
             return V::mul(Functions::gated(g, V::mul(g, V::set1(alpha))), V::add(u, V::set1(1.0f)));
-        });
+        };
+        each(gate, out, swiglu, up);
     }
 
     static void sigmoid(std::span<float> x) {
-        each(x, x.data(), x.data(),
-             [](F value, F) EDGEMOE_INLINE_LAMBDA { return Functions::gated(V::set1(1.0f), value); });
+        each(x, x.data(), [](F value) EDGEMOE_INLINE_LAMBDA { return Functions::gated(V::set1(1.0f), value); });
+    }
+
+    static void sigmoid_multiply(std::span<const float> gate, const float* x, float* out) {
+        const auto gated = [](F g, F value)
+                               EDGEMOE_INLINE_LAMBDA { return V::mul(value, Functions::gated(V::set1(1.0f), g)); };
+        each(gate, out, gated, x);
     }
 
     static void softcap(float cap, std::span<float> x) {
-        each(x, x.data(), x.data(), [cap](F value, F) EDGEMOE_INLINE_LAMBDA {
+        each(x, x.data(), [cap](F value) EDGEMOE_INLINE_LAMBDA {
             const F t = V::div(value, V::set1(cap));
             const F part = V::div(V::set1(2.0f), V::add(V::set1(1.0f), Functions::exp_of(V::add(t, t))));
             return V::mul(V::sub(V::set1(1.0f), part), V::set1(cap));
@@ -156,35 +164,10 @@ struct ElementwiseKernels {
     }
 
     static void softplus_decay(std::span<float> x, const float* bias, const float* rate) {
-        float* values = x.data();
         const auto decay = [](F value, F b, F r) EDGEMOE_INLINE_LAMBDA {
-            return V::canonical(Functions::exp_of(V::mul(r, Functions::softplus(V::add(value, b)))));
+            return Functions::exp_of(V::mul(r, Functions::softplus(V::add(value, b))));
         };
-        const ptrdiff_t size = static_cast<ptrdiff_t>(x.size());
-        ptrdiff_t i = 0;
-        for (; i + kLanes <= size; i += kLanes)
-            V::store(values + i, decay(V::load(values + i), V::load(bias + i), V::load(rate + i)));
-        if (i < size) {
-            const int n = size - i;
-            const F result = decay(V::load_n(values + i, n), V::load_n(bias + i, n), V::load_n(rate + i, n));
-            V::store_n(values + i, result, n);
-        }
-    }
-
-    static EDGEMOE_INLINE F sigmoid_times(F gate, F x) {
-        const F one = V::set1(1.0f);
-        return V::canonical(V::mul(x, V::div(one, V::add(one, Functions::exp_of(V::sub(V::zero(), gate))))));
-    }
-
-    static void sigmoid_multiply(std::span<const float> gate, const float* x, float* out) {
-        const float* values = gate.data();
-        const ptrdiff_t size = static_cast<ptrdiff_t>(gate.size());
-        ptrdiff_t i = 0;
-        for (; i + kLanes <= size; i += kLanes) V::store(out + i, sigmoid_times(V::load(values + i), V::load(x + i)));
-        if (i < size) {
-            const int n = size - i;
-            V::store_n(out + i, sigmoid_times(V::load_n(values + i, n), V::load_n(x + i, n)), n);
-        }
+        each(x, x.data(), decay, bias, rate);
     }
 
     // Of an element of a softmax, before it is divided by the sum.

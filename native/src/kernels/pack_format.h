@@ -1,7 +1,7 @@
 // Sizes within the quantized layouts of packs that are not nested (docs/format.md).
 #pragma once
 
-#include "edgemoe/kernels.h"
+#include "edgemoe/weight_layouts.h"
 
 namespace edgemoe {
 

@@ -29,6 +29,7 @@ constinit const Kernels kScalarKernels = {
     .gelu_multiply = scalar::gelu_multiply,
     .clamped_swiglu = scalar::clamped_swiglu,
     .sigmoid = scalar::sigmoid,
+    .sigmoid_multiply = scalar::sigmoid_multiply,
     .softcap = scalar::softcap,
     .softplus_decay = scalar::softplus_decay,
     .softmax = scalar::softmax,
@@ -38,7 +39,6 @@ constinit const Kernels kScalarKernels = {
     .store_value = scalar::store_value,
     .attend = scalar::attend,
     .attend_latent = scalar::attend_latent,
-    .sigmoid_multiply = scalar::sigmoid_multiply,
     .convolve = scalar::convolve,
     .gated_delta = scalar::gated_delta,
 };

@@ -109,12 +109,12 @@ void silu_multiply(std::span<const float> gate, const float* up, float* out);
 void gelu_multiply(std::span<const float> gate, const float* up, float* out);
 void clamped_swiglu(std::span<const float> gate, const float* up, float alpha, float limit, float* out);
 void sigmoid(std::span<float> x);
+void sigmoid_multiply(std::span<const float> gate, const float* x, float* out);
 void softcap(float cap, std::span<float> x);
 void softplus_decay(std::span<float> x, const float* bias, const float* rate);
 void softmax(std::span<float> x);
 void add_scaled(float a, const float* x, std::span<float> y);
 void rope(float* head, const float* cosine, const float* sine, int pairs);
-void sigmoid_multiply(std::span<const float> gate, const float* x, float* out);
 
 // attention_scalar.cpp
 void store_key(KvType type, std::span<const float> key, int position, const KvBlocks& blocks);

@@ -37,6 +37,7 @@ struct VectorKernels {
             .gelu_multiply = Elementwise::gelu_multiply,
             .clamped_swiglu = Elementwise::clamped_swiglu,
             .sigmoid = Elementwise::sigmoid,
+            .sigmoid_multiply = Elementwise::sigmoid_multiply,
             .softcap = Elementwise::softcap,
             .softplus_decay = Elementwise::softplus_decay,
             .softmax = Elementwise::softmax,
@@ -46,7 +47,6 @@ struct VectorKernels {
             .store_value = Attention::store_value,
             .attend = Attention::attend,
             .attend_latent = Attention::attend_latent,
-            .sigmoid_multiply = Elementwise::sigmoid_multiply,
             .convolve = Recurrence::convolve,
             .gated_delta = Recurrence::gated_delta,
         };

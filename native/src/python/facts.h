@@ -14,13 +14,12 @@ struct ModelFacts {
 
 struct Options {
     EngineOptions engine;
-    Quality quality;  // of rows that have none of their own
+    Quality quality;  // of all rows
 };
 
-// These throw py::type_error for fields that are missing, unknown or of a wrong type, and std::invalid_argument for
+// Both throw py::type_error for fields that are missing, unknown or of a wrong type, and std::invalid_argument for
 // values that cannot be.
 ModelFacts read_index(const pybind11::handle& index);   // ModelIndex
 Options read_options(const pybind11::handle& options);  // EngineOptions
-Quality read_quality(const pybind11::handle& quality);  // Quality
 
 }  // namespace edgemoe::python

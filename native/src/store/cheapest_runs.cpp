@@ -1,4 +1,4 @@
-#include "store/cheapest_runs.h"
+#include "edgemoe/cheapest_runs.h"
 
 #include <algorithm>
 #include <bit>

@@ -1,4 +1,4 @@
-#include "store/eviction.h"
+#include "edgemoe/eviction.h"
 
 #include <numeric>
 #include <stdexcept>

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "edgemoe/kernels.h"
+#include "edgemoe/weight_layouts.h"
 
 namespace edgemoe {
 
