@@ -89,6 +89,16 @@ def contenders(options: argparse.Namespace, path: Path, context: int) -> Iterato
         yield found
 
 
+def take_turns(found: Sequence[Contender], repetitions: int, decimals: int, **request: int) -> None:
+    """Measures the contenders in turns, after a request of each that does not count."""
+    for contender in found:
+        contender.rate(**request)
+    for number in range(repetitions):
+        for contender in found:
+            contender.rates.append(contender.rate(**request))
+            say(f"{number + 1}: {contender.name} {contender.rates[-1]:.{decimals}f} tok/s")
+
+
 @contextlib.contextmanager
 def subject(options: argparse.Namespace) -> Iterator[Path]:
     """The GGUF: the one named, or a synthetic one that is deleted in the end."""

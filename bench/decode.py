@@ -20,7 +20,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench._machine import say
 from bench._rates import (
     OURS,
     best_peer,
@@ -34,6 +33,7 @@ from bench._rates import (
     read_bandwidth,
     spread,
     subject,
+    take_turns,
 )
 from edgemoe.errors import EdgemoeError
 
@@ -46,12 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             before = busy()
             bandwidths = [read_bandwidth(options.threads)]
             with contenders(options, path, options.tokens + 8) as found:
-                for contender in found:
-                    contender.rate(generate=options.tokens)
-                for number in range(options.repetitions):
-                    for contender in found:
-                        contender.rates.append(contender.rate(generate=options.tokens))
-                        say(f"{number + 1}: {contender.name} {contender.rates[-1]:.2f} tok/s")
+                take_turns(found, options.repetitions, 2, generate=options.tokens)
             bandwidths.append(read_bandwidth(options.threads))
             size, weights = information(path)
             lines = ["# Generation with everything in memory", "", *preface(options, path, before), ""]

@@ -131,21 +131,11 @@ def _nested(folder: Path) -> Iterator[Run]:
 
 def _gguf(folder: Path) -> Iterator[Run]:
     """A Qwen3-MoE for each type of block: in all matrices whose rows are whole blocks, except the routers'."""
-    from gguf_writer import BLOCKS, Tensor, tiny_qwen3_moe_gguf, write
-
-    from tools.ggml_quantize import quantize
+    from tiny_gguf import BLOCKS, tiny_tensors, write
 
     say("making GGUF files")
-    for kind, (code, block, _, _) in BLOCKS.items():
-        metadata, tensors = tiny_qwen3_moe_gguf(kind="f32", hidden=256, ffn=256, experts=6)
-        random = np.random.default_rng(3)
-        for name, tensor in tensors.items():
-            values = random.standard_normal(tensor.shape).astype(np.float32)
-            values = 1 + values / 10 if "norm" in name else 2.5 * values * np.float32(tensor.shape[-1] ** -0.5)
-            plain = len(tensor.shape) == 1 or tensor.shape[-1] % block or "ffn_gate_inp" in name
-            data = quantize("f32" if plain else kind, values).tobytes()
-            tensors[name] = Tensor(tensor.shape, 0 if plain else code, data)
-        write(folder / f"{kind}.gguf", metadata, tensors)
+    for kind in BLOCKS:
+        write(folder / f"{kind}.gguf", *tiny_tensors(kind, hidden=256, ffn=256, experts=6))
         yield Run(f"GGUF, {kind}", f"{kind}.gguf", 96)
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench._machine import say
 from bench._rates import (
     OURS,
     best_peer,
@@ -34,6 +33,7 @@ from bench._rates import (
     publish,
     spread,
     subject,
+    take_turns,
 )
 from edgemoe import _core
 from edgemoe.errors import EdgemoeError
@@ -47,12 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with subject(options) as path:
             before = busy()
             with contenders(options, path, options.tokens + 8) as found:
-                for contender in found:
-                    contender.rate(prompt=options.tokens)
-                for number in range(options.repetitions):
-                    for contender in found:
-                        contender.rates.append(contender.rate(prompt=options.tokens))
-                        say(f"{number + 1}: {contender.name} {contender.rates[-1]:.1f} tok/s")
+                take_turns(found, options.repetitions, 1, prompt=options.tokens)
             speed = _core.kernels.byte_product_speed(isa, options.threads, 0.5)
             _, weights = information(path)
             lines = ["# Prompts with everything in memory", "", *preface(options, path, before), ""]

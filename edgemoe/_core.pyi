@@ -1,6 +1,7 @@
 """The C++ core. `edgemoe.engine` is the user of `Engine`; `kernels` is there for tests, `profiling` for
 `edgemoe.profiling` and `edgemoe.machine`."""
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from edgemoe.formats.index import ModelIndex
-from edgemoe.options import EngineOptions
+from edgemoe.options import EngineOptions, Quality
 
 __version__: str
 kernels: ModuleType
@@ -164,8 +165,11 @@ class Engine:
         sequence_ids: NDArray[np.int32],
         wanted: NDArray[np.int32],
         cancel: Cancel | None = None,
+        qualities: Sequence[Quality] = (),
+        quality: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.float32]:
-        """Logits [wanted, vocab]."""
+        """Logits [wanted, vocab]. Row i is computed at qualities[quality[i]], or at qualities[0] without `quality`;
+        without both at the engine's."""
 
     def forward_layer(
         self,

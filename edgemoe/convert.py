@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections import deque
@@ -47,7 +46,9 @@ from edgemoe.formats.pack import (
     tensor_size,
 )
 from edgemoe.formats.safetensors import SafetensorsFolder, TensorInfo, read_bytes, read_json
+from edgemoe.processors import usable_processors
 from edgemoe.quantize.rtn import quantize
+from edgemoe.sampling_names import SAMPLING_NAMES
 from edgemoe.spec import FLOAT_TENSORS, ModelSpec
 from edgemoe.text.gguf_tokenizer import tokenizer_files
 
@@ -60,7 +61,6 @@ _FOLDER_BITS = 4
 
 BLOBS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _MXFP4 = TYPES["mxfp4"]
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 # Weights converted at once, and bytes of finished expert sections that may wait for the disk.
 _WEIGHTS_AT_ONCE = 1 << 20
@@ -313,7 +313,7 @@ class _Plan:
         """
         pending: deque[Future[list[Bytes]]] = deque()
         waiting = 0
-        threads = max(1, min(8, os.cpu_count() or 1))
+        threads = min(8, usable_processors())
         with ThreadPoolExecutor(threads) as pool:
             try:
                 ahead = first
@@ -553,7 +553,7 @@ def _generation(config: Mapping[str, Any], generation: Mapping[str, Any], folder
         if any(type(token) is not int or not 0 <= token < 1 << 31 for token in ids):
             raise SourceError(f"{folder}: {name} = {ids!r} is not a token id or a list of them"[:500])
         result[name + "s"] = ids
-    for name in _SAMPLING:
+    for name in ("do_sample", *(sampling.config for sampling in SAMPLING_NAMES)):
         value = generation.get(name)
         if value is None:
             continue

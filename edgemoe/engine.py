@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from edgemoe import _core
 from edgemoe._core import EngineCounters, RoutingRecord
 from edgemoe.errors import EdgemoeError
+from edgemoe.options import Quality
 
 Cancel = _core.Cancel
 """Ends a pass between two layers: `set()` from any thread; it stays set."""
@@ -77,20 +79,25 @@ class Engine:
         sequence_ids: ArrayLike,
         wanted: ArrayLike,
         cancel: Cancel | None = None,
+        *,
+        qualities: Sequence[Quality] = (),
+        quality: ArrayLike | None = None,
     ) -> NDArray[np.float32]:
         """One pass: logits float32 [wanted, vocab] after those tokens whose indexes are in `wanted`.
 
         tokens, positions, sequence_ids: int32 [tokens]; token i stands at positions[i] of sequence sequence_ids[i]; a
-        sequence goes on where it ends. Raises ContextLengthError, ReadError, ValueError; Cancelled once `cancel` is
-        set.
+        sequence goes on where it ends. Its experts are computed at qualities[quality[i]], or at qualities[0] without
+        `quality`; without both at the engine's own. Raises ContextLengthError, ReadError, ValueError; Cancelled once
+        `cancel` is set.
         """
         arrays = [np.asarray(array, np.int32).reshape(-1) for array in (tokens, positions, sequence_ids, wanted)]
+        numbers = None if quality is None else _quality_numbers(quality, len(qualities))
         with self.lock:
             core = self._idle()
             self._running = Cancel() if cancel is None else cancel
             try:
                 self.check_open()  # after the pass can be seen by close()
-                return core.forward(arrays[0], arrays[1], arrays[2], arrays[3], self._running)
+                return core.forward(arrays[0], arrays[1], arrays[2], arrays[3], self._running, qualities, numbers)
             except Cancelled:
                 self.check_open()
                 raise
@@ -162,3 +169,11 @@ class Engine:
         self.check_idle()
         assert self._core is not None
         return self._core
+
+
+def _quality_numbers(quality: ArrayLike, count: int) -> NDArray[np.uint8]:
+    numbers = np.asarray(quality).reshape(-1)
+    wrong = numbers[(numbers < 0) | (numbers >= min(count, 256))]
+    if len(wrong):
+        raise ValueError(f"quality {wrong[0]} is not one of the {count} that are given")
+    return numbers.astype(np.uint8)

@@ -23,7 +23,7 @@ from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.read import read_index
 from edgemoe.memory import Budget, parse_size, plan_budget
 from edgemoe.model_files import Progress, default_cache_dir, resolve
-from edgemoe.options import EngineOptions
+from edgemoe.options import EngineOptions, Quality
 from edgemoe.processors import usable_processors
 from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Answer, Generation, GenerationResult, Request, Tally, figures
@@ -167,8 +167,7 @@ class Model:
             context=self.context,
             eviction=eviction,
             prefetch=prefetch,
-            thresholds=tuple(self.thresholds),
-            level_cap=level_cap,
+            quality=Quality(thresholds=tuple(self.thresholds), level_cap=level_cap),
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
         )
@@ -336,17 +335,25 @@ class Model:
         return self._sequences.all_logits(ids, first)
 
     def forward(
-        self, tokens: ArrayLike, positions: ArrayLike, sequence_ids: ArrayLike, wanted: ArrayLike
+        self,
+        tokens: ArrayLike,
+        positions: ArrayLike,
+        sequence_ids: ArrayLike,
+        wanted: ArrayLike,
+        *,
+        qualities: Sequence[Quality] = (),
+        quality: ArrayLike | None = None,
     ) -> NDArray[np.float32]:
         """One pass of the engine: logits float32 [wanted, vocab] after those tokens whose indexes are in `wanted`.
 
         Token i stands at positions[i] of sequence sequence_ids[i]; a sequence goes on where it ends. Sequence 0 is the
-        one that generate() and logits() use. Raises ContextLengthError, ReadError, OptionError, ValueError.
+        one that generate() and logits() use. Its experts are computed at qualities[quality[i]], or at qualities[0]
+        without `quality`; without both at the model's. Raises ContextLengthError, ReadError, OptionError, ValueError.
         """
         ids = token_ids(tokens, self.spec.vocab_size, "the text")
         with self._engine.lock:
             self._sequences.forget()
-            return self._engine.forward(ids, positions, sequence_ids, wanted)
+            return self._engine.forward(ids, positions, sequence_ids, wanted, qualities=qualities, quality=quality)
 
     def _next_logits(self, history: Sequence[int]) -> NDArray[np.float32]:
         """float32 [vocab] after `history`, of which only what no sequence holds yet is computed."""

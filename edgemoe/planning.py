@@ -17,7 +17,7 @@ from edgemoe.formats.read import read_index
 from edgemoe.formats.safetensors import read_json
 from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now
 from edgemoe.model import DEFAULT_CONTEXT, QUALITIES
-from edgemoe.options import EngineOptions
+from edgemoe.options import EngineOptions, Quality
 from edgemoe.spec import FLOAT_TENSORS, ModelSpec
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def plan_model(
     working_bytes = sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
 
     # Levels that come and go apart take a little more memory than experts that are always whole.
-    levels_apart = _core.plan(index, replace(options, thresholds=(1.0,)))
+    levels_apart = _core.plan(index, replace(options, quality=Quality(thresholds=(1.0,))))
 
     def speeds(share: float, slot: int) -> tuple[Speed, ...]:
         """Of all budgets, with so much of each expert read, kept and computed; slot: bytes of a whole one in memory."""

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+
+def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """The values as parameters of a test, all slow but those named, or the first if there is none."""
+    import pytest
+
+    values = list(values)
+    fast = fast or (values[0],)
+    return [pytest.param(value, marks=[] if value in fast else [pytest.mark.slow]) for value in values]
+
 
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. 0123456789 naïve café\n"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, Part, Quality
+from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, MeasuredQuality, Part
 from edgemoe.formats.layouts import (
     GROUP,
     OFFSET_UNIT,
@@ -124,7 +124,7 @@ def write_nested_pack(
     target: Path,
     bits: Sequence[int] = (2, 3, 4),
     levels_of: Callable[[int, int], int] | None = None,
-    quality: Quality | None = None,
+    quality: MeasuredQuality | None = None,
 ) -> Path:
     """The pack `source`, whose experts are float32, with nested experts instead.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import slow_except
 from reference import ReferenceModel
 
 import edgemoe
@@ -97,7 +98,7 @@ def test_int8_activations_cost_little(make_pack: Callable[..., Path], bits: int)
     assert difference.mean() < 2e-2  # a router that is nearly undecided may choose otherwise for it
 
 
-@pytest.mark.parametrize("state", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("state", slow_except(["f32", "f16", "q8_0"], "f16"))
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_logits_are_bit_identical_however_they_are_computed(
     make_pack: Callable[..., Path],

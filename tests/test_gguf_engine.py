@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_writer import BLOCKS, Tensor, byte_level_metadata, tiny_qwen3_moe_gguf, write
+from gguf_writer import BLOCKS, Tensor, byte_level_metadata, write
+from helpers import slow_except
 from reference import Array, ReferenceModel
+from tiny_gguf import tiny, tiny_tensors
 
 import edgemoe
 import edgemoe.model
@@ -27,40 +29,13 @@ from edgemoe.spec import ModelSpec
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from tools.ggml_quantize import quantize
+from tools.model_files import gguf_name
 
 F32_STATE = {"cache_type_k": "f32", "cache_type_v": "f32"}
 TYPES = tuple(BLOCKS)
 QUANTIZED = tuple(name for name in TYPES if name not in ("f32", "f16", "bf16"))
-# The `gguf` package quantizes to those that tools/ggml_quantize.py has no function of its own for.
-OWN = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "f32")
 
 Load = Callable[..., edgemoe.Model]
-
-
-def tiny_tensors(kind: str | dict[str, str], **sizes: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """As `gguf_writer.tiny_qwen3_moe_gguf`, with real weights, quantized to `kind`, or to kinds by the names of tensors
-    (their last part before ".weight"); "" stands for the others. What has no rows of whole blocks stays float32."""
-    kinds = kind if isinstance(kind, dict) else {"": kind}
-    metadata, tensors = tiny_qwen3_moe_gguf(kind="f32", **sizes)
-    rng = np.random.default_rng(3)
-    result = {}
-    for name, tensor in tensors.items():
-        values = rng.standard_normal(tensor.shape).astype(np.float32)
-        values = 1 + values / 10 if "norm" in name else 2.5 * values * np.float32(tensor.shape[-1]) ** -0.5
-        part = name.split(".")[-2]
-        # A router is quantized only where its kind is named: few files have one.
-        plain = len(tensor.shape) == 1 or (part == "ffn_gate_inp" and part not in kinds)
-        chosen = "f32" if plain else kinds.get(part, kinds.get("", "f32"))
-        if tensor.shape[-1] % BLOCKS[chosen][1]:
-            chosen = "f32"
-        if chosen not in OWN:
-            pytest.importorskip("gguf")
-        result[name] = Tensor(tensor.shape, BLOCKS[chosen][0], quantize(chosen, values).tobytes())
-    return metadata, result
-
-
-def tiny(folder: Path, kind: str | dict[str, str] = "q4_k", **sizes: int) -> Path:
-    return write(folder / "tiny.gguf", *tiny_tensors(kind, **sizes))
 
 
 def some_tokens(count: int) -> np.ndarray:
@@ -103,7 +78,7 @@ def check_difference(found: np.ndarray, expected: Array, plain: bool = False) ->
 # -- other programs' reading ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", slow_except(TYPES, "f16", "q4_k"))
 def test_logits_equal_the_dequantized_weights(tmp_path: Path, kind: str) -> None:
     path, tokens = tiny(tmp_path, kind, hidden=256, ffn=256), some_tokens(40)
     weights = GgufPackageWeights(path)
@@ -145,31 +120,12 @@ def test_a_file_gives_the_logits_of_transformers(tiny_qwen3_moe: Callable[..., P
     assert np.abs(found - expected).max() <= 2e-3 * (expected.max() - expected.min())
 
 
-# Engine name of a dense tensor -> name in a GGUF file.
-GGUF_NAMES = {
-    "embedding": "token_embd",
-    "final_norm": "output_norm",
-    "head": "output",
-    "attention_norm": "attn_norm",
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm",
-    "ffn_norm": "ffn_norm",
-    "router": "ffn_gate_inp",
-}
-
-
 def write_like_folder(pack: Pack, folder: Path, path: Path, writer: str) -> Path:
     """The same float32 weights as a GGUF file, by our own writer or by the `gguf` package's."""
     reference, spec = ReferenceModel(pack), pack.index.spec
     arrays: dict[str, np.ndarray] = {}
     for name in spec.dense_tensors():
-        *layer, part = name.split(".")
-        prefix = f"blk.{layer[1]}." if layer else ""
-        arrays[f"{prefix}{GGUF_NAMES[part]}.weight"] = reference.source.tensor(name)[1].astype(np.float32)
+        arrays[gguf_name(name)] = reference.source.tensor(name)[1].astype(np.float32)
     for number, layer_spec in enumerate(spec.layers):
         for part in ("gate", "up", "down"):
             stack = [
@@ -260,7 +216,7 @@ SHAPES: dict[str, tuple[dict[str, str], dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_except(SHAPES))
 def test_logits_are_bit_identical_however_they_are_computed(
     tmp_path: Path, load_divided: Load, monkeypatch: pytest.MonkeyPatch, shape: str
 ) -> None:
@@ -284,7 +240,7 @@ def test_logits_are_bit_identical_however_they_are_computed(
             assert model.logits(tokens).tobytes() == expected, isa
 
 
-@pytest.mark.parametrize("kind", [name for name in TYPES if name != "f32"])
+@pytest.mark.parametrize("kind", slow_except([name for name in TYPES if name != "f32"], "f16", "q4_k"))
 def test_a_router_of_any_type(tmp_path: Path, load_divided: Load, kind: str) -> None:
     path, tokens = tiny(tmp_path, {"ffn_gate_inp": kind}, hidden=256, ffn=64), some_tokens(40)
     found = logits(path, tokens, **F32_STATE)
@@ -295,7 +251,7 @@ def test_a_router_of_any_type(tmp_path: Path, load_divided: Load, kind: str) -> 
         assert model.logits(tokens).tobytes() == found.tobytes()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_except(SHAPES))
 def test_shapes_equal_the_dequantized_weights(tmp_path: Path, shape: str) -> None:
     kinds, sizes = SHAPES[shape]
     path, tokens = tiny(tmp_path, kinds, **sizes), some_tokens(30)
@@ -317,7 +273,7 @@ def test_a_split_file_gives_the_same_logits(tmp_path: Path) -> None:
 # -- packs with the same blocks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", slow_except(TYPES, "f16", "q4_k"))
 def test_a_converted_file_keeps_its_blocks_and_its_logits(tmp_path: Path, kind: str) -> None:
     path, pack_path, tokens = tiny(tmp_path, kind, hidden=256, ffn=256), tmp_path / "tiny.emoe", some_tokens(40)
     convert(path, pack_path)
@@ -344,7 +300,7 @@ def test_a_converted_file_keeps_its_blocks_and_its_logits(tmp_path: Path, kind: 
     assert logits(pack_path, tokens).tobytes() == logits(path, tokens).tobytes()
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "padded"])
+@pytest.mark.parametrize("shape", slow_except(shape for shape in SHAPES if shape != "padded"))
 def test_converted_shapes_keep_their_logits(tmp_path: Path, shape: str) -> None:
     kinds, sizes = SHAPES[shape]
     path, pack_path = tiny(tmp_path, kinds, **sizes), tmp_path / "tiny.emoe"

@@ -12,6 +12,7 @@ from typing import Any
 import nested
 import numpy as np
 import pytest
+from helpers import slow_except
 from reference import PackWeights, ReferenceModel
 
 import edgemoe
@@ -19,13 +20,13 @@ import edgemoe.model
 from edgemoe import _core
 from edgemoe.convert import convert
 from edgemoe.errors import OptionError, ReadError
-from edgemoe.formats.index import LevelQuality, ModelIndex, ModeQuality, Quality
+from edgemoe.formats.index import LevelQuality, MeasuredQuality, ModelIndex, ModeQuality
 from edgemoe.formats.layouts import packed_size
 from edgemoe.formats.pack import Pack
 from edgemoe.memory import Budget, plan_budget
 from edgemoe.model import EVICTION_POLICIES, Model
 from edgemoe.model_files import bundled_model
-from edgemoe.options import EngineOptions
+from edgemoe.options import EngineOptions, Quality
 
 TOKENS = np.random.default_rng(8).integers(0, 320, 24).tolist()
 LAYERS, EXPERTS, TOP_K = 3, 12, 3
@@ -113,7 +114,7 @@ class NestedWeights(PackWeights):
 # -- results ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 4), (3, 5, 8), (1, 2, 3, 4, 5, 6, 7, 8), (4,)])
+@pytest.mark.parametrize("ladder", slow_except([(2, 3, 4), (2, 4), (3, 5, 8), (1, 2, 3, 4, 5, 6, 7, 8), (4,)]))
 def test_exact_logits_equal_the_numpy_reference(
     floats: Path, tmp_path: Path, ladder: Sequence[int], load: Load
 ) -> None:
@@ -138,7 +139,7 @@ def test_a_cap_makes_every_expert_that_coarse(mixed: Path, level: int, load: Loa
         assert (level == 0) == (counters.expert_bits == 2 * counters.expert_uses)
 
 
-@pytest.mark.parametrize("which", ["pack", "mixed"])
+@pytest.mark.parametrize("which", slow_except(["pack", "mixed"]))
 @pytest.mark.parametrize("thresholds", [[], THRESHOLDS], ids=["exact", "lossy"])
 def test_no_bit_depends_on_memory_threads_or_arrival(
     which: str, thresholds: list[float], load: Load, request: pytest.FixtureRequest
@@ -219,6 +220,35 @@ def test_levels_follow_the_rule_and_missing_sections_are_read_once(
     assert (refined > 0) == bool(thresholds)  # a base that is there is not read again
     assert counters.experts_hit == hits
     assert (counters.sections_read, counters.bytes_read) == (sections, size)
+
+
+@pytest.mark.parametrize("slots", [None, 6], ids=["all in memory", "few"])
+@pytest.mark.parametrize("own", [[], THRESHOLDS], ids=["exact", "lossy"])
+@pytest.mark.parametrize("which", ["pack", "mixed"])
+def test_rows_have_qualities_of_their_own(
+    which: str, own: list[float], slots: int | None, load: Load, request: pytest.FixtureRequest
+) -> None:
+    """Sequences of different qualities in one batch: each has the bits of a model of its quality, whatever the engine's
+    own is and in whatever company."""
+    path = request.getfixturevalue(which)
+    qualities = [Quality(), Quality(thresholds=tuple(THRESHOLDS)), Quality(level_cap=0)]
+    expected = []
+    for quality in qualities:
+        with load(path, thresholds=quality.thresholds, level_cap=quality.level_cap) as model:
+            expected.append(model.logits(TOKENS).tobytes())
+    assert len(set(expected)) == len(qualities)
+    count = len(TOKENS)
+    rows = np.random.default_rng(1).permutation(np.repeat(np.arange(len(qualities)), count))
+    positions = np.empty(len(rows), np.int64)
+    for number in range(len(qualities)):
+        positions[rows == number] = np.arange(count)
+    with load(path, slots, thresholds=own, parallel=len(qualities)) as model:
+        tokens = np.asarray(TOKENS)[positions]
+        logits = model.forward(tokens, positions, rows, np.arange(len(rows)), qualities=qualities, quality=rows)
+        for number in range(len(qualities)):
+            assert logits[rows == number].tobytes() == expected[number], qualities[number]
+        with pytest.raises(ValueError, match="quality 3 is not one of the 3 that are given"):
+            model.forward([1], [count], [0], [0], qualities=qualities, quality=[3])
 
 
 def test_thresholds_below_everything_take_the_first_expert_too(pack: Path, load: Load) -> None:
@@ -364,7 +394,7 @@ def test_levels_that_do_not_go_together_are_refused(
 def test_modes_are_the_packs_thresholds(floats: Path, tmp_path: Path) -> None:
     thresholds = {"exact": (), "high": (0.7,), "fast": (-1.0, 0.3)}
     modes = {name: ModeQuality(values, 10.0, 0.1, 4.0) for name, values in thresholds.items()}
-    quality = Quality("text", 100, 9.0, (LevelQuality(4, 10.0, 0.1),), modes)
+    quality = MeasuredQuality("text", 100, 9.0, (LevelQuality(4, 10.0, 0.1),), modes)
     pack = nested.write_nested_pack(floats, tmp_path / "measured.emoe", quality=quality)
     with edgemoe.load(pack, quality="high") as model:
         assert model.quality == "high" and model.thresholds == [0.7]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from helpers import slow_except
 
 import edgemoe
 from edgemoe.convert import convert
@@ -87,7 +88,7 @@ def expected_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(logits)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_except(SHAPES))
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 32), ("bfloat16", 16), ("float16", 16)])
 def test_logits_equal_transformers(tmp_path: Path, shape: str, dtype: str, bits: int) -> None:
     write_folder(tmp_path / "hf", SHAPES[shape], dtype)

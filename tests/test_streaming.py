@@ -167,6 +167,7 @@ def test_two_models_at_once(pack: Path, load_with_slots: Callable[..., edgemoe.M
         assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_long_generations_do_not_grow(load_with_slots: Callable[..., edgemoe.Model]) -> None:
     process = psutil.Process()
     with load_with_slots(bundled_model(), 76, threads=1) as model:

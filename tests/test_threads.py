@@ -13,6 +13,7 @@ from edgemoe.convert import convert
 
 # A thread takes address space for its stack, so that with a limit on it only some of so many can be started.
 LIMITED = """
+import functools
 import resource
 import sys
 
@@ -22,10 +23,11 @@ import edgemoe
 import edgemoe.model
 from edgemoe._core import profiling
 from edgemoe.errors import ThreadError
+from edgemoe.options import EngineOptions
 
 
 def load(threads, readers=2):
-    edgemoe.model.DEFAULT_READERS = readers
+    edgemoe.model.EngineOptions = functools.partial(EngineOptions, readers=readers)
     return edgemoe.load(sys.argv[1], threads=threads)
 
 

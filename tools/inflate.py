@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from edgemoe.convert import BLOBS, SourceModel
 from edgemoe.errors import EdgemoeError, OptionError
-from edgemoe.formats.index import Quality
+from edgemoe.formats.index import MeasuredQuality
 from edgemoe.formats.layouts import (
     BLOCK,
     GROUP,
@@ -84,7 +84,7 @@ class InflatedModel:
             digest.update(data)
         self.fingerprint = f"{digest.hexdigest()} {hidden_times} {ffn_times}"
         self.levels: tuple[int, ...] = ()
-        self.quality: Quality | None = None
+        self.quality: MeasuredQuality | None = None
         self._nested: Pack | None = None
         if levels_of is not None:
             self._open_nested(levels_of, small)

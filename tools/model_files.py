@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgemoe.errors import OptionError, SourceError
-from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, Part, Quality
+from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, MeasuredQuality, Part
 from edgemoe.formats.pack import ALIGNMENT, Blob, Bytes, PackContents, PackWriter, align, tensor_size
 from edgemoe.quantize.nested_experts import level_layouts
 from edgemoe.spec import ModelSpec
@@ -42,7 +42,7 @@ class Model(Protocol):
     name: str
     fingerprint: str
     levels: tuple[int, ...]
-    quality: Quality | None
+    quality: MeasuredQuality | None
 
     def packed(self, name: str, layout: str, level: int = 0) -> Iterable[Bytes]:
         """The tensor of this engine name ("layers.0.experts.1.gate"), or one level of it, in a layout of packs, in
@@ -169,7 +169,7 @@ def write_gguf(model: Model, target: Path, bits: int, dense_bits: int, progress:
         writer.add_tensor_info(name, stack, None, nbytes, gguf.GGMLQuantizationType[kind])
 
     for name, shape in spec.dense_tensors().items():
-        add(_gguf_name(name), [name], shape, dense_bits)
+        add(gguf_name(name), [name], shape, dense_bits)
     for number, layer_spec in enumerate(spec.layers):
         for part, matrix in spec.expert_tensors(number).items():
             names = [f"layers.{number}.experts.{expert}.{part}" for expert in range(layer_spec.experts)]
@@ -217,7 +217,8 @@ _GGUF_NAMES = {
 }
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """The name of a dense tensor in a GGUF file, by its engine name."""
     *layer, part = name.split(".")
     return f"{f'blk.{layer[1]}.' if layer else ''}{_GGUF_NAMES[part]}.weight"
 

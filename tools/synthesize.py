@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemoe.errors import EdgemoeError, OptionError
-from edgemoe.formats.index import Quality
+from edgemoe.formats.index import MeasuredQuality
 from edgemoe.formats.layouts import GROUP, pack
 from edgemoe.formats.pack import Bytes
 from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RopeSpec, RouterSpec
@@ -86,7 +86,7 @@ class SyntheticModel:
         self.blobs = {"tokenizer.json": _tokenizer()}
         self.name = f"synthetic-{layers}x{experts}x{ffn}"
         self.levels: tuple[int, ...] = ()
-        self.quality: Quality | None = None
+        self.quality: MeasuredQuality | None = None
         self.fingerprint = f"{self.name} {self.spec} {seed}"
         self._seed = seed
 

@@ -19,20 +19,12 @@ from edgemoe.formats.ggml_blocks import READABLE
 from edgemoe.formats.gguf import GgufModel
 from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
 from edgemoe.formats.layouts import bits_of
+from edgemoe.sampling_names import SAMPLING_NAMES
 from edgemoe.spec import ModelSpec
 from edgemoe.text.gguf_tokenizer import read_special_ids
 
 MAX_EXPERTS = 1 << 17
 """Experts in all layers; the largest models have 25 000."""
-
-# Sampling defaults under their names in generation_config.json.
-_SAMPLING = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "penalty_repeat": "repetition_penalty",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +99,10 @@ def gguf_generation(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Token ids as lists, and the sampling defaults, as a pack has them. Raises TokenizerError."""
     bos, eos = read_special_ids(metadata, name)
     generation: dict[str, Any] = {"bos_token_ids": list(bos), "eos_token_ids": list(eos)}
-    for key, ours in _SAMPLING.items():
-        value = metadata.get(f"general.sampling.{key}")
+    for sampling in SAMPLING_NAMES:
+        value = metadata.get(f"general.sampling.{sampling.gguf}") if sampling.gguf else None
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-            generation[ours] = value
+            generation[sampling.config] = value
     return generation
 
 

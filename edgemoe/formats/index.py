@@ -108,7 +108,7 @@ class ModeQuality:
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
+class MeasuredQuality:
     """What was measured of levels and modes. text: name of the text; tokens: of it that were predicted.
     reference: perplexity before quantization."""
 
@@ -146,7 +146,7 @@ class ModelIndex:
     dense: Mapping[str, DenseTensor]
     experts: Mapping[int, ExpertLayer]
     generation: Mapping[str, Any] = field(default_factory=dict)
-    quality: Quality | None = None
+    quality: MeasuredQuality | None = None
 
     @property
     def level_count(self) -> int:

@@ -32,10 +32,10 @@ from edgemoe.formats.index import (
     Extent,
     Level,
     LevelQuality,
+    MeasuredQuality,
     ModelIndex,
     ModeQuality,
     Part,
-    Quality,
     Section,
 )
 from edgemoe.formats.layouts import BLOCK as ROW_BLOCK
@@ -78,7 +78,7 @@ class PackContents:
     experts: dict[int, ExpertLayer]
     blobs: dict[str, Blob]
     unused: list[str]
-    quality: Quality | None = None
+    quality: MeasuredQuality | None = None
 
     def index(self, path: Path, files: Iterable[str], sections: Iterable[Section]) -> ModelIndex:
         """The same for the engine, with sections in these files."""
@@ -579,7 +579,7 @@ class _Checker:
                 raise self._error(f"index: generation: {key} = {_short(ids)} is not a list of token ids")
         return generation
 
-    def _quality(self, value: Any) -> Quality | None:
+    def _quality(self, value: Any) -> MeasuredQuality | None:
         """What is known is checked and kept, anything else left out."""
         if value is None:
             return None
@@ -614,7 +614,7 @@ class _Checker:
                 kl=number(mode, "kl", where),
                 mean_bits=number(mode, "mean_bits", where),
             )
-        return Quality(
+        return MeasuredQuality(
             text=value["text"],
             tokens=int(number(value, "tokens", "text")),
             reference=number(value.get("reference"), "perplexity", "reference"),

@@ -26,7 +26,7 @@ from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Extent, Level
 from edgemoe.formats.pack import BLOCK
 from edgemoe.formats.safetensors import SafetensorsFolder
 from edgemoe.memory import format_size
-from edgemoe.options import EngineOptions
+from edgemoe.options import EXACT, EngineOptions, Quality
 from edgemoe.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
@@ -35,7 +35,7 @@ Observer = Callable[[slice, _core.LayerRecord], None]
 
 class LayerwiseModel:
     """index: of the whole model. threads: of the engine. memory: for one layer's weights and activations, in bytes.
-    options: further fields of EngineOptions. work: a folder for a small temporary file. report: called with the number
+    quality: of all rows. work: a folder for a small temporary file. report: called with the number
     of tokens after each window that went through a layer."""
 
     def __init__(
@@ -46,7 +46,7 @@ class LayerwiseModel:
         threads: int,
         memory: int,
         work: Path,
-        options: dict[str, Any] | None = None,
+        quality: Quality = EXACT,
         report: Callable[[int], None] | None = None,
     ) -> None:
         self.spec = index.spec.for_context(window)
@@ -55,7 +55,7 @@ class LayerwiseModel:
         self._memory = memory
         self._report = report
         self._options = EngineOptions(
-            threads=threads, context=window, chunk=window, eviction="lru", prefetch=False, **(options or {})
+            threads=threads, context=window, chunk=window, eviction="lru", prefetch=False, quality=quality
         )
         # Stands for the embedding in the layers that do not need it.
         self._zeros = work / "zeros"

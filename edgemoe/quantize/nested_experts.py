@@ -202,13 +202,13 @@ class NestedExperts:
         if options.quality_text is not None:
             index = writer.unfinished(contents)
             contents.quality = measure(
-                lambda engine_options: LayerwiseModel(
+                lambda quality: LayerwiseModel(
                     index,
                     window,
                     threads=self._threads,
                     memory=self._free(),
                     work=self._work,
-                    options=engine_options,
+                    quality=quality,
                     report=lambda tokens: self._advance(tokens * pass_bytes),
                 ),
                 contents.experts,

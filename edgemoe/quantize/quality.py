@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemoe._core import LayerRecord
-from edgemoe.formats.index import ExpertLayer, LevelQuality, ModeQuality, Quality
+from edgemoe.formats.index import ExpertLayer, LevelQuality, MeasuredQuality, ModeQuality
+from edgemoe.options import EXACT, Quality
 from edgemoe.quantize.layerwise import LayerwiseModel, temporary_array
 
 Floats = npt.NDArray[np.float32]
@@ -166,30 +167,30 @@ def most_runs(levels: int) -> int:
 
 
 def measure(
-    model: Callable[[dict[str, Any]], LayerwiseModel],
+    model: Callable[[Quality], LayerwiseModel],
     experts: Mapping[int, ExpertLayer],
     reference: Reference,
     text: str,
-) -> Quality:
-    """model: the pack's model with these fields of EngineOptions."""
+) -> MeasuredQuality:
+    """model: the pack's model at a quality."""
     levels = next(iter(experts.values())).levels
 
-    def run(options: dict[str, Any]) -> ModeQuality:
-        thresholds = options.get("thresholds", ())
+    def run(quality: Quality) -> ModeQuality:
+        thresholds = quality.thresholds
         widths = list[float]()
 
         def observe(number: int, seen: LayerRecord) -> None:
             if number in experts:
                 widths.append(_mean_bits(experts[number], seen.picks, seen.weights, thresholds))
 
-        return ModeQuality(thresholds, *evaluate(model(options), reference, observe), float(np.mean(widths)))
+        return ModeQuality(thresholds, *evaluate(model(quality), reference, observe), float(np.mean(widths)))
 
-    exact = run({})
-    single = [run({"level_cap": level}) for level in range(len(levels) - 1)] + [exact]
+    exact = run(EXACT)
+    single = [run(Quality(level_cap=level)) for level in range(len(levels) - 1)] + [exact]
     modes = {"exact": exact}
     if len(levels) > 1:
-        modes |= find_thresholds(lambda thresholds: run({"thresholds": thresholds}), len(levels), exact, MODES)
-    return Quality(
+        modes |= find_thresholds(lambda thresholds: run(Quality(thresholds=thresholds)), len(levels), exact, MODES)
+    return MeasuredQuality(
         text=text,
         tokens=reference.tokens,
         reference=reference.perplexity(),

@@ -15,23 +15,12 @@ from numpy.random import Philox
 from numpy.typing import NDArray
 
 from edgemoe.errors import EdgemoeError, OptionError
+from edgemoe.sampling_names import SAMPLING_NAMES
 from edgemoe.text import samplers as steps
 from edgemoe.text.samplers import Candidates
 
 if TYPE_CHECKING:
     from edgemoe.text.tokenizer import Tokenizer
-
-# What a model's generation_config.json may decide, under its names.
-_GENERATION_NAMES = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "typical_p": "typical_p",
-    "repeat_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-}
 
 SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 # Other spellings that llama.cpp takes; a dash is as good as an underscore.
@@ -133,16 +122,16 @@ class SamplingOptions:
         `generation` may hold other keys as well; its `do_sample: false` means temperature 0. An unknown name in
         `explicit`, and a value that makes no sense in either, is an OptionError.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(explicit) - set(names))
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(explicit) - set(known))
         if unknown:
-            raise OptionError(f"unknown sampling option {unknown[0]!r} (known: {', '.join(names)})")
+            raise OptionError(f"unknown sampling option {unknown[0]!r} (known: {', '.join(known)})")
         given = {name: value for name, value in explicit.items() if value is not None}
         model: dict[str, Any] = {}
-        for name, its_name in _GENERATION_NAMES.items():
-            value = generation.get(its_name, generation.get(name))
+        for name in SAMPLING_NAMES:
+            value = generation.get(name.config, generation.get(name.option))
             if value is not None:
-                model[name] = value
+                model[name.option] = value
         if generation.get("do_sample") is False:
             model["temperature"] = 0.0
         try:

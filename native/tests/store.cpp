@@ -8,10 +8,11 @@
 #include <tuple>
 
 #include "check.h"
-#include "edgemoe/cheapest_runs.h"
 #include "edgemoe/crc32c.h"
-#include "edgemoe/eviction.h"
-#include "edgemoe/expert_store.h"
+#include "store/cheapest_runs.h"
+#include "store/eviction.h"
+#include "store/layout.h"
+#include "store/stream.h"
 
 namespace edgemoe::tests {
 namespace {
@@ -69,11 +70,13 @@ std::vector<ExpertStream::Need> some_needs(Random& random, int most, int of = kE
 void stream_all(const Fixture& fixture, ExpertStore& store, int layer, std::span<const ExpertStream::Need> needs) {
     ExpertStream stream(store, layer, 1, needs);
     std::vector<int> given(needs.size(), 0);
-    for (auto items = stream.next(); !items.empty(); items = stream.next())
+    for (auto items = stream.next(); !items.empty(); items = stream.next()) {
         for (const ExpertStream::Item& item : items) {
             ++given[item.position];
             fixture.check_weights(layer, needs[item.position].expert, item.weights);
         }
+        stream.release();
+    }
     check(std::ranges::all_of(given, [](int times) { return times == 1; }), "an expert was not given exactly once");
 }
 
@@ -157,8 +160,7 @@ void test_failed_reads_are_not_counted(const Fixture& fixture) {
         ExpertStream stream(store, 2, 1, others);
         check(store.counters().experts_requested - counters.experts_requested == others.size(),
               "a failed prediction stays in memory");
-        while (!stream.next().empty()) {
-        }
+        while (!stream.next().empty()) stream.release();
     }
     fixture.file->write(fixture.content);
     stream_all(fixture, store, 0, needs);
@@ -229,7 +231,7 @@ struct LevelsFixture {
     void stream_all(ExpertStore& store, int layer, std::span<const ExpertStream::Need> needs) const {
         ExpertStream stream(store, layer, 1, needs);
         size_t given = 0;
-        for (auto items = stream.next(); !items.empty(); items = stream.next())
+        for (auto items = stream.next(); !items.empty(); items = stream.next()) {
             for (const ExpertStream::Item& item : items) {
                 ++given;
                 const ExpertStream::Need& need = needs[item.position];
@@ -239,6 +241,8 @@ struct LevelsFixture {
                                       kDiskBlock) == 0,
                           "a level has another one's weights");
             }
+            stream.release();
+        }
         check(given == needs.size(), "a need was not given exactly once");
     }
 };
@@ -281,8 +285,7 @@ void test_reading_ahead_keeps_coarser_levels() {
         const StoreCounters counters = store.counters();
         check(counters.prefetch_issued == 1, "nothing was read ahead");
         check(counters.experts_requested == 4 || counters.sections_read > 1, "a level left while a finer one was read");
-        while (!stream.next().empty()) {
-        }
+        while (!stream.next().empty()) stream.release();
     }
     while (store.counters().sections_read < 2 + 4 * std::size(kBlocks)) std::this_thread::yield();
     const uint64_t requested = store.counters().experts_requested;
@@ -390,7 +393,7 @@ class Reference {
   public:
     Reference(const PackIndex& index, int slots, Eviction policy)
         : layout_(index, false),
-          owner_(static_cast<size_t>(slots) * layout_.units_per_slot, -1),
+          owner_(static_cast<size_t>(slots) * layout_.units_per_slot(), -1),
           ranking_(policy, {}, 0) {
         std::vector<int32_t> layer_of;
         for (const auto& [layer, experts] : index.experts)
@@ -546,9 +549,9 @@ std::pair<double, double> memory_of(std::span<const int> blocks, bool may_join, 
         }
     }
     const StoreLayout layout(index, may_join);
-    check(layout.unit % kDiskBlock == 0, "a unit is not of whole disk blocks");
-    return {static_cast<double>(layout.units * layout.unit) / static_cast<double>(offset),
-            static_cast<double>(layout.units) / kExperts};
+    check(layout.unit() % kDiskBlock == 0, "a unit is not of whole disk blocks");
+    return {static_cast<double>(layout.units() * layout.unit()) / static_cast<double>(offset),
+            static_cast<double>(layout.units()) / kExperts};
 }
 
 // Levels of 2, 3 and 4 bits: of Qwen3-30B-A3B, of the bundled model, and of that one with 8 times the stream and 16
@@ -601,6 +604,82 @@ void test_joined_levels() {
     check(store.counters().prefetch_used == std::size(kBlocks), "joined levels that were read ahead are not used");
 }
 
+// What was given stays until it is released, however little room there is, and whatever else is read meanwhile.
+void test_release(const Fixture& fixture) {
+    constexpr int kSlots = 5;
+    std::vector<ExpertStream::Need> needs;
+    for (int expert = 0; expert < kExpertsPerLayer; ++expert) needs.push_back({expert, 0, 0, 1, 1});
+    const std::vector<ExpertStore::Hint> expected{{3, 0}};
+    for (int round = 0; round < 20; ++round) {
+        ExpertStore store(fixture.index, fixture.files, {.slots = kSlots, .readers = 2});
+        ExpertStream stream(store, 0, 1, needs);
+        std::vector<ExpertStream::Item> held;
+        size_t given = 0;
+        const auto check_held = [&] {
+            for (const ExpertStream::Item& item : held)
+                fixture.check_weights(0, needs[item.position].expert, item.weights);
+        };
+        int times_blocked = 0;
+        while (given < needs.size()) {
+            store.hint(1, expected);
+            const auto items = stream.next();
+            check(items.empty() == stream.blocked(), "a stream gives nothing and is not blocked, or both");
+            check_held();
+            if (!items.empty()) {
+                given += items.size();
+                held.insert(held.end(), items.begin(), items.end());
+                check(held.size() <= kSlots, "more experts are given than there is room for");
+                // Now and then as the CPU does it: nothing is held when the next ones are asked for.
+                if (round % 4 != 3) continue;
+            } else {
+                ++times_blocked;
+                check(held.size() >= kSlots - 1, "a stream is blocked while there is room");
+                check_throws<std::logic_error>([&] { stream.next(); }, "a blocked stream");
+                check_held();
+            }
+            stream.release();
+            held.clear();
+        }
+        check((times_blocked > 0) == (round % 4 != 3), "a stream is blocked that releases, or the other way round");
+        check(stream.next().empty() && !stream.blocked(), "a stream goes on after its last expert");
+        check_held();
+    }
+}
+
+// An expert of which one level was given and another is being read stays whole, released or not.
+void test_release_of_levels() {
+    constexpr int kBlocks[] = {2, 1, 1}, kExperts = 6;
+    const LevelsFixture fixture(2, kExperts, kBlocks);
+    std::vector<ExpertStream::Need> needs;
+    for (int expert = 0; expert < kExperts; ++expert)
+        for (int level = 0; level < 3; ++level) needs.push_back({expert, level, 0, 1, 1});
+    for (const bool at_once : {true, false}) {
+        ExpertStore store(fixture.index, fixture.files,
+                          {.slots = 2, .readers = 3, .arrival_jitter = std::chrono::milliseconds(2)});
+        ExpertStream stream(store, 0, 1, needs);
+        std::vector<ExpertStream::Item> held;
+        size_t given = 0;
+        while (given < needs.size()) {
+            const auto items = stream.next();
+            given += items.size();
+            held.insert(held.end(), items.begin(), items.end());
+            for (const ExpertStream::Item& item : held)
+                for (int level = 0; level <= needs[item.position].level; ++level)
+                    check(
+                        std::memcmp(
+                            item.weights.parts[0][level],
+                            fixture.content.data() +
+                                fixture
+                                    .offsets[fixture.index.experts.at(0).sections[needs[item.position].expert][level]],
+                            kDiskBlock) == 0,
+                        "a level that was given has changed");
+            if (!at_once && !items.empty()) continue;
+            stream.release();
+            held.clear();
+        }
+    }
+}
+
 // What is missing is being read while the pass does something else before it asks for it.
 void test_reads_begin_with_the_stream(const Fixture& fixture) {
     ExpertStore store(fixture.index, fixture.files, {.slots = 6, .readers = 2});
@@ -625,6 +704,8 @@ void test_store() {
     test_waste();
     test_joined_levels();
     test_reads_begin_with_the_stream(fixture);
+    test_release(fixture);
+    test_release_of_levels();
 }
 
 }  // namespace edgemoe::tests

@@ -39,6 +39,7 @@ def test_both_checkouts_are_run_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     pack = next((Path(__file__).resolve().parents[2] / "models").glob("*.emoe"))
     monkeypatch.setattr(alternate, "side", side)
+    monkeypatch.setattr(alternate.psutil, "cpu_percent", lambda interval: 0.0)
     monkeypatch.setattr(alternate, "make_models", lambda *_: alternate.Models(pack, pack, pack, pack))
     command = [str(tmp_path / "old"), str(tmp_path / "new"), "--models", str(tmp_path), "--rounds", "3"]
     alternate.main([*command, "--only", "import", "--markdown", str(tmp_path / "report.md")])

@@ -31,6 +31,7 @@ def test_every_architecture_has_a_case_without_a_reason_to_differ() -> None:
     assert all(CASES[name].architecture for name in ADAPTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", *ADAPTED])
 def test_adapted_cases_equal_transformers(name: str, tmp_path: Path) -> None:
     case = ADAPTED[name].case(CASES[name]) if name in ADAPTED else CASES[name]
@@ -76,6 +77,7 @@ def test_table(
     assert (tmp_path / "table.md").read_text().splitlines() == lines
 
 
+@pytest.mark.slow
 def test_what_is_refused_fails_only_without_a_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

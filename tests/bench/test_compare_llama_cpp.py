@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_writer import tiny_qwen3_moe_gguf, write
+from helpers import slow_except
 
 import edgemoe
 from edgemoe.formats.gguf import GgufModel, StringArray
@@ -31,7 +32,7 @@ def test_divergence() -> None:
     np.testing.assert_array_equal(divergence(first, first), [0, 0])
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", slow_except(TYPES, "q4_k"))
 def test_a_file_in_another_type(tmp_path: Path, kind: str) -> None:
     metadata, tensors = tiny_qwen3_moe_gguf(hidden=256, ffn=256, kind="f32")
     source = write(tmp_path / "source.gguf", metadata, tensors)

@@ -56,6 +56,7 @@ def test_rewritten_file_holds_what_was_chosen(tmp_path: Path) -> None:
     np.testing.assert_array_equal(after.read("output.weight"), before.read("output.weight"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [(2, 3, 4), (2, 3)])
 def test_packs_of_the_same_bits_follow_the_types(
     levels: tuple[int, ...],

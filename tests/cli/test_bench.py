@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
@@ -19,12 +17,6 @@ def bench(*arguments: str) -> Result:
     result = CliRunner().invoke(main, ["bench", *arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
-
-
-@pytest.fixture
-def folder(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("EDGEMOE_CACHE", str(tmp_path / "cache"))
-    return str(tiny_qwen3_moe())
 
 
 def test_forms(folder: str) -> None:

@@ -33,6 +33,7 @@ def test_converts(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     assert Pack.open(tmp_path / "b.emoe").index.dense["embedding"].layout == "f32"
 
 
+@pytest.mark.slow
 def test_levels(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     source, target, text = tiny_qwen3_moe(), tmp_path / "a.emoe", tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 40)

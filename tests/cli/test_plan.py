@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from edgemoe.cli import main
 from edgemoe.convert import convert
-from edgemoe.formats.index import LevelQuality, ModeQuality, Quality
+from edgemoe.formats.index import LevelQuality, MeasuredQuality, ModeQuality
 from edgemoe.formats.pack import Pack
 from edgemoe.planning import plan_model
 from edgemoe.profiling import Trace
@@ -87,9 +87,11 @@ def test_measured_modes_read_and_compute_less(models: tuple[Path, Path], tmp_pat
     convert(folder, floats, 32)
     widths = {"exact": 4.0, "high": 3.0, "fast": 2.0}
 
-    def quality(modes: dict[str, float]) -> Quality:
+    def quality(modes: dict[str, float]) -> MeasuredQuality:
         levels = tuple(LevelQuality(bits, 9.0, 0.1) for bits in (2, 3, 4))
-        return Quality("t", 100, 9.0, levels, {name: ModeQuality((), 9.0, 0.1, bits) for name, bits in modes.items()})
+        return MeasuredQuality(
+            "t", 100, 9.0, levels, {name: ModeQuality((), 9.0, 0.1, bits) for name, bits in modes.items()}
+        )
 
     # A mode of no bits, and one of more than there are, are not foretold.
     cases = (

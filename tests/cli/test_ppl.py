@@ -22,12 +22,6 @@ def ppl(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def folder(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("EDGEMOE_CACHE", str(tmp_path / "cache"))
-    return str(tiny_qwen3_moe())
-
-
-@pytest.fixture
 def text(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)

@@ -25,14 +25,17 @@ pytest.importorskip("gguf")
 import mixer_table
 from family_table import CASES as FAMILY_CASES
 from family_table import VOCABULARY, expected_logits, with_options, write_folder, write_gguf
+from helpers import slow_except
 
 CASES = {**FAMILY_CASES, **mixer_table.CASES}
+# Every kind of layer, and of router.
+KINDS = ("qwen2_moe", "gpt_oss", "gemma4", "phimoe", "deepseek_v3", "lfm2_moe", "qwen3_next")
 
 F32_STATE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "memory": "2GB"}
 Load = Callable[..., edgemoe.Model]
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=slow_except(CASES, *KINDS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The name of a case, and a folder with its model as "hf", converted at 32 bits as "model.emoe", and the logits of
     its tokens by transformers as "expected.npy"."""
@@ -154,6 +157,7 @@ def test_layer_by_layer_equals_the_whole(model: tuple[str, Path], load: Load, tm
         np.testing.assert_array_equal(logits[0], engine.logits(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import slow_except
 
 import edgemoe
 import edgemoe.model
@@ -59,7 +60,7 @@ def logits(path: Path, **options: Any) -> np.ndarray:
         return model.logits(TOKENS)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
+@pytest.mark.parametrize("name", slow_except([name for name in CASES if "," not in name], "qwen2_moe", "gpt_oss"))
 def test_the_names_transformers_saves_by_itself(tmp_path: Path, name: str) -> None:
     """Experts stacked, some tensors renamed: the pack is the same."""
     for original in (True, False):
@@ -256,6 +257,7 @@ def test_gemma4_as_it_was_released(configurations: Callable[[str], dict[str, Any
 # -- LongRoPE -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_longrope_is_chosen_by_the_context(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "phimoe")
     convert(folder, tmp_path / "a.emoe", 32)
@@ -325,7 +327,7 @@ def test_what_is_not_known_is_refused_by_name(
     assert quoted in str(error.value)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except(CASES))
 def test_specifications_survive_packs(configurations: Callable[[str], dict[str, Any]], name: str) -> None:
     config = configurations(name)
     spec = family_for(config).spec(config)

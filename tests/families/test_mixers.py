@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import slow_except
 
 import edgemoe
 import edgemoe.model
@@ -436,7 +437,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", slow_except(QUANTIZED, "qwen3_next"))
 def test_quantized_mixers(tmp_path: Path, load: Load, name: str) -> None:
     """Blocks of a GGUF file, where they lie and in a pack; and folders at 8 and 4 bits."""
     plain = CASES[name]

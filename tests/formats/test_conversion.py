@@ -26,6 +26,8 @@ from edgemoe.families import TensorSource
 from edgemoe.formats.layouts import unpack
 from edgemoe.formats.pack import Pack, PackWriter, tensor_size
 from edgemoe.formats.safetensors import SafetensorsFolder
+from edgemoe.sampling_names import SAMPLING_NAMES
+from edgemoe.text.sampling import SamplingOptions
 
 Make = Callable[..., Path]
 
@@ -380,6 +382,17 @@ def test_target_exists(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
         convert(source, tmp_path / "gone" / "a.emoe", 4)
 
 
+def test_a_pack_keeps_what_its_folder_says_about_sampling(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
+    """Every option that generation_config.json may decide."""
+    given = {sampling.config: 0.5 for sampling in SAMPLING_NAMES} | {"top_k": 7}
+    folder = tiny_qwen3_moe(generation={**given, "max_new_tokens": 3})
+    convert(folder, tmp_path / "a.emoe", 32)
+    defaults = Pack.open(tmp_path / "a.emoe").index.generation
+    assert {name: value for name, value in defaults.items() if not name.endswith("_ids")} == given
+    options = SamplingOptions.merged({}, defaults)
+    assert {sampling.config: getattr(options, sampling.option) for sampling in SAMPLING_NAMES} == given
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_weights_that_cannot_be_quantized(tiny_qwen3_moe: Make, tmp_path: Path, bad: float) -> None:
     name = "model.layers.1.mlp.experts.5.down_proj.weight"
@@ -467,6 +480,7 @@ def test_other_refusals(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM")
 @pytest.mark.parametrize("bits", [32, 4])
 def test_memory_stays_far_below_the_model(tiny_qwen3_moe: Make, tmp_path: Path, bits: int) -> None:

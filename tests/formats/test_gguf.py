@@ -394,6 +394,7 @@ def use_all(path: Path) -> int:
     return steps
 
 
+@pytest.mark.slow
 def test_mutated_files(tmp_path: Path) -> None:
     """Errors, no crashes: EDGEMOE_FUZZ=40000 for the long run."""
     count = int(os.environ.get("EDGEMOE_FUZZ", "3000"))

@@ -437,6 +437,7 @@ def test_damaged_sections_are_named(pack_bytes: bytes, tmp_path: Path) -> None:
         pack.read_section(expert)
 
 
+@pytest.mark.slow
 def test_mutated_indexes(pack_bytes: bytes, tmp_path: Path) -> None:
     """Thousands of changed bytes with a right checksum: opened or refused, never anything else."""
     rng = random.Random(1)

@@ -17,7 +17,7 @@ from edgemoe import _core
 from edgemoe.convert import convert
 from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.pack import Pack
-from edgemoe.options import EngineOptions
+from edgemoe.options import EngineOptions, Quality
 from edgemoe.spec import RopeSpec
 
 OPTIONS = EngineOptions(threads=1, context=64)
@@ -119,6 +119,14 @@ def test_every_option_must_be_there(index: ModelIndex, field: str) -> None:
         _core.plan(index, without(field)(OPTIONS))
 
 
+def thresholds(value: Any) -> Quality:
+    return Quality(thresholds=value)
+
+
+def level_cap(value: Any) -> Quality:
+    return Quality(level_cap=value)
+
+
 def test_an_option_that_the_engine_does_not_know_is_refused(index: ModelIndex) -> None:
     with pytest.raises(TypeError, match=r"^EngineOptions\.threds is not a field that the engine knows$"):
         _core.plan(index, with_one_more(OPTIONS))
@@ -132,11 +140,12 @@ def test_an_option_that_the_engine_does_not_know_is_refused(index: ModelIndex) -
         ("threads", True, "EngineOptions.threads: an int is expected, not bool"),
         ("threads", None, "EngineOptions.threads: an int is expected, not NoneType"),
         ("prefetch", 1, "EngineOptions.prefetch: a bool is expected, not int"),
-        ("thresholds", 0.5, "EngineOptions.thresholds: a tuple is expected, not float"),
-        ("thresholds", ("a",), "EngineOptions.thresholds: a float is expected, not str"),
-        ("thresholds", (True,), "EngineOptions.thresholds: a float is expected, not bool"),
+        ("quality", {}, "EngineOptions.quality: a dataclass is expected, not dict"),
+        ("quality", thresholds(0.5), "EngineOptions.quality.thresholds: a tuple is expected, not float"),
+        ("quality", thresholds(("a",)), "EngineOptions.quality.thresholds: a float is expected, not str"),
+        ("quality", thresholds((True,)), "EngineOptions.quality.thresholds: a float is expected, not bool"),
         ("cache_type_k", b"f16", "EngineOptions.cache_type_k: a str is expected, not bytes"),
-        ("level_cap", "1", "EngineOptions.level_cap: an int is expected, not str"),
+        ("quality", level_cap("1"), "EngineOptions.quality.level_cap: an int is expected, not str"),
     ],
 )
 def test_a_field_of_another_type_is_refused(index: ModelIndex, field: str, value: Any, message: str) -> None:
@@ -151,7 +160,7 @@ def test_a_field_of_another_type_is_refused(index: ModelIndex, field: str, value
         ("threads", 0, "threads, sequences, context, chunk and readers are at least 1"),
         ("threads", 1 << 31, "EngineOptions.threads = 2147483648 is not between -2147483648 and 2147483647"),
         ("threads", 1 << 99, "is not between"),
-        ("level_cap", -1, "level_cap is negative"),
+        ("quality", level_cap(-1), "level_cap is negative"),
         ("cache_type_v", "q4_0", "EngineOptions.cache_type_v = 'q4_0' is not known"),
         ("eviction", "fifo", "fifo"),
         ("isa", "mmx", "mmx"),

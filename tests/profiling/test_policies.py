@@ -77,6 +77,7 @@ def test_hits_are_those_of_a_plain_simulation(policy: str, seed: int) -> None:
     assert rates.tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_long_sequences_and_many_experts(policy: str) -> None:
     # Long enough for wide keys, for a used-up time axis and for blocks that end inside the stack.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import slow_except
 
 from edgemoe.errors import TraceError
 from edgemoe.profiling import trace_transformers
@@ -47,7 +48,7 @@ def models() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", list(models()))
+@pytest.mark.parametrize("kind", slow_except(models()))
 def test_choices_are_caught(kind: str) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(models()[kind]).eval()

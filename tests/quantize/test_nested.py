@@ -85,6 +85,7 @@ def test_every_level_makes_up_for_its_own_errors(columns: int, bits: tuple[int, 
             values[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
 
 
+@pytest.mark.slow
 def test_levels_are_weighed_against_each_other() -> None:
     weights, hessian, inputs = correlated_layer(1, 128, 512)
     shared = Hessian(hessian.astype(np.float32), 512)
@@ -94,6 +95,7 @@ def test_levels_are_weighed_against_each_other() -> None:
         assert output_error(weights, made.weights(level, 512), inputs) < most * separate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "bits"), [(150, BITS), (64, (4,)), (70, (2, 6))])
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_codes_are_better_than_all_that_differ_in_one(columns: int, bits: tuple[int, ...], calibrated: bool) -> None:
@@ -119,6 +121,7 @@ def test_codes_are_better_than_all_that_differ_in_one(columns: int, bits: tuple[
         rounding.codes[column] = kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "bits"), [(150, BITS), (64, (4,)), (40, (1, 3))])
 def test_lines_are_better_than_all_that_differ_in_one(columns: int, bits: tuple[int, ...]) -> None:
     weights, values, _ = layer(columns, 4, columns)
@@ -182,6 +185,7 @@ def test_the_first_line_of_a_sub_group_is_nearly_the_best() -> None:
         assert chosen.sum() < 1.25 * least.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [BITS, (2,)])
 def test_products_keep_their_size(bits: tuple[int, ...]) -> None:
     weights, hessian, inputs = layer(5, 96, 320)
@@ -221,6 +225,7 @@ def test_the_gradient_is_up_to_date_after_a_fit() -> None:
         np.testing.assert_allclose(gradient, exact, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_order_of_the_schemes() -> None:
     weights, hessian, inputs = layer(1, 128, 512, 8192)
     shared = Hessian(hessian.astype(np.float32), 512)

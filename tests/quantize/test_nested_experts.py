@@ -110,6 +110,7 @@ def test_calibrated_and_measured(tiny_qwen3_moe: Make, tmp_path: Path, text: Pat
         assert np.abs(coarse.logits(tokens) - fine.logits(tokens)).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target_bits", [None, TARGET])
 def test_progress_goes_on_while_a_text_runs_through_the_model(
     tiny_qwen3_moe: Make, tmp_path: Path, text: Path, target_bits: float | None
@@ -140,6 +141,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     assert relative_error(source, tmp_path / "a.emoe") < 1e-3
 
 
+@pytest.mark.slow
 def test_target_bits(tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tiny_qwen3_moe(), tmp_path / "a.emoe"
     # Of so small an expert much is padding.
@@ -229,6 +231,7 @@ def test_other_layouts_are_another_conversion(
     assert _plan(source, None, None, options).fingerprint != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target_bits", [None, TARGET])
 def test_resumes_where_it_was(
     tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, target_bits: float | None

@@ -153,6 +153,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "options"), [(50, {}), (10, {"temperature": 0}), (10, {"mirostat": 1}), (10, {"mirostat": 2})]
 )

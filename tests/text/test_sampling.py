@@ -187,6 +187,7 @@ def test_largest_with_many_equal_ones(size: int, count: int, levels: int, seed: 
     assert largest(logits, count).tolist() == np.argsort(-logits, kind="stable")[:count].tolist()
 
 
+@pytest.mark.slow
 def test_draws_follow_the_probabilities() -> None:
     logits = np.array([1.0, 3.0, 2.0, -1.0, 2.5, 0.0], np.float32)
     options = SamplingOptions(temperature=0.7, top_k=5, top_p=0.99, min_p=0.01, seed=3)

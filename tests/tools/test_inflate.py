@@ -91,6 +91,7 @@ def test_codes_are_those_of_the_small_model(bits: int, tiny_qwen3_moe: Callable[
         np.testing.assert_allclose(expert(wide, 1, 3, part), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ffn", "ffn_times"), [(64, 8), (512, 2)])  # several copies in 256 columns, and one in several
 def test_levels_are_those_of_a_nested_pack(
     ffn: int, ffn_times: int, tiny_qwen3_moe: Callable[..., Path], tmp_path: Path

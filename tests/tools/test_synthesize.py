@@ -69,6 +69,7 @@ def test_pack_and_gguf_hold_the_same_weights_to_the_bit(bits: int, dense_bits: i
     assert list(file.metadata["tokenizer.ggml.merges"]) == ["\u0120 t"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_are_centred_and_of_the_right_size(bits: int, tmp_path: Path) -> None:
     write_pack(tiny(ffn=256), tmp_path / "model.emoe", bits, bits)

@@ -94,6 +94,7 @@ def test_cross_entropy_in_slices_equals_the_whole() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_half_precision_gives_nearly_the_same_gradients() -> None:
     config = model_module.Config(vocab_size=96, hidden_size=64, num_hidden_layers=2, head_dim=16, num_experts=8)
     model = model_module.Model(config, seed=3)
@@ -180,6 +181,7 @@ def test_order_is_deterministic_and_can_be_entered_anywhere(prepared: Path) -> N
     assert set(domains.tolist()) == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_loss_falls_and_a_resumed_run_goes_on_alike(prepared: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train(arguments(prepared, whole, "--steps", "16"))
@@ -270,6 +272,7 @@ def test_unpacked_weights_are_those_of_the_pack(prepared: Path, tmp_path: Path) 
                 assert error < (0.01 if parameter.ndim > 1 else 1e-6), name
 
 
+@pytest.mark.slow
 def test_card_of_a_trained_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = loop.train(arguments(prepared, tmp_path, "--steps", "2"))
     model, told = load_checkpoint(last)

@@ -18,12 +18,12 @@
 #include "edgemoe/backend.h"
 #include "edgemoe/batch.h"
 #include "edgemoe/direct_file.h"
-#include "edgemoe/expert_store.h"
 #include "edgemoe/kernels.h"
 #include "edgemoe/model_spec.h"
 #include "edgemoe/observer.h"
 #include "edgemoe/pack_index.h"
 #include "edgemoe/sequence_state.h"
+#include "edgemoe/store_options.h"
 
 namespace edgemoe {
 
@@ -56,6 +56,7 @@ struct EngineCounters {
     StoreCounters store;
 };
 
+class ExpertStore;
 class Pass;
 class Weights;
 

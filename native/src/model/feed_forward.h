@@ -8,9 +8,9 @@
 #include "edgemoe/backend.h"
 #include "edgemoe/batch.h"
 #include "edgemoe/engine.h"
-#include "edgemoe/expert_store.h"
 #include "edgemoe/observer.h"
 #include "model/weights.h"
+#include "store/expert_store.h"
 
 namespace edgemoe {
 

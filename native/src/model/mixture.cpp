@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "model/quality.h"
+#include "store/stream.h"
 
 namespace edgemoe {
 namespace {
@@ -203,6 +204,9 @@ void Mixture::run(Backend& backend, const HalfInput& input) {
         }
         backend.experts(shapes_, work, {b.pair_rows, b.hidden, b.up, b.outputs});
         backend.wait();
+        // Now that they are computed. Holding them until the layer ends would leave less room for what comes: where a
+        // prompt's experts do not all fit, others would leave memory, and fewer would be found there.
+        stream.release();
     }
     if (input.observer && input.observer->wants_experts()) observe(backend, input, demanded, experts_input);
     add_up(backend, input);

@@ -8,11 +8,11 @@
 #include "edgemoe/backend.h"
 #include "edgemoe/batch.h"
 #include "edgemoe/engine.h"
-#include "edgemoe/expert_store.h"
 #include "edgemoe/observer.h"
 #include "model/feed_forward.h"
 #include "model/mixers/mixer.h"
 #include "model/weights.h"
+#include "store/expert_store.h"
 
 namespace edgemoe {
 

@@ -53,9 +53,9 @@ Weights::Weights(const PackIndex& index, std::span<const std::unique_ptr<DirectF
     std::vector<std::byte> scratch;
     for (const auto& [number, dense] : dense_sections(index)) {
         const Placement placement(index.sections[number], dense.tensors);
-        scratch.resize(std::max(scratch.size(), interleaving_bytes(dense.tensors)));
+        scratch.resize(std::max(scratch.size(), placement.interleaving_bytes()));
         placement.read(files, memory);
-        placement.verify(files, memory, "section " + std::to_string(number));
+        if (!placement.is_intact(memory)) throw placement.damage(files, "section " + std::to_string(number));
         placement.interleave(memory, scratch.data());
         for (size_t i = 0; i < dense.names.size(); ++i) tensors_[dense.names[i]] = memory + placement.place(i);
         memory += placement.bytes();

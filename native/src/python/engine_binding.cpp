@@ -1,6 +1,7 @@
 // edgemoe._core.Engine and what it gives back.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
@@ -31,6 +32,7 @@ using edgemoe::Quality;
 using edgemoe::StoreCounters;
 using edgemoe::python::bytes_of;
 using Integers = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+using Numbers = py::array_t<uint8_t, py::array::c_style>;
 
 // Every counter once: what Python sees, and what is added.
 constexpr std::pair<const char*, uint64_t EngineCounters::*> kCounts[] = {
@@ -129,16 +131,23 @@ std::unique_ptr<BoundEngine> make_engine(const py::object& index, const py::obje
         Engine(std::move(facts.spec), std::move(facts.index), std::move(chosen.engine)), std::move(chosen.quality)});
 }
 
+// qualities: Quality objects, none for the engine's own. quality: the number of each row's, or nothing for the first.
 py::array_t<float> forward(BoundEngine& bound, const Integers& tokens, const Integers& positions,
-                           const Integers& sequence_ids, const Integers& wanted, const Cancel* cancel) {
+                           const Integers& sequence_ids, const Integers& wanted, const Cancel* cancel,
+                           const py::sequence& qualities, const std::optional<Numbers>& quality) {
     Engine& engine = bound.engine;
+    std::vector<Quality> own;
+    for (const py::handle item : qualities) own.push_back(edgemoe::python::read_quality(item));
+    std::span<const uint8_t> rows;
+    if (quality) rows = {quality->data(), static_cast<size_t>(quality->size())};
     py::array_t<float> logits({wanted.size(), static_cast<py::ssize_t>(engine.spec().vocab_size)});
     float* out = logits.mutable_data();
     const edgemoe::Batch batch{.tokens = view(tokens),
                                .positions = view(positions),
                                .sequences = view(sequence_ids),
                                .wanted = view(wanted),
-                               .qualities = {&bound.quality, 1}};
+                               .qualities = own.empty() ? std::span(&bound.quality, 1) : own,
+                               .quality = rows};
     const auto check = [cancel] {
         if (cancel && cancel->set) throw Cancelled();
         check_signals();
@@ -276,7 +285,7 @@ void bind_engine(py::module_& module) {
     py::class_<BoundEngine>(module, "Engine")
         .def(py::init(&make_engine), py::arg("index"), py::arg("options"))
         .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("sequence_ids"), py::arg("wanted"),
-             py::arg("cancel") = nullptr)
+             py::arg("cancel") = nullptr, py::arg("qualities") = py::tuple(), py::arg("quality") = std::nullopt)
         .def("forward_layer", &forward_layer, py::arg("layer"), py::arg("tokens"), py::arg("residual").noconvert(),
              py::arg("embed"), py::arg("wanted"))
         .def("add_sequence", [](BoundEngine& bound) { return bound.engine.add_sequence(); })

@@ -203,6 +203,14 @@ ExpertLayer read_experts(Fields& fields, const std::vector<Section>& sections) {
     return layer;
 }
 
+Quality read_quality_fields(Fields& fields) {
+    Quality quality;
+    quality.thresholds = fields.get<std::vector<float>>("thresholds");
+    quality.level_cap = fields.get<std::optional<int>>("level_cap").value_or(kMaxLevels);
+    require(quality.level_cap >= 0, "level_cap is negative");
+    return quality;
+}
+
 }  // namespace
 
 // What the tensors are for is the engine's to check; here it is that sections and files exist.
@@ -228,6 +236,8 @@ ModelFacts read_index(const py::handle& index) {
     });
 }
 
+Quality read_quality(const py::handle& quality) { return Fields::of(quality, "Quality", read_quality_fields); }
+
 Options read_options(const py::handle& options) {
     return Fields::of(options, "EngineOptions", [](Fields& fields) {
         Options options;
@@ -241,12 +251,10 @@ Options read_options(const py::handle& options) {
         found.store.eviction = eviction_from_name(fields.get<std::string>("eviction"));
         found.store.prefetch = fields.get<bool>("prefetch");
         found.store.arrival_jitter = std::chrono::microseconds(fields.get<int>("arrival_jitter_us"));
-        options.quality.thresholds = fields.get<std::vector<float>>("thresholds");
-        options.quality.level_cap = fields.get<std::optional<int>>("level_cap").value_or(kMaxLevels);
+        options.quality = fields.nested("quality", read_quality_fields);
         found.key_type = fields.get("cache_type_k", kKvTypes);
         found.value_type = fields.get("cache_type_v", kKvTypes);
         found.isa = fields.get<std::optional<std::string>>("isa").value_or("");
-        require(options.quality.level_cap >= 0, "level_cap is negative");
         require(found.threads >= 1 && found.sequences >= 1 && found.context >= 1 && found.chunk >= 1 &&
                     found.store.readers >= 1,
                 "threads, sequences, context, chunk and readers are at least 1");

@@ -14,12 +14,13 @@ struct ModelFacts {
 
 struct Options {
     EngineOptions engine;
-    Quality quality;  // of all rows
+    Quality quality;  // of rows that have none of their own
 };
 
-// Both throw py::type_error for fields that are missing, unknown or of a wrong type, and std::invalid_argument for
+// These throw py::type_error for fields that are missing, unknown or of a wrong type, and std::invalid_argument for
 // values that cannot be.
 ModelFacts read_index(const pybind11::handle& index);   // ModelIndex
 Options read_options(const pybind11::handle& options);  // EngineOptions
+Quality read_quality(const pybind11::handle& quality);  // Quality
 
 }  // namespace edgemoe::python

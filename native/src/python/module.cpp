@@ -8,6 +8,7 @@
 #include "edgemoe/direct_file.h"
 #include "edgemoe/engine.h"
 #include "edgemoe/recorders.h"
+#include "edgemoe/thread_group.h"
 
 namespace py = pybind11;
 

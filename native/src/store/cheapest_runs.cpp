@@ -1,4 +1,4 @@
-#include "edgemoe/cheapest_runs.h"
+#include "store/cheapest_runs.h"
 
 #include <algorithm>
 #include <bit>

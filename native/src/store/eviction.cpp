@@ -1,4 +1,4 @@
-#include "edgemoe/eviction.h"
+#include "store/eviction.h"
 
 #include <numeric>
 #include <stdexcept>

@@ -38,13 +38,6 @@ StoredTensor stored_tensor(const DenseTensor& tensor) {
     return {0, tensor.offset, tensor.rows, tensor.cols, stored_layout(tensor.layout)};
 }
 
-size_t interleaving_bytes(std::span<const StoredTensor> tensors) {
-    size_t bytes = 0;
-    for (const StoredTensor& tensor : tensors)
-        if (is_row_major(tensor)) bytes = std::max(bytes, block_bytes(tensor.layout->layout, tensor.cols));
-    return bytes;
-}
-
 bool is_whole_blocks(const Section& section) {
     const Extent& extent = section.extents[0];
     return section.extents.size() == 1 && extent.offset % kDiskBlock == 0 && extent.length % kDiskBlock == 0;
@@ -130,18 +123,27 @@ void Placement::read(std::span<const std::unique_ptr<DirectFile>> files, std::by
     }
 }
 
-void Placement::verify(std::span<const std::unique_ptr<DirectFile>> files, const std::byte* memory,
-                       const std::string& name) const {
-    if (!section_.checksum) return;
+bool Placement::is_intact(const std::byte* memory) const {
+    if (!section_.checksum) return true;
     uint32_t checksum = 0;
     for (size_t i = 0; i < section_.extents.size(); ++i) {
         const Extent& extent = section_.extents[i];
         checksum = crc32c({memory + begins_[i] + lead(extent), static_cast<size_t>(extent.length)}, checksum);
     }
-    if (checksum == *section_.checksum) return;
+    return checksum == *section_.checksum;
+}
+
+IoError Placement::damage(std::span<const std::unique_ptr<DirectFile>> files, const std::string& name) const {
     const Extent& first = section_.extents[0];
-    throw IoError(files[first.file]->path() + ": " + name + " at offset " + std::to_string(first.offset) +
-                  " is damaged (its checksum differs)");
+    return IoError(files[first.file]->path() + ": " + name + " at offset " + std::to_string(first.offset) +
+                   " is damaged (its checksum differs)");
+}
+
+size_t Placement::interleaving_bytes() const {
+    size_t bytes = 0;
+    for (const StoredTensor& tensor : tensors_)
+        if (is_row_major(tensor)) bytes = std::max(bytes, block_bytes(tensor.layout->layout, tensor.cols));
+    return bytes;
 }
 
 void Placement::interleave(std::byte* memory, std::byte* scratch) const {

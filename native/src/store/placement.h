@@ -38,9 +38,6 @@ struct StoredTensor {
 StoredTensor stored_tensor(const ExpertPart& part);
 StoredTensor stored_tensor(const DenseTensor& tensor);  // throws std::invalid_argument where its layout is not known
 
-// Scratch memory that Placement::interleave() needs for these tensors.
-size_t interleaving_bytes(std::span<const StoredTensor> tensors);
-
 // The places of one section's extents and tensors, in bytes from the beginning of its memory. A view: the section and
 // the tensors, which are all that the section has, must outlive it.
 class Placement {
@@ -60,11 +57,14 @@ class Placement {
 
     // Reads all extents into `memory` [bytes()], which is block-aligned. Throws IoError.
     void read(std::span<const std::unique_ptr<DirectFile>> files, std::byte* memory) const;
-    // Throws IoError, which names the section as `name`, where what was read has another checksum than the index says.
-    void verify(std::span<const std::unique_ptr<DirectFile>> files, const std::byte* memory,
-                const std::string& name) const;
-    // Puts row-major matrices in the order that products read. scratch: interleaving_bytes() of the tensors.
+    // Whether what was read has the checksum that the index says, if it says one; and the error if it has not, which
+    // calls the section `name`.
+    bool is_intact(const std::byte* memory) const;
+    IoError damage(std::span<const std::unique_ptr<DirectFile>> files, const std::string& name) const;
+    // Puts row-major matrices in the order that products read. scratch: interleaving_bytes(), of its own for every
+    // thread.
     void interleave(std::byte* memory, std::byte* scratch) const;
+    size_t interleaving_bytes() const;
 
   private:
     bool is_alone(const StoredTensor& tensor) const { return tenants_[tensor.extent] == 1; }
