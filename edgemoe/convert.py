@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemoe._core import __version__
-from edgemoe.errors import OptionError, PackError, SourceError, UnsupportedModelError
+from edgemoe.errors import OptionError, PackError, SourceError, UnsupportedModelError, quote
 from edgemoe.families import Slices, TensorSource, family_for
 from edgemoe.formats.ggml_blocks import READABLE, TYPES, BlockType, dequantize, mxfp4_blocks
 from edgemoe.formats.gguf import GgufModel, is_gguf
@@ -551,14 +551,14 @@ def _generation(config: Mapping[str, Any], generation: Mapping[str, Any], folder
         ids = generation.get(name, config.get(name))
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if any(type(token) is not int or not 0 <= token < 1 << 31 for token in ids):
-            raise SourceError(f"{folder}: {name} = {ids!r} is not a token id or a list of them"[:500])
+            raise SourceError(f"{folder}: {name} = {quote(ids)} is not a token id or a list of them")
         result[name + "s"] = ids
     for name in ("do_sample", *(sampling.config for sampling in SAMPLING_NAMES)):
         value = generation.get(name)
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
-            raise SourceError(f"{folder / 'generation_config.json'}: {name} = {value!r} is not a number"[:500])
+            raise SourceError(f"{folder / 'generation_config.json'}: {name} = {quote(value)} is not a number")
         result[name] = value
     return result
 

@@ -68,6 +68,13 @@ def quote(value: object) -> str:
     return text if len(text) <= QUOTED else text[: QUOTED - 3] + "..."
 
 
+def shorten(name: str) -> str:
+    """A name from a file, or a phrase with one, as a message shows it: printable, on one line and cut."""
+    printable = "".join(c if c.isprintable() or c.isspace() else "?" for c in name[: 2 * QUOTED])
+    text = " ".join(printable.split()) or "''"
+    return text if len(text) <= QUOTED else text[: QUOTED - 3] + "..."
+
+
 # Bounds what is written out before it is cut.
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgemoe.errors import QUOTED, UnsupportedModelError, quote
+from edgemoe.errors import QUOTED, UnsupportedModelError, quote, shorten
 from edgemoe.families import family_for
 
 
@@ -21,6 +21,20 @@ def test_large_values_are_cut(value: object) -> None:
     assert len(text) <= QUOTED
     assert text.isprintable()
     assert "..." in text
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("blk.0.attn_q.weight", "blk.0.attn_q.weight"),
+        ("", "''"),
+        ("a\n  b\t", "a b"),
+        ("\x1b[2J\u202ea", "?[2J?a"),
+        ("x" * 10**6, "x" * (QUOTED - 3) + "..."),
+    ],
+)
+def test_names_are_printable_and_short(name: str, shown: str) -> None:
+    assert shorten(name) == shown
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "rms_norm_eps", "norm_topk_prob", "rope_theta"])

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.errors import SourceError
+from edgemoe.errors import SourceError, quote, shorten
 from edgemoe.formats.ggml_blocks import TYPES, TYPES_BY_CODE, dequantize
 from edgemoe.formats.index import Extent
 
@@ -148,18 +148,16 @@ class GgufModel:
                 first = metadata
             for key, expected in (("split.no", number), ("split.count", count)):
                 if metadata.get(key, 1 if count == 1 and key == "split.count" else 0) != expected:
-                    raise SourceError(f"{file}: {key} = {_short(metadata.get(key))}, expected {expected}")
+                    raise SourceError(f"{file}: {key} = {quote(metadata.get(key))}, expected {expected}")
             for name, info in found.items():
                 if name in tensors:
-                    raise SourceError(f"{file}: tensor {_short(name)} is in {files[tensors[name].file].name} too")
+                    raise SourceError(f"{file}: tensor {shorten(name)} is in {files[tensors[name].file].name} too")
                 tensors[name] = info
             if len(tensors) > MAX_TENSORS:
                 raise SourceError(f"{file}: more than {MAX_TENSORS} tensors")
         promised = first.get("split.tensors.count", len(tensors))
         if promised != len(tensors):
-            raise SourceError(
-                f"{files[0]}: split.tensors.count = {_short(promised)}, but the files have {len(tensors)}"
-            )
+            raise SourceError(f"{files[0]}: split.tensors.count = {quote(promised)}, but the files have {len(tensors)}")
         return cls(files, first, tensors)
 
     def names(self) -> list[str]:
@@ -173,7 +171,7 @@ class GgufModel:
         """Raises SourceError if there is no such tensor."""
         info = self.tensors.get(name)
         if info is None:
-            raise SourceError(f"{self.path}: tensor {_short(name)} is missing")
+            raise SourceError(f"{self.path}: tensor {shorten(name)} is missing")
         return info
 
     def nbytes(self) -> int:
@@ -221,7 +219,7 @@ class GgufModel:
                     values[at : at + len(piece) // kind.nbytes * kind.weights] = dequantize(info.type, piece)
                 _forget(stream.fileno(), extent)
         except OSError as error:
-            raise SourceError(f"{file}: {_short(name)}: {error.strerror}") from None
+            raise SourceError(f"{file}: {shorten(name)}: {error.strerror}") from None
         return values.reshape(shape)
 
     def read_bytes(self, name: str, index: int | None = None, rows: tuple[int, int] | None = None) -> bytearray:
@@ -234,7 +232,7 @@ class GgufModel:
                 _fill(stream, memoryview(data), file, name)
                 _forget(stream.fileno(), extent)
         except OSError as error:
-            raise SourceError(f"{file}: {_short(name)}: {error.strerror}") from None
+            raise SourceError(f"{file}: {shorten(name)}: {error.strerror}") from None
         return data
 
     def _part(
@@ -245,12 +243,12 @@ class GgufModel:
         shape, first, where = info.shape, 0, self.files[info.file]
         if index is not None:
             if len(shape) < 2 or not 0 <= index < shape[0]:
-                raise SourceError(f"{where}: tensor {_short(name)} {list(info.shape)} has no slice {index}")
+                raise SourceError(f"{where}: tensor {shorten(name)} {list(info.shape)} has no slice {index}")
             shape = shape[1:]
             first = index * math.prod(shape)
         if rows is not None:
             if len(shape) < 2 or not 0 <= rows[0] <= rows[1] <= shape[0]:
-                raise SourceError(f"{where}: tensor {_short(name)} {list(info.shape)} has no rows {rows[0]}-{rows[1]}")
+                raise SourceError(f"{where}: tensor {shorten(name)} {list(info.shape)} has no rows {rows[0]}-{rows[1]}")
             first += rows[0] * math.prod(shape[1:])
             shape = (rows[1] - rows[0], *shape[1:])
         return info, shape, first
@@ -333,9 +331,9 @@ class _Header:
             key = cursor.string(f"key {number}", MAX_NAME)
             if not key or key in values:
                 raise SourceError(
-                    f"{cursor.file}: key {number}: {_short(key)} {'appears twice' if key else 'is empty'}"
+                    f"{cursor.file}: key {number}: {shorten(key)} {'appears twice' if key else 'is empty'}"
                 )
-            what = f"key {_short(key)}"
+            what = f"key {shorten(key)}"
             kind = cursor.scalar("I", what)
             if kind == _ARRAY:
                 values[key] = self._array(what)
@@ -370,12 +368,12 @@ class _Header:
         """The next description; its offset still counts from the beginning of the tensors' data."""
         cursor = self._cursor
         name = cursor.string(f"tensor {number}", MAX_NAME)
-        where = f"{cursor.file}: tensor {_short(name)}"
-        dimensions = cursor.scalar("I", f"tensor {_short(name)}")
+        where = f"{cursor.file}: tensor {shorten(name)}"
+        dimensions = cursor.scalar("I", f"tensor {shorten(name)}")
         if not 1 <= dimensions <= 4:
             raise SourceError(f"{where}: {dimensions} dimensions (1 to 4 are allowed)")
-        shape = tuple(reversed([cursor.scalar("Q", f"tensor {_short(name)}") for _ in range(dimensions)]))
-        code, offset = cursor.scalar("I", f"tensor {_short(name)}"), cursor.scalar("Q", f"tensor {_short(name)}")
+        shape = tuple(reversed([cursor.scalar("Q", f"tensor {shorten(name)}") for _ in range(dimensions)]))
+        code, offset = cursor.scalar("I", f"tensor {shorten(name)}"), cursor.scalar("Q", f"tensor {shorten(name)}")
         if 0 in shape or math.prod(shape) >= 1 << 56:
             raise SourceError(f"{where}: bad shape {list(shape)}")
         kind = TYPES_BY_CODE.get(code)
@@ -415,14 +413,14 @@ def _parse(cursor: _Cursor, number: int) -> tuple[dict[str, Any], dict[str, Tens
     metadata = header.metadata(key_count)
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
-        raise SourceError(f"{file}: general.alignment = {_short(alignment)} is not a power of two")
+        raise SourceError(f"{file}: general.alignment = {quote(alignment)} is not a power of two")
     described: dict[str, TensorInfo] = {}
     for index in range(tensor_count):
         name, info = header.tensor(index)
         if not name or name in described:
-            raise SourceError(f"{file}: tensor {index}: {_short(name)} {'appears twice' if name else 'has no name'}")
+            raise SourceError(f"{file}: tensor {index}: {shorten(name)} {'appears twice' if name else 'has no name'}")
         if info.offset % alignment:
-            raise SourceError(f"{file}: tensor {_short(name)}: offset {info.offset} is no multiple of {alignment}")
+            raise SourceError(f"{file}: tensor {shorten(name)}: offset {info.offset} is no multiple of {alignment}")
         described[name] = info
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: info._replace(file=number, offset=info.offset + start) for name, info in described.items()}
@@ -430,12 +428,12 @@ def _parse(cursor: _Cursor, number: int) -> tuple[dict[str, Any], dict[str, Tens
     for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
         if info.offset < end:
             raise SourceError(
-                f"{file}: tensor {_short(name)} at {info.offset} overlaps {_short(previous)}, up to {end}"
+                f"{file}: tensor {shorten(name)} at {info.offset} overlaps {shorten(previous)}, up to {end}"
             )
         end, previous = info.offset + info.nbytes, name
         if end > cursor.size:
             raise SourceError(
-                f"{file}: tensor {_short(name)}: {info.nbytes} bytes at {info.offset} go beyond the end of the file of"
+                f"{file}: tensor {shorten(name)}: {info.nbytes} bytes at {info.offset} go beyond the end of the file of"
                 f" {cursor.size} bytes"
             )
     return metadata, tensors
@@ -458,7 +456,7 @@ def _fill(stream: BinaryIO, target: memoryview, file: Path, what: str) -> None:
     while done < len(target):
         count = stream.readinto(target[done : done + _READ_AT_ONCE])  # type: ignore[attr-defined]
         if not count:
-            raise SourceError(f"{file}: {_short(what)}: the file ends {len(target) - done} bytes too early")
+            raise SourceError(f"{file}: {shorten(what)}: the file ends {len(target) - done} bytes too early")
         done += count
 
 
@@ -466,9 +464,3 @@ def _forget(descriptor: int, extent: Extent) -> None:
     """Drops what was read from the page cache: a conversion reads everything once and must not push out the rest."""
     if extent.length >= 1 << 20 and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, extent.offset, extent.length, os.POSIX_FADV_DONTNEED)
-
-
-def _short(value: object) -> str:
-    text = value[:120] if isinstance(value, str) else repr(value)
-    text = " ".join("".join(c if c.isprintable() else "?" for c in text).split()) or "''"
-    return text if len(text) <= 100 else text[:97] + "..."

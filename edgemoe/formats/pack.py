@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeGuard
 import msgpack  # type: ignore[import-untyped]
 
 from edgemoe._core import crc32c
-from edgemoe.errors import PackError, UnsupportedModelError
+from edgemoe.errors import PackError, UnsupportedModelError, quote
 from edgemoe.formats.index import (
     PARTS,
     DenseTensor,
@@ -576,7 +576,7 @@ class _Checker:
         for key in ("bos_token_ids", "eos_token_ids"):
             ids = generation.get(key, [])
             if not _is_counts(ids, None) or any(token >= 1 << 31 for token in ids):
-                raise self._error(f"index: generation: {key} = {_short(ids)} is not a list of token ids")
+                raise self._error(f"index: generation: {key} = {quote(ids)} is not a list of token ids")
         return generation
 
     def _quality(self, value: Any) -> MeasuredQuality | None:
@@ -587,19 +587,19 @@ class _Checker:
         def number(entry: Any, key: str, where: str) -> float:
             found: Any = entry.get(key) if isinstance(entry, dict) else None
             if type(found) not in (int, float) or not math.isfinite(found) or found < 0:
-                raise self._error(f"index: quality: {where}: {key} = {_short(found)} is not a number from 0 on")
+                raise self._error(f"index: quality: {where}: {key} = {quote(found)} is not a number from 0 on")
             return float(found)
 
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise self._error("index: quality: no text")
         levels, modes = value.get("levels"), value.get("modes")
         if not isinstance(levels, list) or not 1 <= len(levels) <= MAX_LEVELS:
-            raise self._error(f"index: quality: levels are {_short(levels)}")
+            raise self._error(f"index: quality: levels are {quote(levels)}")
         if not isinstance(modes, dict) or any(not isinstance(name, str) for name in modes) or len(modes) > 16:
-            raise self._error(f"index: quality: modes are {_short(modes)}")
+            raise self._error(f"index: quality: modes are {quote(modes)}")
         checked: dict[str, ModeQuality] = {}
         for name, mode in modes.items():
-            where = f"mode {_short(name)}"
+            where = f"mode {quote(name)}"
             thresholds = mode.get("thresholds") if isinstance(mode, dict) else None
             if (
                 not isinstance(thresholds, list)
@@ -607,7 +607,7 @@ class _Checker:
                 or any(type(item) not in (int, float) or not -1 <= item <= 1 for item in thresholds)
                 or thresholds != sorted(thresholds)
             ):
-                raise self._error(f"index: quality: {where}: {_short(thresholds)} are not ascending thresholds")
+                raise self._error(f"index: quality: {where}: {quote(thresholds)} are not ascending thresholds")
             checked[name] = ModeQuality(
                 thresholds=tuple(float(item) for item in thresholds),
                 perplexity=number(mode, "perplexity", where),
@@ -637,15 +637,15 @@ class _Checker:
         paths, sizes = [str(own)], [self._index_offset]
         for name in names[1:]:
             if not name or name in (".", "..") or any(c in "/\\:" or ord(c) < 32 or c == "\x7f" for c in name):
-                raise self._error(f"index: {_short(name)} is not the name of a file beside the pack")
+                raise self._error(f"index: {quote(name)} is not the name of a file beside the pack")
             file = own.with_name(name)
             try:
                 status = file.lstat()
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
-                raise self._error(f"its file {_short(name)}: {reason}") from None
+                raise self._error(f"its file {quote(name)}: {reason}") from None
             if not stat.S_ISREG(status.st_mode):
-                raise self._error(f"its file {_short(name)} is not a regular file")
+                raise self._error(f"its file {quote(name)} is not a regular file")
             paths.append(str(file))
             sizes.append(status.st_size)
         return paths, sizes
@@ -656,13 +656,13 @@ class _Checker:
         sections, spans = [], []
         for number, entry in enumerate(value):
             if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], list) or not entry[0]:
-                raise self._error(f"section {number}: {_short(entry)} is not extents and a checksum")
+                raise self._error(f"section {number}: {quote(entry)} is not extents and a checksum")
             if type(entry[1]) is not int or not 0 <= entry[1] < 1 << 32:
-                raise self._error(f"section {number}: {_short(entry[1])} is not a checksum")
+                raise self._error(f"section {number}: {quote(entry[1])} is not a checksum")
             extents = []
             for extent in entry[0]:
                 if not _is_counts(extent, 3):
-                    raise self._error(f"section {number}: {_short(extent)} is not an extent")
+                    raise self._error(f"section {number}: {quote(extent)} is not an extent")
                 file, offset, length = extent
                 if file >= len(sizes):
                     raise self._error(f"section {number}: file {file} of {len(sizes)}")
@@ -691,13 +691,13 @@ class _Checker:
         shapes = spec.dense_tensors()
         if value.keys() != shapes.keys():
             missing, unknown = sorted(shapes.keys() - value.keys()), sorted(value.keys() - shapes.keys())
-            what = f"{missing[0]} is missing" if missing else f"the model has no {_short(unknown[0])}"
+            what = f"{missing[0]} is missing" if missing else f"the model has no {quote(unknown[0])}"
             raise self._error(f"index: dense: {what}")
         tensors = {}
         for name, shape in shapes.items():
             entry = value[name]
             if not isinstance(entry, list) or len(entry) != 3 or not _is_counts(entry[:2], 2):
-                raise self._error(f"tensor {name}: {_short(entry)} is not [section, offset, layout]")
+                raise self._error(f"tensor {name}: {quote(entry)} is not [section, offset, layout]")
             section, offset, layout = entry
             size = self._tensor_size(name, layout, shape)
             if layout in NESTED:
@@ -717,7 +717,7 @@ class _Checker:
         if value.keys() != expected.keys():
             wrong = sorted(value.keys() ^ expected.keys())[0]
             raise self._error(
-                f"index: experts: layer {_short(wrong)} {'is missing' if wrong in expected else 'has none'}"
+                f"index: experts: layer {quote(wrong)} {'is missing' if wrong in expected else 'has none'}"
             )
         return {number: self._layer(number, value[key], spec) for key, number in expected.items()}
 
@@ -742,7 +742,7 @@ class _Checker:
                 or any(n >= len(self._section_lengths) for n in numbers)
             ):
                 raise self._error(
-                    f"{where}, expert {expert}: {_short(numbers)} are not 1 to {len(levels)} of"
+                    f"{where}, expert {expert}: {quote(numbers)} are not 1 to {len(levels)} of"
                     f" {len(self._section_lengths)} sections"
                 )
             for level, section in zip(levels, numbers, strict=False):
@@ -765,7 +765,7 @@ class _Checker:
         for name in PARTS:
             entry = entries[name]
             if not isinstance(entry, list) or len(entry) != 3 or not _is_counts(entry[1:], 2):
-                raise self._error(f"{where}: {name}: {_short(entry)} is not [layout, extent, offset]")
+                raise self._error(f"{where}: {name}: {quote(entry)} is not [layout, extent, offset]")
             self._tensor_size(f"{where}: {name}", entry[0], shapes[name])
             parts[name] = Part(entry[0], entry[1], entry[2], shapes[name])
         users = Counter(part.extent for part in parts.values())
@@ -800,10 +800,10 @@ class _Checker:
         blobs = {}
         for name, entry in value.items():
             if not _is_counts(entry, 2) or entry[0] >= len(self._section_lengths):
-                raise self._error(f"blob {_short(name)}: {_short(entry)} is not [section, length]")
+                raise self._error(f"blob {quote(name)}: {quote(entry)} is not [section, length]")
             if entry[1] > min(self._section_lengths[entry[0]], MAX_BLOB):
                 raise self._error(
-                    f"blob {_short(name)}: {entry[1]} bytes in a section of {self._section_lengths[entry[0]]}"
+                    f"blob {quote(name)}: {entry[1]} bytes in a section of {self._section_lengths[entry[0]]}"
                     f" (at most {MAX_BLOB})"
                 )
             blobs[name] = Blob(entry[0], entry[1])
@@ -812,7 +812,7 @@ class _Checker:
     def _tensor_size(self, name: str, layout: Any, shape: tuple[int, ...]) -> int:
         if not isinstance(layout, str) or layout not in (*LAYOUTS, *NESTED, *ROW_MAJOR):
             raise self._error(
-                f"tensor {name}: unknown layout {_short(layout)} (made by another edgemoe? convert the model anew)"
+                f"tensor {name}: unknown layout {quote(layout)} (made by another edgemoe? convert the model anew)"
             )
         if (layout == "vector") != (len(shape) == 1):
             raise self._error(f"tensor {name}: layout {layout} for shape {list(shape)}")
@@ -842,11 +842,3 @@ def _is_counts(value: Any, length: int | None) -> TypeGuard[list[int]]:
         and (length is None or len(value) == length)
         and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
     )
-
-
-def _short(value: Any) -> str:
-    # Cut before and after: the text of a large value is not made to be thrown away.
-    text = repr(
-        value[:80] if isinstance(value, (str, bytes, list)) else type(value) if isinstance(value, dict) else value
-    )
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.errors import SourceError
+from edgemoe.errors import SourceError, quote, shorten
 
 MAX_HEADER = 100_000_000
 """Bytes of the largest header, as in the reference implementation."""
@@ -88,11 +88,11 @@ class SafetensorsFolder:
         for file in files:
             for name, place in _read_header(file).items():
                 if name in places:
-                    raise SourceError(f"{file}: tensor {_short(name)} is in {places[name].file.name} too")
+                    raise SourceError(f"{file}: tensor {shorten(name)} is in {places[name].file.name} too")
                 places[name] = place
         for name, shard in promised.items():
             if name not in places or places[name].file.name != shard:
-                raise SourceError(f"{index}: tensor {_short(name)} is not in {shard}")
+                raise SourceError(f"{index}: tensor {shorten(name)} is not in {shard}")
         return cls(folder, places)
 
     def names(self) -> list[str]:
@@ -143,12 +143,12 @@ class SafetensorsFolder:
         shape, offset, dtype = place.info.shape, place.offset, np.dtype(place.read_as)
         if index is not None:
             if not shape or not 0 <= index < shape[0]:
-                raise SourceError(f"{place.file}: tensor {_short(name)} {list(shape)} has no slice {index}")
+                raise SourceError(f"{place.file}: tensor {shorten(name)} {list(shape)} has no slice {index}")
             shape = shape[1:]
             offset += index * math.prod(shape) * dtype.itemsize
         if rows is not None:
             if not shape or not 0 <= rows[0] <= rows[1] <= shape[0]:
-                raise SourceError(f"{place.file}: tensor {_short(name)} {list(shape)} has no rows {rows[0]}-{rows[1]}")
+                raise SourceError(f"{place.file}: tensor {shorten(name)} {list(shape)} has no rows {rows[0]}-{rows[1]}")
             offset += rows[0] * math.prod(shape[1:]) * dtype.itemsize
             shape = (rows[1] - rows[0], *shape[1:])
         return place, shape, offset
@@ -156,7 +156,7 @@ class SafetensorsFolder:
     def _place(self, name: str) -> _Place:
         place = self._places.get(name)
         if place is None:
-            raise SourceError(f"{self.folder}: tensor {_short(name)} is missing")
+            raise SourceError(f"{self.folder}: tensor {shorten(name)} is missing")
         return place
 
 
@@ -193,7 +193,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{_short(name)} appears twice")
+            raise ValueError(f"{shorten(name)} appears twice")
         result[name] = value
     return result
 
@@ -210,7 +210,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise SourceError(f"{index}: no weight_map")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.+-]+", shard) or not shard.endswith(".safetensors"):
-            raise SourceError(f"{index}: {_short(shard)} (of tensor {_short(name)}) is not the name of a shard")
+            raise SourceError(f"{index}: {quote(shard)} (of tensor {shorten(name)}) is not the name of a shard")
     return weight_map
 
 
@@ -232,27 +232,27 @@ def _read_header(file: Path) -> dict[str, _Place]:
     places: dict[str, _Place] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
-        where = f"{file}: tensor {_short(name)}"
+        where = f"{file}: tensor {shorten(name)}"
         if not isinstance(entry, dict):
-            raise SourceError(f"{where}: {_short(entry)} is not a description")
+            raise SourceError(f"{where}: {quote(entry)} is not a description")
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise SourceError(f"{where}: unknown dtype {_short(dtype)}")
+            raise SourceError(f"{where}: unknown dtype {quote(dtype)}")
         if not _are_counts(shape) or len(shape) > 16:
-            raise SourceError(f"{where}: bad shape {_short(shape)}")
+            raise SourceError(f"{where}: bad shape {quote(shape)}")
         if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
-            raise SourceError(f"{where}: bad offsets {_short(offsets)} in {data_size} bytes of data")
+            raise SourceError(f"{where}: bad offsets {quote(offsets)} in {data_size} bytes of data")
         our_name, read_as = _DTYPES[dtype]
         expected = math.prod(shape) * np.dtype(read_as).itemsize
         if offsets[1] - offsets[0] != expected:
-            raise SourceError(f"{where}: {offsets[1] - offsets[0]} bytes, but {dtype} {_short(shape)} takes {expected}")
+            raise SourceError(f"{where}: {offsets[1] - offsets[0]} bytes, but {dtype} {quote(shape)} takes {expected}")
         places[name] = _Place(TensorInfo(our_name, tuple(shape)), read_as, file, 8 + length + offsets[0])
         spans.append((offsets[0], offsets[1], name))
     end = 0
     for first, last, name in sorted(spans):
         if first != end:
             what = "overlaps the tensor before it" if first < end else f"leaves {first - end} bytes unused before it"
-            raise SourceError(f"{file}: tensor {_short(name)} at {first} {what}")
+            raise SourceError(f"{file}: tensor {shorten(name)} at {first} {what}")
         end = last
     if end != data_size:
         raise SourceError(f"{file}: {data_size} bytes of data, but the tensors take {end}")
@@ -281,20 +281,14 @@ def _read_at(file: Path, offset: int, target: memoryview, what: str) -> None:
             while done < len(target):
                 count = stream.readinto(target[done : done + _READ_AT_ONCE])
                 if not count:
-                    raise SourceError(f"{file}: {_short(what)}: the file ends at byte {offset + done}")
+                    raise SourceError(f"{file}: {shorten(what)}: the file ends at byte {offset + done}")
                 done += count
             _forget(stream.fileno(), offset, done)
     except OSError as error:
-        raise SourceError(f"{file}: {_short(what)}: {error.strerror}") from None
+        raise SourceError(f"{file}: {shorten(what)}: {error.strerror}") from None
 
 
 def _forget(descriptor: int, offset: int, length: int) -> None:
     """Drops what was read from the page cache: a conversion reads everything once and must not push out the rest."""
     if length >= 1 << 20 and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 120 else text[:117] + "..."

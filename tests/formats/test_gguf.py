@@ -257,7 +257,7 @@ def header(version: int = 3, tensors: int = 0, keys: int = 0) -> bytes:
         (gguf_bytes({"": 1}), "key 0: '' is empty"),
         (gguf_bytes({"general.alignment": 24}), "general.alignment = 24"),
         (gguf_bytes({"general.alignment": 0}), "general.alignment = 0"),
-        (gguf_bytes({"general.alignment": "x"}), "general.alignment = x"),
+        (gguf_bytes({"general.alignment": "x"}), "general.alignment = 'x'"),
         (gguf_bytes({}, counts=(1, 0)), "tensor '': 4 bytes at 32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -87,7 +87,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("endless number", safetensors_bytes(b'{"a":' + b"9" * 1_000_000 + b"}"), "a number of 1000000 digits"),
     ("a name twice", safetensors_bytes(b'{"a":{},"a":{}}'), "a appears twice"),
     ("no description", safetensors_bytes({"a": 3}), "tensor a: 3 is not a description"),
-    ("unknown dtype", safetensors_bytes(tensor(dtype="F7"), bytes(16)), "tensor a: unknown dtype F7"),
+    ("unknown dtype", safetensors_bytes(tensor(dtype="F7"), bytes(16)), "tensor a: unknown dtype 'F7'"),
     ("dtype not a string", safetensors_bytes(tensor(dtype=["F32"]), bytes(16)), "tensor a: unknown dtype"),
     ("no shape", safetensors_bytes(tensor(shape=None), bytes(16)), "tensor a: bad shape None"),
     ("negative shape", safetensors_bytes(tensor(shape=[-2, -2]), bytes(16)), "tensor a: bad shape"),
