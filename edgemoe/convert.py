@@ -49,7 +49,7 @@ from edgemoe.formats.safetensors import SafetensorsFolder, TensorInfo, read_byte
 from edgemoe.processors import usable_processors
 from edgemoe.quantize.rtn import quantize
 from edgemoe.sampling_names import SAMPLING_NAMES
-from edgemoe.spec import FLOAT_TENSORS, ModelSpec
+from edgemoe.spec import FLOAT_ONLY, FLOAT_TENSORS, ModelSpec
 from edgemoe.text.gguf_tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
@@ -407,7 +407,7 @@ def _plan_dense(plan: _Plan, sources: Mapping[str, TensorSource], bits: int | No
         dtypes[name] = _checked_dtype(plan.folder, name, sources[name], shape)
         if len(shape) == 1:
             layouts[name] = "vector"
-        elif bits is not None and name.endswith(FLOAT_TENSORS):
+        elif name.endswith(FLOAT_ONLY if bits is None else FLOAT_TENSORS):
             layouts[name] = "f32"
         else:
             layouts[name] = _layout(plan.folder, bits, {name: sources[name]}, {dtypes[name]})

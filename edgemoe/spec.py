@@ -20,6 +20,8 @@ MAX_DIMENSION = 1 << 24
 MAX_LAYERS = 1024
 # Endings of the names of matrices that conversions do not quantize: small ones, whose errors would go far.
 FLOAT_TENSORS = (".router", ".conv")
+# Of those that the engine computes with in float32 only.
+FLOAT_ONLY = (".conv",)
 
 # What the engine implements of each choice. A spec may name more (a newer file); it is refused by name.
 ATTENTION_KINDS = ("full", "mla", "gated_delta", "short_conv")

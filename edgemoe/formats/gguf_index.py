@@ -20,7 +20,7 @@ from edgemoe.formats.gguf import GgufModel
 from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
 from edgemoe.formats.layouts import bits_of
 from edgemoe.sampling_names import SAMPLING_NAMES
-from edgemoe.spec import ModelSpec
+from edgemoe.spec import FLOAT_ONLY, ModelSpec
 from edgemoe.text.gguf_tokenizer import read_special_ids
 
 MAX_EXPERTS = 1 << 17
@@ -148,9 +148,12 @@ def _check_shape(model: GgufModel, name: str, source: TensorSource, shape: tuple
 def _layout(source: GgufSource, name: str, vector: bool = False) -> str:
     tensor = source.sources[name]
     kind = source.model.info(tensor.name).type
-    if kind not in READABLE or (vector and kind != "f32"):
-        what = "a vector" if vector else "a tensor"
+    where = f"{source.model.path}: tensor {tensor.name}"
+    if kind not in READABLE:
+        raise UnsupportedModelError(f"{where}: a tensor of type {kind} is not supported")
+    if kind != "f32" and (vector or name.endswith(FLOAT_ONLY)):
+        what = "a vector" if vector else "a convolution"
         raise UnsupportedModelError(
-            f"{source.model.path}: tensor {tensor.name}: {what} of type {kind} is not supported"
+            f"{where}: {what} of type {kind} is not read where it lies; edgemoe convert reads it"
         )
     return "vector" if vector else f"ggml.{kind}"

@@ -437,6 +437,31 @@ KEYS = {
 }
 
 
+@pytest.mark.parametrize("name", slow_except(["qwen3_next", "lfm2_moe"], "qwen3_next"))
+def test_convolutions_are_computed_in_float32(tmp_path: Path, load: Load, name: str) -> None:
+    """So a file with others does not run where it lies; a pack made of it does, also one that keeps its blocks."""
+    plain = CASES[name]
+    write_folder(tmp_path / "hf", plain)
+
+    def convert_rounded(tensors: dict[str, Any], config: Any) -> dict[str, Any]:
+        found = plain.convert(tensors, config)
+        return {key: values.astype(np.float16) if "conv" in key else values for key, values in found.items()}
+
+    case, paths = dataclasses.replace(plain, convert=convert_rounded), []
+    for kind in ("f16", "f32"):
+
+        def type_of(tensor: str, kind: str = kind) -> str:
+            return kind if re.search(r"conv1d|shortconv\.conv\.", tensor) else "f32"
+
+        paths.append(write_gguf(tmp_path / f"{kind}.gguf", tmp_path / "hf", case, type_of))
+    with pytest.raises(UnsupportedModelError, match=r"f16\.gguf: tensor blk\.\d\..*conv.*: a convolution of type f16"):
+        edgemoe.load(paths[0])
+    convert(paths[0], tmp_path / "a.emoe")
+    assert Pack.open(tmp_path / "a.emoe").index.dense["layers.0.conv"].layout == "f32"
+    with load(tmp_path / "a.emoe") as pack, load(paths[1]) as whole:
+        assert pack.logits(TOKENS[:30]).tobytes() == whole.logits(TOKENS[:30]).tobytes()
+
+
 @pytest.mark.parametrize("name", slow_except(QUANTIZED, "qwen3_next"))
 def test_quantized_mixers(tmp_path: Path, load: Load, name: str) -> None:
     """Blocks of a GGUF file, where they lie and in a pack; and folders at 8 and 4 bits."""
