@@ -13,7 +13,6 @@ they tell policies apart only where reads take long enough, and nothing else may
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import sys
 import tempfile
@@ -21,31 +20,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 import edgemoe  # noqa: E402
-import edgemoe.model  # noqa: E402
 from bench._bounds import belady_misses  # noqa: E402
 from bench._command import parser as command_line  # noqa: E402
 from bench._command import percentages, publish  # noqa: E402
 from bench._machine import machine, say  # noqa: E402
 from bench.offload import decode_groups  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
-from edgemoe.memory import Budget, plan_budget  # noqa: E402
-from edgemoe.model import EVICTION_POLICIES  # noqa: E402
+from edgemoe.options import EVICTION_POLICIES  # noqa: E402
 
 
 def with_room_for(path: Path, slots: int, context: int, **options: Any) -> edgemoe.Model:
     """The model with exactly so many expert slots, however much memory they take."""
-
-    def plan(*arguments: Any) -> Budget:
-        return dataclasses.replace(plan_budget(*arguments), expert_slots=slots)
-
-    with patch.object(edgemoe.model, "plan_budget", plan):
-        return edgemoe.load(path, context=context, **options)
+    return edgemoe.load(path, memory=1 << 50, expert_slots=slots, context=context, **options)
 
 
 def walk(model: edgemoe.Model, tokens: Sequence[int]) -> tuple[dict[str, float], float, str]:

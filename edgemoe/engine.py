@@ -1,4 +1,7 @@
-"""The engine as the rest of the program sees it: calls from any thread, one at a time."""
+"""The engine as the rest of the program sees it: calls from any thread, one at a time.
+
+Everything in Python that computes with a model goes through `Engine`; only this file knows `_core.Engine`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe import _core
-from edgemoe._core import EngineCounters, RoutingRecord
+from edgemoe._core import EngineCounters, LayerRecord, MemoryPlan, RoutingRecord
 from edgemoe.errors import EdgemoeError
-from edgemoe.options import Quality
+from edgemoe.formats.index import ModelIndex
+from edgemoe.options import EngineOptions, Quality
+
+__all__ = [
+    "Cancel",
+    "Cancelled",
+    "Count",
+    "Engine",
+    "EngineCounters",
+    "LayerRecord",
+    "MemoryPlan",
+    "RoutingRecord",
+    "plan_memory",
+]
 
 Cancel = _core.Cancel
 """Ends a pass between two layers: `set()` from any thread; it stays set."""
@@ -32,14 +48,23 @@ class Count:
         self.counters += counters
 
 
+def plan_memory(index: ModelIndex, options: EngineOptions) -> MemoryPlan:
+    """What an engine with these options would take. Raises as `Engine`."""
+    return _core.plan(index, options)
+
+
 class Engine:
-    """`_core.Engine`, whose calls must not run at the same time.
+    """An engine of the core, whose calls must not run at the same time.
 
     lock: held during every call; reentrant. Who needs several calls to be one step holds it around them.
+    isa: the instruction set in use. direct_io: whether weights are read past the page cache.
     After `close` every call raises EdgemoeError.
     """
 
-    def __init__(self, core: _core.Engine) -> None:
+    def __init__(self, index: ModelIndex, options: EngineOptions) -> None:
+        """Reads the dense weights. Raises TypeError for a field of `index` or `options` that is missing, unknown or of
+        another type than the engine reads; ValueError for what it cannot compute; ReadError; ThreadError."""
+        core = _core.Engine(index, options)
         self.lock = threading.RLock()
         self.isa = core.isa
         self.direct_io = core.direct_io
@@ -103,6 +128,23 @@ class Engine:
                 raise
             finally:
                 self._running = None
+
+    def forward_layer(
+        self,
+        layer: int,
+        tokens: NDArray[np.int32],
+        residual: NDArray[np.float32],
+        embed: bool,
+        wanted: NDArray[np.int32],
+    ) -> LayerRecord:
+        """Takes the tokens of a sequence, from its first on, through one layer only.
+
+        residual: [tokens, hidden], contiguous, before the layer; changed in place to what it is after it. embed: what
+        goes into the layer is the tokens' embedding. wanted: indexes of tokens whose logits are wanted after the last
+        layer. Sequence 0 is empty afterwards. Raises ReadError, ValueError.
+        """
+        with self.lock:
+            return self._idle().forward_layer(layer, tokens, residual, embed, wanted)
 
     def add_sequence(self) -> int:
         """The id of a new, empty sequence. Sequence 0 is there from the beginning. Raises StateError where there is no

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from edgemoe import _core
-from edgemoe.errors import MemoryBudgetError, OptionError
+from edgemoe.engine import plan_memory
+from edgemoe.errors import MemoryBudgetError
 from edgemoe.formats.index import ModelIndex
 from edgemoe.options import EngineOptions
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
-    **{prefix: 1000**power for power, prefix in enumerate("KMGT", 1)},
-    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
-}
 
 # What Python's heap may still grow by after loading (strings, lists of tokens, samplers' arrays).
 RESERVE = 32 * 1000**2
@@ -27,22 +18,6 @@ RESERVE = 32 * 1000**2
 MARGIN = 1000**3
 # A prompt is computed in chunks of as many tokens as leave the experts at least three quarters of what is left.
 CHUNKS = (512, 256, 128, 64, 32)
-
-
-def parse_size(text: str | int) -> int | None:
-    """Bytes of "8GB" (10^9), "6GiB" (2^30), "500M" or a plain number; None for "auto". Raises OptionError."""
-    if isinstance(text, str):
-        if text.strip().lower() == "auto":
-            return None
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
-        if not match or match[2].upper() not in _UNITS:
-            raise OptionError(f"memory {text!r} is not a size such as 8GB, 6GiB or auto")
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
-    else:
-        size = text
-    if not 0 < size < 1 << 62:
-        raise OptionError(f"memory {text!r} is not between 1 byte and 4 EiB")
-    return size
 
 
 def format_size(size: float) -> str:
@@ -133,30 +108,42 @@ class Budget:
         return self.expert_slots * self.slot_bytes
 
 
-def plan_budget(limit: int | None, index: ModelIndex, options: EngineOptions) -> Budget:
-    """Divides `limit` bytes (None: automatic); `chunk` and `expert_slots` of the options are not read.
+def plan_budget(
+    limit: int | None,
+    index: ModelIndex,
+    options: EngineOptions,
+    *,
+    chunk: int | None = None,
+    expert_slots: int | None = None,
+) -> Budget:
+    """Divides `limit` bytes (None: automatic). `chunk` and `expert_slots` of the options are not read: they are what is
+    planned, unless they are given here.
 
     Raises MemoryBudgetError that names the least that would do."""
     automatic = limit is None
     limit = automatic_budget() if limit is None else limit
     base = used_now() + RESERVE
-    for chunk in CHUNKS:
-        plan = _core.plan(index, replace(options, chunk=chunk, expert_slots=1))
+    chunks = CHUNKS if chunk is None else (chunk,)
+    for size in chunks:
+        plan = plan_memory(index, replace(options, chunk=size, expert_slots=1))
         fixed = base + plan.dense + plan.state + plan.scratch
         room = limit - fixed
         everything = plan.experts * plan.slot
-        if room >= everything or plan.scratch * 4 <= room + plan.scratch or chunk == CHUNKS[-1]:
+        if room >= everything or plan.scratch * 4 <= room + plan.scratch or size == chunks[-1]:
             break
-    least = fixed + plan.minimum_slots * plan.slot
+    slots = plan.minimum_slots if expert_slots is None else min(expert_slots, plan.experts)
+    least = fixed + slots * plan.slot
     if limit < least:
         count = options.sequences
         sequences = f"{count} sequences of " if count > 1 else ""
+        experts = "one token's experts" if expert_slots is None else f"{slots} experts"
         raise MemoryBudgetError(
             f"{index.path}: {'the memory that is free' if automatic else 'a memory budget'} of {format_size(limit)} is "
             f"too small: {format_size(base)} for the program, {format_size(plan.dense)} dense weights, "
             f"{format_size(plan.state)} state for {sequences}{options.context} positions, "
-            f"{format_size(plan.scratch)} activations, {format_size(plan.minimum_slots * plan.slot)} for one token's "
-            f"experts; the least that works is {-(-least // 1000**2)}MB"
+            f"{format_size(plan.scratch)} activations, {format_size(slots * plan.slot)} for {experts}; "
+            f"the least that works is {-(-least // 1000**2)}MB"
         )
-    slots = plan.experts if room >= everything else room // plan.slot
-    return Budget(limit, base, plan.dense, plan.state, plan.scratch, plan.slot, slots, plan.experts, chunk)
+    if expert_slots is None:
+        slots = plan.experts if room >= everything else room // plan.slot
+    return Budget(limit, base, plan.dense, plan.state, plan.scratch, plan.slot, slots, plan.experts, size)

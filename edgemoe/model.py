@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
 import sys
@@ -15,16 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgemoe import _core
-from edgemoe.disk import reading_threads
 from edgemoe.engine import Count, Engine
 from edgemoe.errors import ContextLengthError, OptionError, TokenizerError
-from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.read import read_index
-from edgemoe.memory import Budget, parse_size, plan_budget
-from edgemoe.model_files import Progress, default_cache_dir, resolve
-from edgemoe.options import EngineOptions, Quality
-from edgemoe.processors import usable_processors
+from edgemoe.loading import load_engine
+from edgemoe.memory import Budget
+from edgemoe.model_files import Progress, resolve
+from edgemoe.options import EngineOptions, LoadOptions, Quality
 from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Answer, Generation, GenerationResult, Request, Tally, figures
 from edgemoe.serving.session import Sequences, Session
@@ -35,57 +31,24 @@ from edgemoe.text.stream import StopStrings, TextStream
 from edgemoe.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from edgemoe.text.tokens import token_ids
 
-DEFAULT_CONTEXT = 4096
-MAX_PARALLEL = 256
-CACHE_TYPES = ("f32", "f16", "q8_0")
-QUALITIES = ("exact", "high", "balanced", "fast")
-EVICTION_POLICIES = ("lru", "lfu", "least_stale", "next_use")
-
 
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
-    memory: str | int | None = None,
-    threads: int | None = None,
-    context: int | None = None,
-    parallel: int = 1,
-    cache_type_k: str = "f16",
-    cache_type_v: str = "f16",
-    eviction: str = "next_use",
-    prefetch: bool = True,
-    quality: str = "exact",
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Model:
     """Opens a model for generation.
 
     path: an `.emoe` pack, a GGUF file (run where it lies), a Hugging Face folder (converted once into the cache), or
-    None for the bundled model.
-    memory: bytes, "8GB" (10^9), "6GiB" or "auto" (default): what the process may take in all.
-    threads: default: the processors this process may use. context: positions of a sequence, default 4096 or what the
-    model was made for, if that is less; 0 for all the model was made for.
-    parallel: sequences whose state is kept; each takes memory for the whole context. Any number of generations may run,
-    but where there are more of them than sequences, what one has computed is computed again when it goes on.
-    cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
-    eviction: which expert leaves memory first, one of EVICTION_POLICIES. prefetch: read the experts that the next layer
-    will probably want while the disk is idle. Neither changes a bit of the result.
-    quality: "exact" uses every stored bit of every expert. "high", "balanced" and "fast" use fewer of the experts that
-    the router gives less weight; they need a pack with several levels whose modes were measured.
+    None for the bundled model. announce, progress: told about a conversion (`edgemoe.model_files.resolve`).
+    options: fields of LoadOptions (memory, threads, context, parallel, quality, ...).
 
     Raises SourceError, PackError, UnsupportedModelError, TokenizerError, MemoryBudgetError, OptionError.
     """
-    return Model(
-        resolve(path, announce=announce, progress=progress),
-        memory=memory,
-        threads=threads,
-        context=context,
-        parallel=parallel,
-        cache_type_k=cache_type_k,
-        cache_type_v=cache_type_v,
-        eviction=eviction,
-        prefetch=prefetch,
-        quality=quality,
-    )
+    chosen = LoadOptions.given(options)
+    return Model(resolve(path, announce=announce, progress=progress), chosen)
 
 
 class Model:
@@ -93,95 +56,36 @@ class Model:
 
     Usable from several threads. Generations that run at the same time take turns, a token each or some; none of them
     sees the others but in time.
+
+    engine: what computes; who changes its sequences does so through `forward`. options: what the engine was given.
+    quality: the mode's name. context: positions of a sequence. threads: that compute.
     """
 
-    tokenizer: Tokenizer
+    path: Path
     spec: ModelSpec
     generation_defaults: dict[str, Any]
+    tokenizer: Tokenizer
+    engine: Engine
+    options: EngineOptions
+    budget: Budget
+    quality: str
     context: int
     threads: int
-    budget: Budget
-    readers: int
-    """Reads under way at once."""
-    quality: str
-    thresholds: list[float]
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        memory: str | int | None = None,
-        threads: int | None = None,
-        context: int | None = None,
-        parallel: int = 1,
-        cache_type_k: str = "f16",
-        cache_type_v: str = "f16",
-        eviction: str = "next_use",
-        prefetch: bool = True,
-        quality: str = "exact",
-        thresholds: Sequence[float] | None = None,
-        level_cap: int | None = None,
-    ) -> None:
-        """As `load`, from a pack or GGUF file.
-
-        thresholds: ascending, in place of those of `quality`: an expert works as many levels below its finest as there
-        are thresholds below the share of the router's weight that the token's heavier experts have. level_cap: no
-        expert works above this level. Both are there to measure levels and modes.
-        """
+    def __init__(self, path: Path, options: LoadOptions) -> None:
+        """From a pack or GGUF file; otherwise as `load`."""
         index = read_index(path)
         self.path = path
         self.spec = index.spec
         self.generation_defaults = dict(index.generation)
         self.tokenizer = load_tokenizer(path)
         check_vocabulary(self.tokenizer, self.spec)
-        self.context = _context(context, self.spec)
-        threads = threads or usable_processors()
-        if not 1 <= threads <= 1024:
-            raise OptionError(f"{threads} threads are not between 1 and 1024")
-        self.threads = threads
-        if not 1 <= parallel <= MAX_PARALLEL:
-            raise OptionError(f"{parallel} sequences (parallel) are not between 1 and {MAX_PARALLEL}")
-        for name in (cache_type_k, cache_type_v):
-            if name not in CACHE_TYPES:
-                raise OptionError(f"cache type {name!r} is not one of {', '.join(CACHE_TYPES)}")
-        if eviction not in EVICTION_POLICIES:
-            raise OptionError(f"eviction policy {eviction!r} is not one of {', '.join(EVICTION_POLICIES)}")
-        self.quality = quality
-        self.thresholds = _thresholds(index, quality, thresholds)
-        if level_cap is not None and not 0 <= level_cap < index.level_count:
-            raise OptionError(f"{path}: level_cap {level_cap} is not one of its {index.level_count} levels, from 0 on")
-        for layer in self.spec.layers:
-            attention = layer.attention
-            types, dim = {cache_type_k, cache_type_v}, attention.head_dim
-            if attention.kind == "mla":  # the latent is a key; it has no values beside it
-                types, dim = {cache_type_k}, attention.kv_rank + attention.rope_dim
-            elif attention.kind != "full":
-                types = set()
-            if "q8_0" in types and dim % 32:
-                raise OptionError(f"cache type q8_0 needs heads of a multiple of 32, not {dim}")
-
-        index = dataclasses.replace(index, spec=self.spec.for_context(self.context))
-        options = EngineOptions(
-            threads=threads,
-            sequences=parallel,
-            context=self.context,
-            eviction=eviction,
-            prefetch=prefetch,
-            quality=Quality(thresholds=tuple(self.thresholds), level_cap=level_cap),
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-        )
-        self.budget = plan_budget(None if memory is None else parse_size(memory), index, options)
-        options = dataclasses.replace(options, chunk=self.budget.chunk, expert_slots=self.budget.expert_slots)
-        if self.budget.expert_slots < self.budget.all_slots:
-            readers = reading_threads(path, self.budget.slot_bytes, default_cache_dir())
-            options = dataclasses.replace(options, readers=readers)
-        self.readers = options.readers
-        try:
-            self._engine = Engine(_core.Engine(index, options))
-        except ValueError as error:  # what only the engine can know: EDGEMOE_ISA, sizes of tensors in the file
-            raise OptionError(f"{path}: {error}") from error
-        self._sequences = Sequences(self._engine, parallel, self.budget.chunk)
+        loaded = load_engine(index, options)
+        self.engine, self.options, self.budget = loaded.engine, loaded.options, loaded.budget
+        self.quality = options.quality
+        self.context = self.options.context
+        self.threads = self.options.threads
+        self._sequences = Sequences(self.engine, self.options.sequences, self.options.chunk)
         self._conversations = Conversations()
         self._last = Tally(0, Count())  # of the generation that computed last
 
@@ -351,13 +255,16 @@ class Model:
         without `quality`; without both at the model's. Raises ContextLengthError, ReadError, OptionError, ValueError.
         """
         ids = token_ids(tokens, self.spec.vocab_size, "the text")
-        with self._engine.lock:
+        with self.engine.lock:
             self._sequences.forget()
-            return self._engine.forward(ids, positions, sequence_ids, wanted, qualities=qualities, quality=quality)
+            return self.engine.forward(ids, positions, sequence_ids, wanted, qualities=qualities, quality=quality)
 
-    def _next_logits(self, history: Sequence[int]) -> NDArray[np.float32]:
-        """float32 [vocab] after `history`, of which only what no sequence holds yet is computed."""
-        return self._sequences.next_logits(Session(list(history)))
+    def next_logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """float32 [vocab]: the logits after `tokens`, of which only what no sequence holds yet is computed."""
+        ids = token_ids(tokens, self.spec.vocab_size, "the text", self.context)
+        if not 0 < len(ids) <= self.context:
+            raise ContextLengthError(f"a text of {len(ids)} tokens: 1 to {self.context} fit into the context")
+        return self._sequences.next_logits(Session(ids))
 
     @contextmanager
     def trace(self, path: str | os.PathLike[str], part: str = "text") -> Iterator[None]:
@@ -391,8 +298,8 @@ class Model:
         return self._last.finish_reason
 
     def counters(self) -> dict[str, float]:
-        """What the engine has counted since it was loaded (docs/architecture.md)."""
-        return figures(self._engine.counters())
+        """Figures of all that the engine has done since it was loaded (docs/architecture.md)."""
+        return figures(self.engine.counters())
 
     @property
     def last_result(self) -> GenerationResult:
@@ -423,22 +330,19 @@ class Model:
     @property
     def direct_io(self) -> bool:
         """Whether weights are read past the page cache."""
-        return self._engine.direct_io
+        return self.engine.direct_io
 
     @property
     def isa(self) -> str:
         """The instruction set in use."""
-        return self._engine.isa
+        return self.engine.isa
 
     # -- lifetime -----------------------------------------------------------------------------------------------
-
-    def _open(self) -> Engine:
-        return self._engine
 
     def close(self) -> None:
         """Gives the memory back. A pass that is under way elsewhere ends at its next layer; generations that were not
         at their end raise EdgemoeError when they are read on."""
-        self._engine.close()
+        self.engine.close()
 
     def __enter__(self) -> Model:
         return self
@@ -447,36 +351,3 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _context(asked: int | None, spec: ModelSpec) -> int:
-    if asked is None:
-        return min(spec.context, DEFAULT_CONTEXT)
-    if not 0 <= asked <= spec.context:
-        raise OptionError(f"a context of {asked} positions: the model was made for 1 to {spec.context}")
-    return asked or spec.context
-
-
-def _thresholds(index: ModelIndex, quality: str, chosen: Sequence[float] | None) -> list[float]:
-    """What a mode's name means for a pack, or the thresholds that were chosen in its place. Raises OptionError."""
-    if quality not in QUALITIES:
-        raise OptionError(f"quality {quality!r} is not one of {', '.join(QUALITIES)}")
-    if chosen is None:
-        if quality == "exact":
-            return []
-        if index.level_count == 1:
-            raise OptionError(f"{index.path}: quality {quality!r}: all experts are stored at one precision")
-        modes = {} if index.quality is None else index.quality.modes
-        if quality not in modes:
-            raise OptionError(
-                f"{index.path}: quality {quality!r}: the pack does not say what was measured for this mode"
-            )
-        chosen = modes[quality].thresholds
-    elif quality != "exact":
-        raise OptionError(f"quality {quality!r} and thresholds exclude each other")
-    thresholds = [float(threshold) for threshold in chosen]
-    if len(thresholds) >= index.level_count and thresholds:
-        raise OptionError(f"{index.path}: {len(thresholds)} thresholds for experts of {index.level_count} levels")
-    if any(not -1 <= threshold <= 1 for threshold in thresholds) or thresholds != sorted(thresholds):
-        raise OptionError(f"{index.path}: thresholds {thresholds} do not ascend from -1 to 1 at most")
-    return thresholds

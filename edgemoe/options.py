@@ -1,10 +1,63 @@
-"""Options of the engine, each of them once."""
+"""Options, each of them once: its name, type and default, what it means, and which values make sense.
+
+`EngineOptions` is what the engine is given, `LoadOptions` what a user may say about it. The command line takes
+defaults, choices, bounds and help from here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from typing import Any
 
+from edgemoe.errors import OptionError
+
+CACHE_TYPES = ("f32", "f16", "q8_0")
+EVICTION_POLICIES = ("next_use", "lru", "lfu", "least_stale")
+QUALITIES = ("exact", "high", "balanced", "fast")
+DEFAULT_CONTEXT = 4096
 DEFAULT_READERS = 2
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{prefix: 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What is known of an option beside its name, type and default.
+
+    help: for people. choices: the texts that it may be. least, most: of a number. automatic: what stands for it where
+    it is None.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    most: int | None = None
+    automatic: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises OptionError for a value that makes no sense."""
+        if self.choices and value not in self.choices:
+            raise OptionError(f"{name} = {value!r} is not one of {', '.join(self.choices)}")
+        if self.least is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise OptionError(f"{name} = {value!r} is not a whole number")
+        if value < self.least or (self.most is not None and value > self.most):
+            bounds = f"at least {self.least}" if self.most is None else f"between {self.least} and {self.most}"
+            raise OptionError(f"{name} = {value} is not {bounds}")
+
+
+def _option(meaning: Meaning, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,29 +78,140 @@ EXACT = Quality()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What `_core.Engine` is given beside the model; the engine reads every field (native/src/python/facts.cpp).
+    """What the engine is given beside the model; it reads every field and checks it (native/src/python/facts.cpp).
 
-    threads: that compute. context: positions that a sequence may have. sequences: whose state is kept.
-    chunk: tokens of a prompt computed together.
-    expert_slots: memory for so many of the largest experts. readers: reads under way at once.
-    eviction: "lru", "lfu", "least_stale" or "next_use". prefetch: read experts that the next layer will probably want.
-    quality: of rows that have none of their own. Memory is laid out for it: others have the same bits with every
-        layout, but lossy rows of an exact engine save no reads.
-    cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
-    arrival_jitter_us: for tests: what was read arrives up to so many microseconds later.
-    isa: the instruction set; None for EDGEMOE_ISA, or the best that the processor has.
+    Rows of another quality than the engine's have the same bits with every layout of the memory, but lossy rows of an
+    exact engine save no reads.
     """
 
-    threads: int
-    context: int
-    sequences: int = 1
-    chunk: int = 512
-    expert_slots: int = 1
-    readers: int = DEFAULT_READERS
-    eviction: str = "next_use"
-    prefetch: bool = True
-    quality: Quality = EXACT
-    cache_type_k: str = "f16"
-    cache_type_v: str = "f16"
-    arrival_jitter_us: int = 0
-    isa: str | None = None
+    threads: int = _option(Meaning("Threads that compute.", least=1, most=1024, automatic="one per processor"))
+    context: int = _option(Meaning("Positions that a sequence may have.", least=1))
+    sequences: int = _option(Meaning("Sequences whose state is kept.", least=1, most=256), 1)
+    chunk: int = _option(Meaning("Tokens of a prompt that are computed together.", least=1, most=1 << 20), 512)
+    expert_slots: int = _option(Meaning("Memory for so many of the largest experts.", least=1, most=(1 << 31) - 1), 1)
+    readers: int = _option(Meaning("Reads that are under way at once.", least=1, most=1024), DEFAULT_READERS)
+    eviction: str = _option(
+        Meaning("Which expert leaves a full memory first; the text does not depend on it.", EVICTION_POLICIES),
+        "next_use",
+    )
+    prefetch: bool = _option(Meaning("Read experts that the next layer will probably want."), True)
+    quality: Quality = field(
+        default=EXACT,
+        metadata={"meaning": Meaning("Of rows that have no quality of their own; memory is laid out for it.")},
+    )
+    cache_type_k: str = _option(Meaning("How attention keys are kept.", CACHE_TYPES), "f16")
+    cache_type_v: str = _option(Meaning("How attention values are kept.", CACHE_TYPES), "f16")
+    arrival_jitter_us: int = _option(
+        Meaning("For tests: what was read arrives up to so many microseconds later.", least=0, most=1_000_000), 0
+    )
+    isa: str | None = _option(
+        Meaning("The instruction set.", automatic="EDGEMOE_ISA, or the best that the processor has"), None
+    )
+
+
+def _as_engine(name: str, default: Any = MISSING) -> Any:
+    """An option that means the same to the engine, with its default or another one."""
+    known = EngineOptions.__dataclass_fields__[name]
+    return field(default=known.default if default is MISSING else default, metadata=known.metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How a model is to be loaded. Refuses values that make no sense with OptionError.
+
+    memory: bytes, "8GB" (10^9), "6GiB" or "auto": what the process may take in all. threads: None for the processors
+        that this process may use.
+    context: positions of a sequence; None for 4096, or what the model was made for if that is less; 0 for all that.
+    parallel: sequences whose state is kept; each takes memory for the whole context. Any number of generations may run,
+        but where there are more of them than sequences, what one has computed is computed again when it goes on.
+    cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
+    eviction: which expert leaves memory first, one of EVICTION_POLICIES. prefetch: read the experts that the next layer
+        will probably want while the disk is idle. Neither changes a bit of the result.
+    quality: "exact" uses every stored bit of every expert. "high", "balanced" and "fast" use fewer of the experts that
+        the router gives less weight; they need a pack with several levels whose modes were measured.
+
+    To measure and to test: thresholds, in place of those of `quality` (ascending; an expert works as many levels below
+    its finest as there are thresholds below the share of the router's weight that the token's heavier experts have);
+    level_cap; chunk, expert_slots and readers, where None is what the memory and the disk suggest; arrival_jitter_us.
+    """
+
+    memory: int | str | None = _option(
+        Meaning("What the program may take in all, such as 8GB (10^9) or 6GiB.", automatic="auto"), None
+    )
+    threads: int | None = _as_engine("threads", None)
+    context: int | None = _option(
+        Meaning(
+            "Tokens of prompt and answer together; 0 for all the model was made for.",
+            least=0,
+            automatic=f"{DEFAULT_CONTEXT}, or that",
+        ),
+        None,
+    )
+    parallel: int = _as_engine("sequences")
+    cache_type_k: str = _as_engine("cache_type_k")
+    cache_type_v: str = _as_engine("cache_type_v")
+    eviction: str = _as_engine("eviction")
+    prefetch: bool = _as_engine("prefetch")
+    quality: str = _option(
+        Meaning(
+            "Fewer bits for experts of little weight, where a pack has several levels and says what it costs.",
+            QUALITIES,
+        ),
+        "exact",
+    )
+    thresholds: Sequence[float] | None = _option(Meaning("Of a lossy mode, in place of a quality's."), None)
+    level_cap: int | None = _option(Meaning("No expert works above this level.", least=0, automatic="all levels"), None)
+    chunk: int | None = _as_engine("chunk", None)
+    expert_slots: int | None = _as_engine("expert_slots", None)
+    readers: int | None = _as_engine("readers", None)
+    arrival_jitter_us: int = _as_engine("arrival_jitter_us")
+
+    def __post_init__(self) -> None:
+        for known in dataclasses.fields(self):
+            value = getattr(self, known.name)
+            if value is None and known.default is None:
+                continue
+            known.metadata["meaning"].check(known.name, value)
+            if isinstance(known.default, bool) and not isinstance(value, bool):
+                raise OptionError(f"{known.name} = {value!r} is not true or false")
+        object.__setattr__(self, "memory", None if self.memory is None else parse_size(self.memory))
+
+    @classmethod
+    def given(cls, options: Mapping[str, Any]) -> LoadOptions:
+        """From names and values. An unknown name is an OptionError."""
+        known = [option.name for option in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise OptionError(f"unknown option {unknown[0]!r} (known: {', '.join(known)})")
+        return cls(**options)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` as a number; None for what is free."""
+        assert not isinstance(self.memory, str)
+        return self.memory
+
+
+def context_length(asked: int | None, longest: int) -> int:
+    """Positions of a sequence: those asked for, where the model was made for `longest`. Raises OptionError."""
+    if asked is None:
+        return min(longest, DEFAULT_CONTEXT)
+    if not 0 <= asked <= longest:
+        raise OptionError(f"a context of {asked} positions: the model was made for 1 to {longest}")
+    return asked or longest
+
+
+def parse_size(text: str | int) -> int | None:
+    """Bytes of "8GB" (10^9), "6GiB" (2^30), "500M" or a plain number; None for "auto". Raises OptionError."""
+    if isinstance(text, str):
+        if text.strip().lower() == "auto":
+            return None
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
+        if not match or match[2].upper() not in _UNITS:
+            raise OptionError(f"memory {text!r} is not a size such as 8GB, 6GiB or auto")
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    else:
+        size = text
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 1 << 62:
+        raise OptionError(f"memory {text!r} is not between 1 byte and 4 EiB")
+    return size

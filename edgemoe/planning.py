@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemoe import _core
+from edgemoe.engine import plan_memory
 from edgemoe.errors import OptionError, SourceError, UnsupportedModelError
 from edgemoe.formats.index import DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
 from edgemoe.formats.pack import ALIGNMENT, BLOCK, align, tensor_size
 from edgemoe.formats.read import read_index
 from edgemoe.formats.safetensors import read_json
 from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now
-from edgemoe.model import DEFAULT_CONTEXT, QUALITIES
-from edgemoe.options import EngineOptions, Quality
+from edgemoe.options import QUALITIES, EngineOptions, Quality, context_length
 from edgemoe.spec import FLOAT_TENSORS, ModelSpec
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ class Plan:
     """What a model asks of a machine. Sizes in bytes.
 
     dense: weights always in memory. experts: all routed experts as stored. active: weights that one token works with.
-    state: of one sequence of `context` positions. least: the smallest budget that runs; sensible: one that holds twice
-    the experts of one token, or everything where that is less; everything: the budget with no reads left.
+    state: of `parallel` sequences, each of `context` positions. least: the smallest budget that runs; sensible: one
+    that holds twice the experts of one token, or everything where that is less; everything: with no reads left.
     source: where the hit rates come from. qualities: the same budgets in each lossy mode that the pack has measured.
     """
 
@@ -71,6 +70,7 @@ class Plan:
     parameters: int
     active_parameters: int
     context: int
+    parallel: int
     dense: int
     experts: int
     expert: int
@@ -90,6 +90,7 @@ def plan_model(
     *,
     memory: int | None = None,
     context: int | None = None,
+    parallel: int = 1,
     bits: int = 8,
     cache_type: str = "f16",
     trace: Trace | None = None,
@@ -98,8 +99,8 @@ def plan_model(
 ) -> Plan:
     """Plans a pack, a GGUF file, or a Hugging Face folder as converted at `bits`: its config.json is enough.
 
-    memory: bytes, None for what is free. disk, bandwidth: bytes per second of the disk and of the memory.
-    trace: of this model, for hit rates; without one they are a published range.
+    memory: bytes, None for what is free. parallel: sequences whose state is kept. disk, bandwidth: bytes per second of
+    the disk and of the memory. trace: of this model, for hit rates; without one they are a published range.
 
     A lossy mode is taken to read, keep and compute the share of an expert that its mean bits are of exact mode's.
 
@@ -111,23 +112,26 @@ def plan_model(
     total_experts = sum(layer.experts for layer in spec.layers)
     if not total_experts:
         raise UnsupportedModelError(f"{path}: every layer is dense; there is nothing to stream")
-    length = min(spec.context, DEFAULT_CONTEXT) if context is None else context or spec.context
-    if not 1 <= length <= spec.context:
-        raise OptionError(f"a context of {length} positions: the model was made for 1 to {spec.context}")
+    length = context_length(context, spec.context)
     index = replace(index, spec=spec.for_context(length))
     options = EngineOptions(
-        threads=1, context=length, chunk=CHUNKS[0], cache_type_k=cache_type, cache_type_v=cache_type
+        threads=1,
+        context=length,
+        sequences=parallel,
+        chunk=CHUNKS[0],
+        cache_type_k=cache_type,
+        cache_type_v=cache_type,
     )
 
     def budget(limit: int) -> Budget:
         return plan_budget(limit, index, options)
 
-    needs = _core.plan(index, replace(options, chunk=CHUNKS[-1]))
+    needs = plan_memory(index, replace(options, chunk=CHUNKS[-1]))
     fixed = used_now() + RESERVE + needs.dense + needs.state + needs.scratch
     working = sum(layer.top_k for layer in spec.layers)
     least = fixed + needs.minimum_slots * needs.slot + _SLACK
     # With room for all experts the largest chunks are used.
-    largest = _core.plan(index, options)
+    largest = plan_memory(index, options)
     everything = fixed - needs.scratch + largest.scratch + needs.experts * needs.slot + _SLACK
     sensible = min(_smallest(budget, min(2 * working, needs.experts), least, everything), everything)
     limit = automatic_budget() if memory is None else memory
@@ -142,7 +146,7 @@ def plan_model(
     working_bytes = sum(layer.top_k * size for layer, size in zip(spec.layers, expert_bytes, strict=True))
 
     # Levels that come and go apart take a little more memory than experts that are always whole.
-    levels_apart = _core.plan(index, replace(options, quality=Quality(thresholds=(1.0,))))
+    levels_apart = plan_memory(index, replace(options, quality=Quality(thresholds=(1.0,))))
 
     def speeds(share: float, slot: int) -> tuple[Speed, ...]:
         """Of all budgets, with so much of each expert read, kept and computed; slot: bytes of a whole one in memory."""
@@ -162,6 +166,7 @@ def plan_model(
         parameters=parameters,
         active_parameters=active_parameters,
         context=length,
+        parallel=parallel,
         dense=needs.dense,
         experts=sum(layer.experts * size for layer, size in zip(spec.layers, expert_bytes, strict=True)),
         expert=max(expert_bytes),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from helpers import slow_except
 from reference import ReferenceModel
 
 import edgemoe
-import edgemoe.model
 from edgemoe import _core
 from edgemoe.convert import convert
 from edgemoe.formats.pack import Pack
-from edgemoe.memory import plan_budget
+from edgemoe.formats.read import read_index
+from edgemoe.loading import load_engine
+from edgemoe.options import LoadOptions
 
 TOKENS = np.random.default_rng(5).integers(0, 320, 130).astype(np.int32)
 F32_STATE = {"cache_type_k": "f32", "cache_type_v": "f32"}
@@ -40,19 +41,9 @@ def make_pack(tiny_qwen3_moe: MakeFolder, tmp_path: Path) -> Callable[..., Path]
     return make
 
 
-@pytest.fixture
-def load_divided(monkeypatch: pytest.MonkeyPatch) -> Callable[..., edgemoe.Model]:
-    """Loads with a given chunk size or number of expert slots instead of those the budget gives."""
-
-    def load(path: Path, chunk: int = 512, slots: int | None = None, **options: Any) -> edgemoe.Model:
-        def plan(*arguments: Any) -> Any:
-            budget = plan_budget(*arguments)
-            return dataclasses.replace(budget, chunk=chunk, expert_slots=slots or budget.expert_slots)
-
-        monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
-        return edgemoe.load(path, **options)
-
-    return load
+def load_divided(path: Path, chunk: int = 512, slots: int | None = None, **options: Any) -> edgemoe.Model:
+    """Loads with a given chunk size or number of expert slots instead of those that the budget gives."""
+    return edgemoe.load(path, chunk=chunk, expert_slots=slots, **options)
 
 
 # -- exactness ----------------------------------------------------------------------------------------------------
@@ -74,7 +65,7 @@ def test_the_last_layer_computes_only_wanted_tokens(make_pack: Callable[..., Pat
     count, layers, top_k = 30, len(Pack.open(pack).index.experts), Pack.open(pack).index.spec.layers[0].top_k
     positions, ids = np.arange(count, dtype=np.int32), np.zeros(count, np.int32)
     with edgemoe.load(pack) as model:
-        engine = model._open()
+        engine = model.engine
         every = engine.forward(TOKENS[:count], positions, ids, positions)
         for wanted in ([], [count - 1], [0, 3, 17]):
             engine.truncate(0, 0)
@@ -102,7 +93,6 @@ def test_int8_activations_cost_little(make_pack: Callable[..., Path], bits: int)
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_logits_are_bit_identical_however_they_are_computed(
     make_pack: Callable[..., Path],
-    load_divided: Callable[..., edgemoe.Model],
     monkeypatch: pytest.MonkeyPatch,
     bits: int,
     state: str,
@@ -141,9 +131,9 @@ def test_prefix_reuse_and_restored_state_change_nothing(make_pack: Callable[...,
         expected = model.logits(TOKENS)
 
         def last(tokens: Any) -> tuple[bytes, int]:
-            before = model._open().counters().tokens
-            logits = model._next_logits(list(tokens))
-            return logits.tobytes(), int(model._open().counters().tokens - before)
+            before = model.engine.counters().tokens
+            logits = model.next_logits(list(tokens))
+            return logits.tobytes(), int(model.engine.counters().tokens - before)
 
         other = [*TOKENS[:70], 1, 2, 3]
         last(other)
@@ -155,13 +145,12 @@ def test_prefix_reuse_and_restored_state_change_nothing(make_pack: Callable[...,
         assert saved[0] == tuple(TOKENS[:100])
 
 
-def test_several_sequences_in_one_pass(make_pack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_sequences_in_one_pass(make_pack: Callable[..., Path]) -> None:
     with edgemoe.load(make_pack(), parallel=2) as model:
         first, second = model.logits(TOKENS[:20]), model.logits(TOKENS[50:67])
+        model.logits(TOKENS[:1])
         other = 1
-        for sequence in (0, other):
-            model._open().truncate(sequence, 0)
-        model.forward(TOKENS[:1], [0], [0], [])
+        model.engine.truncate(other, 0)
         # Sequence 0 holds one token; the rest of it and all of the other one come mixed.
         tokens = [*TOKENS[1:20], *TOKENS[50:67]]
         positions = [*range(1, 20), *range(17)]
@@ -175,26 +164,25 @@ def test_several_sequences_in_one_pass(make_pack: Callable[..., Path], monkeypat
 def test_sequences_come_and_go(make_pack: Callable[..., Path]) -> None:
     path = make_pack()
     with edgemoe.load(path) as model:
+        expected = model.logits(TOKENS[:20])
         one = model.budget.state
         with pytest.raises(edgemoe.errors.StateError, match="room for 1 sequence,"):
-            model._open().add_sequence()
-    with edgemoe.load(path, parallel=3) as model:
-        assert model.budget.state == 3 * one
-        engine = model._open()
-        expected = model.logits(TOKENS[:20])
-        ids = [1, 2]
+            model.engine.add_sequence()
+    loaded = load_engine(read_index(path), LoadOptions(parallel=3))
+    assert loaded.budget.state == 3 * one
+    with closing(loaded.engine) as engine:
+        ids = [engine.add_sequence(), engine.add_sequence()]
         with pytest.raises(edgemoe.errors.StateError, match="room for 3 sequences,"):
             engine.add_sequence()
-        for id in ids:
-            engine.truncate(id, 0)
-            again = model.forward(TOKENS[:20], np.arange(20), np.full(20, id), np.arange(20))
+        for id in (0, *ids):
+            again = engine.forward(TOKENS[:20], np.arange(20), np.full(20, id), np.arange(20))
             assert again.tobytes() == expected.tobytes()
         engine.remove_sequence(ids[0])
         for use in (engine.length, engine.remove_sequence, engine.mark, engine.snapshot):
             with pytest.raises(ValueError, match=f"no sequence {ids[0]}"):
                 use(ids[0])
         with pytest.raises(ValueError, match=f"no sequence {ids[0]}"):
-            model.forward([5], [0], [ids[0]], [0])
+            engine.forward([5], [0], [ids[0]], [0])
         assert engine.add_sequence() == ids[0] and engine.length(ids[0]) == 0
         assert (engine.length(0), engine.length(ids[1])) == (20, 20)
 
@@ -231,7 +219,7 @@ def test_tokens_outside_the_vocabulary_are_refused(make_pack: Callable[..., Path
         with pytest.raises(edgemoe.OptionError, match="not in the vocabulary of 320"):
             model.logits(tokens)
         with pytest.raises(ValueError, match="not in the vocabulary of 320"):
-            model._open().forward(tokens, [0], [0], [0])
+            model.engine.forward(tokens, [0], [0], [0])
 
 
 def test_too_small_a_budget_names_one_that_works(make_pack: Callable[..., Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import sys
 from collections.abc import Callable
@@ -17,13 +16,11 @@ from reference import Array, ReferenceModel
 from tiny_gguf import tiny, tiny_tensors
 
 import edgemoe
-import edgemoe.model
 from edgemoe import _core
 from edgemoe.convert import convert
 from edgemoe.errors import UnsupportedModelError
 from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.pack import Pack
-from edgemoe.memory import plan_budget
 from edgemoe.spec import ModelSpec
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -181,19 +178,9 @@ def write_like_folder(pack: Pack, folder: Path, path: Path, writer: str) -> Path
 # -- exactness ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def load_divided(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Loads with a given chunk size or number of expert slots instead of those the budget gives."""
-
-    def load(path: Path, chunk: int = 512, slots: int | None = None, **options: Any) -> edgemoe.Model:
-        def plan(*arguments: Any, **more: Any) -> Any:
-            budget = plan_budget(*arguments, **more)
-            return dataclasses.replace(budget, chunk=chunk, expert_slots=slots or budget.expert_slots)
-
-        monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
-        return edgemoe.load(path, **options)
-
-    return load
+def load_divided(path: Path, chunk: int = 512, slots: int | None = None, **options: Any) -> edgemoe.Model:
+    """Loads with a given chunk size or number of expert slots instead of those that the budget gives."""
+    return edgemoe.load(path, chunk=chunk, expert_slots=slots, **options)
 
 
 # Kinds by tensor and sizes. The vocabulary has 267 entries, never a multiple of 16; 40 units are none either, and what
@@ -218,7 +205,7 @@ SHAPES: dict[str, tuple[dict[str, str], dict[str, int]]] = {
 
 @pytest.mark.parametrize("shape", slow_except(SHAPES))
 def test_logits_are_bit_identical_however_they_are_computed(
-    tmp_path: Path, load_divided: Load, monkeypatch: pytest.MonkeyPatch, shape: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
 ) -> None:
     kinds, sizes = SHAPES[shape]
     path, tokens = tiny(tmp_path, kinds, **sizes), some_tokens(90)
@@ -232,7 +219,7 @@ def test_logits_are_bit_identical_however_they_are_computed(
         with load_divided(path, **variant) as model:
             assert model.logits(tokens).tobytes() == expected, variant
             if "slots" in variant:
-                assert model._open().counters().evictions > 0
+                assert model.engine.counters().evictions > 0
     for isa in _core.kernels.available_isas():
         monkeypatch.setenv("EDGEMOE_ISA", isa)
         with load_divided(path) as model:
@@ -241,7 +228,7 @@ def test_logits_are_bit_identical_however_they_are_computed(
 
 
 @pytest.mark.parametrize("kind", slow_except([name for name in TYPES if name != "f32"], "f16", "q4_k"))
-def test_a_router_of_any_type(tmp_path: Path, load_divided: Load, kind: str) -> None:
+def test_a_router_of_any_type(tmp_path: Path, kind: str) -> None:
     path, tokens = tiny(tmp_path, {"ffn_gate_inp": kind}, hidden=256, ffn=64), some_tokens(40)
     found = logits(path, tokens, **F32_STATE)
     check_difference(found, ReferenceModel(GgufPackageWeights(path)).logits(tokens), kind not in QUANTIZED)

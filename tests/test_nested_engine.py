@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,21 @@ from helpers import slow_except
 from reference import PackWeights, ReferenceModel
 
 import edgemoe
-import edgemoe.model
-from edgemoe import _core
 from edgemoe.convert import convert
 from edgemoe.errors import OptionError, ReadError
-from edgemoe.formats.index import LevelQuality, MeasuredQuality, ModelIndex, ModeQuality
+from edgemoe.formats.index import LevelQuality, MeasuredQuality, ModeQuality
 from edgemoe.formats.layouts import packed_size
 from edgemoe.formats.pack import Pack
-from edgemoe.memory import Budget, plan_budget
-from edgemoe.model import EVICTION_POLICIES, Model
+from edgemoe.formats.read import read_index
+from edgemoe.loading import load_engine
+from edgemoe.model import Model
 from edgemoe.model_files import bundled_model
-from edgemoe.options import EngineOptions, Quality
+from edgemoe.options import EVICTION_POLICIES, LoadOptions, Quality
 
 TOKENS = np.random.default_rng(8).integers(0, 320, 24).tolist()
 LAYERS, EXPERTS, TOP_K = 3, 12, 3
 THRESHOLDS = [0.4, 0.7]
 BLOCK = 4096
-
-Load = Callable[..., Model]
 
 
 @pytest.fixture(scope="module")
@@ -62,31 +59,15 @@ def mixed(floats: Path) -> Path:
     )
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+def load(path: Path, slots: int | None = None, readers: int = 2, jitter: int = 0, **options: Any) -> Model:
     """Loads with so many expert slots, threads that read, and delays of what they have read (microseconds)."""
-
-    def load(path: Path, slots: int | None = None, readers: int = 2, jitter: int = 0, **options: Any) -> Model:
-        def plan(*arguments: Any) -> Budget:
-            budget = plan_budget(*arguments)
-            return budget if slots is None else dataclasses.replace(budget, expert_slots=slots)
-
-        def engine(index: ModelIndex, chosen: EngineOptions) -> _core.Engine:
-            return real(index, dataclasses.replace(chosen, readers=readers, arrival_jitter_us=jitter))
-
-        real = _core.Engine
-        with monkeypatch.context() as patch:
-            patch.setattr(edgemoe.model, "plan_budget", plan)
-            patch.setattr(_core, "Engine", engine)
-            return Model(path, **options)
-
-    return load
+    return edgemoe.load(path, expert_slots=slots, readers=readers, arrival_jitter_us=jitter, **options)
 
 
 def passes(model: Model) -> bytes:
     """Logits of a prompt, then of single tokens after it."""
     prompt = model.logits(TOKENS).tobytes()
-    return prompt + b"".join(model._next_logits(TOKENS[: n + 1]).tobytes() for n in range(6, 14))
+    return prompt + b"".join(model.next_logits(TOKENS[: n + 1]).tobytes() for n in range(6, 14))
 
 
 class NestedWeights(PackWeights):
@@ -115,9 +96,7 @@ class NestedWeights(PackWeights):
 
 
 @pytest.mark.parametrize("ladder", slow_except([(2, 3, 4), (2, 4), (3, 5, 8), (1, 2, 3, 4, 5, 6, 7, 8), (4,)]))
-def test_exact_logits_equal_the_numpy_reference(
-    floats: Path, tmp_path: Path, ladder: Sequence[int], load: Load
-) -> None:
+def test_exact_logits_equal_the_numpy_reference(floats: Path, tmp_path: Path, ladder: Sequence[int]) -> None:
     path = nested.write_nested_pack(floats, tmp_path / "nested.emoe", ladder)
     expected = ReferenceModel(NestedWeights(Pack.open(path))).logits(np.asarray(TOKENS))
     with load(path, cache_type_k="f32", cache_type_v="f32") as model:
@@ -128,13 +107,13 @@ def test_exact_logits_equal_the_numpy_reference(
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_a_cap_makes_every_expert_that_coarse(mixed: Path, level: int, load: Load) -> None:
+def test_a_cap_makes_every_expert_that_coarse(mixed: Path, level: int) -> None:
     weights = NestedWeights(Pack.open(mixed), level)
     expected = ReferenceModel(weights).logits(np.asarray(TOKENS))
     with load(mixed, level_cap=level, cache_type_k="f32", cache_type_v="f32") as model:
         difference = np.abs(model.logits(TOKENS) - expected) / (expected.max() - expected.min())
         assert difference.mean() < 5e-4
-        counters = model._open().counters()
+        counters = model.engine.counters()
         assert 2 <= counters.expert_bits / counters.expert_uses <= 2 + level
         assert (level == 0) == (counters.expert_bits == 2 * counters.expert_uses)
 
@@ -142,7 +121,7 @@ def test_a_cap_makes_every_expert_that_coarse(mixed: Path, level: int, load: Loa
 @pytest.mark.parametrize("which", slow_except(["pack", "mixed"]))
 @pytest.mark.parametrize("thresholds", [[], THRESHOLDS], ids=["exact", "lossy"])
 def test_no_bit_depends_on_memory_threads_or_arrival(
-    which: str, thresholds: list[float], load: Load, request: pytest.FixtureRequest
+    which: str, thresholds: list[float], request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(which)
     with load(path, thresholds=thresholds, prefetch=False, threads=1) as model:
@@ -158,13 +137,13 @@ def test_no_bit_depends_on_memory_threads_or_arrival(
             }
             with load(path, slots, eviction=eviction, thresholds=thresholds, **options) as model:
                 assert passes(model) == expected, (eviction, slots, options)
-                assert model._open().counters().evictions > 0
+                assert model.engine.counters().evictions > 0
 
 
-def test_the_chunks_of_a_prompt_do_not_matter(pack: Path, load: Load) -> None:
+def test_the_chunks_of_a_prompt_do_not_matter(pack: Path) -> None:
     with load(pack, thresholds=THRESHOLDS) as model:
         whole = model.logits(TOKENS)
-        single = [model._next_logits(TOKENS[: n + 1]).tobytes() for n in range(len(TOKENS))]
+        single = [model.next_logits(TOKENS[: n + 1]).tobytes() for n in range(len(TOKENS))]
     assert [row.tobytes() for row in whole] == single
 
 
@@ -178,7 +157,7 @@ def step_by_step(model: Model, trace: Path) -> tuple[dict[str, float], list[list
 
     with model.trace(trace):
         for n in range(len(TOKENS)):
-            model._next_logits(TOKENS[: n + 1])
+            model.next_logits(TOKENS[: n + 1])
     experts = Pack.open(model.path).index.experts
     steps = []
     recorded = read_trace(trace)
@@ -189,17 +168,17 @@ def step_by_step(model: Model, trace: Path) -> tuple[dict[str, float], list[list
             share = 0.0
             for expert, weight in zip(picks[columns], weights[columns] / weights[columns].sum(), strict=True):
                 finest = len(experts[layer].sections[expert]) - 1
-                level = finest - sum(share > threshold for threshold in model.thresholds)
+                level = finest - sum(share > threshold for threshold in model.options.quality.thresholds)
                 step.append((layer, expert, max(level, 0)))
                 share += weight
         steps.append(step)
-    return model._open().counters(), steps
+    return model.engine.counters(), steps
 
 
 @pytest.mark.parametrize("thresholds", [[], THRESHOLDS, [0.5]], ids=str)
 @pytest.mark.parametrize("which", ["pack", "mixed"])
 def test_levels_follow_the_rule_and_missing_sections_are_read_once(
-    which: str, thresholds: list[float], load: Load, tmp_path: Path, request: pytest.FixtureRequest
+    which: str, thresholds: list[float], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(which)
     opened = Pack.open(path)
@@ -226,7 +205,7 @@ def test_levels_follow_the_rule_and_missing_sections_are_read_once(
 @pytest.mark.parametrize("own", [[], THRESHOLDS], ids=["exact", "lossy"])
 @pytest.mark.parametrize("which", ["pack", "mixed"])
 def test_rows_have_qualities_of_their_own(
-    which: str, own: list[float], slots: int | None, load: Load, request: pytest.FixtureRequest
+    which: str, own: list[float], slots: int | None, request: pytest.FixtureRequest
 ) -> None:
     """Sequences of different qualities in one batch: each has the bits of a model of its quality, whatever the engine's
     own is and in whatever company."""
@@ -251,22 +230,22 @@ def test_rows_have_qualities_of_their_own(
             model.forward([1], [count], [0], [0], qualities=qualities, quality=[3])
 
 
-def test_thresholds_below_everything_take_the_first_expert_too(pack: Path, load: Load) -> None:
+def test_thresholds_below_everything_take_the_first_expert_too(pack: Path) -> None:
     with load(pack, thresholds=[-1.0, -1.0]) as model:
         fast = model.logits(TOKENS).tobytes()
     with load(pack, level_cap=0) as model:
         assert model.logits(TOKENS).tobytes() == fast
 
 
-def test_counters_add_up(pack: Path, load: Load) -> None:
+def test_counters_add_up(pack: Path) -> None:
     with load(pack, 10, thresholds=THRESHOLDS) as model:
         deadline = time.monotonic() + 30
         passes(model)
         # Beside a model so small reading ahead hardly pays: it is tried now and then.
-        while model._open().counters().prefetch_issued == 0 and time.monotonic() < deadline:
+        while model.engine.counters().prefetch_issued == 0 and time.monotonic() < deadline:
             passes(model)
         while True:
-            c = model._open().counters()
+            c = model.engine.counters()
             unused = c.prefetch_issued - c.prefetch_used - c.prefetch_late - c.prefetch_wasted
             if unused >= 0 or time.monotonic() > deadline:
                 break
@@ -276,7 +255,7 @@ def test_counters_add_up(pack: Path, load: Load) -> None:
     assert c.bytes_read % BLOCK == 0 and c.sections_read > c.evictions
 
 
-def test_memory_holds_more_coarse_experts_than_whole_ones(pack: Path, load: Load, tmp_path: Path) -> None:
+def test_memory_holds_more_coarse_experts_than_whole_ones(pack: Path, tmp_path: Path) -> None:
     evictions = {}
     for cap in (0, 2):
         with load(pack, EXPERTS * LAYERS // 2, prefetch=False, level_cap=cap) as model:
@@ -285,7 +264,7 @@ def test_memory_holds_more_coarse_experts_than_whole_ones(pack: Path, load: Load
     assert evictions[0] == 0 < evictions[2]
 
 
-def test_a_damaged_refinement_is_named(pack: Path, tmp_path: Path, load: Load) -> None:
+def test_a_damaged_refinement_is_named(pack: Path, tmp_path: Path) -> None:
     opened = Pack.open(pack)
     damaged = tmp_path / "damaged.emoe"
     data = bytearray(pack.read_bytes())
@@ -303,19 +282,19 @@ def test_a_damaged_refinement_is_named(pack: Path, tmp_path: Path, load: Load) -
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_everything_fits_into_the_slots_that_a_plan_names(mixed: Path, pack: Path, load: Load) -> None:
+def test_everything_fits_into_the_slots_that_a_plan_names(mixed: Path, pack: Path) -> None:
     for path in (pack, mixed):
         with load(path, prefetch=False) as model:
             assert model.budget.expert_slots < LAYERS * EXPERTS or path == pack
             for seed in range(12):
                 model.logits(np.random.default_rng(seed).integers(0, 320, 64))
-            counters = model._open().counters()
+            counters = model.engine.counters()
             assert counters.evictions == 0
             sections = {s for layer in Pack.open(path).index.experts.values() for row in layer.sections for s in row}
             assert counters.sections_read <= len(sections)
 
 
-def test_experts_that_are_always_whole_waste_no_memory(load: Load) -> None:
+def test_experts_that_are_always_whole_waste_no_memory() -> None:
     opened = Pack.open(bundled_model())
     rows = [row for layer in opened.index.experts.values() for row in layer.sections]
     whole = {sum(opened.index.sections[section].length for section in row) for row in rows}
@@ -329,7 +308,7 @@ def test_experts_that_are_always_whole_waste_no_memory(load: Load) -> None:
         assert exact.budget.slot_bytes < high.budget.slot_bytes == capped.budget.slot_bytes
 
 
-def test_the_least_memory_is_one_tokens_experts(pack: Path, load: Load) -> None:
+def test_the_least_memory_is_one_tokens_experts(pack: Path) -> None:
     with load(pack, TOP_K, prefetch=True, jitter=200, readers=4) as model:
         assert len(passes(model)) > 0
 
@@ -343,20 +322,20 @@ def test_refusals(pack: Path, floats: Path) -> None:
             edgemoe.load(floats, quality=mode)
         with pytest.raises(OptionError, match=f"nested.emoe: quality '{mode}': the pack does not say what was meas"):
             edgemoe.load(pack, quality=mode)
-    with pytest.raises(OptionError, match="quality 'best' is not one of exact, high, balanced, fast"):
+    with pytest.raises(OptionError, match="quality = 'best' is not one of exact, high, balanced, fast"):
         edgemoe.load(pack, quality="best")
     with pytest.raises(OptionError, match="quality 'fast' and thresholds exclude each other"):
-        Model(pack, quality="fast", thresholds=[0.5])
+        edgemoe.load(pack, quality="fast", thresholds=[0.5])
     with pytest.raises(OptionError, match="3 thresholds for experts of 3 levels"):
-        Model(pack, thresholds=[0.1, 0.2, 0.3])
+        edgemoe.load(pack, thresholds=[0.1, 0.2, 0.3])
     with pytest.raises(OptionError, match="1 thresholds for experts of 1 levels"):
-        Model(floats, thresholds=[0.5])
+        edgemoe.load(floats, thresholds=[0.5])
     for wrong in ([0.5, 0.4], [float("nan")], [1.5]):
         with pytest.raises(OptionError, match="do not ascend from -1 to 1 at most"):
-            Model(pack, thresholds=wrong)
-    for cap in (-1, 3):
-        with pytest.raises(OptionError, match=f"level_cap {cap} is not one of its 3 levels"):
-            Model(pack, level_cap=cap)
+            edgemoe.load(pack, thresholds=wrong)
+    for cap, why in ((-1, "level_cap = -1 is not at least 0"), (3, "level_cap 3: its highest level is 2")):
+        with pytest.raises(OptionError, match=why):
+            edgemoe.load(pack, level_cap=cap)
 
 
 @pytest.mark.parametrize(
@@ -370,25 +349,18 @@ def test_refusals(pack: Path, floats: Path) -> None:
         ("base3r2", "refine3", "refine3"),
     ],
 )
-def test_levels_that_do_not_go_together_are_refused(
-    layouts: Sequence[str], pack: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = _core.Engine
-
-    def engine(index: ModelIndex, chosen: EngineOptions) -> _core.Engine:
-        layer = index.experts[1]
-        levels = [
-            dataclasses.replace(
-                level, parts={name: dataclasses.replace(part, layout=layout) for name, part in level.parts.items()}
-            )
-            for layout, level in zip(layouts, layer.levels, strict=True)
-        ]
-        changed = {**index.experts, 1: dataclasses.replace(layer, levels=tuple(levels))}
-        return real(dataclasses.replace(index, experts=changed), chosen)
-
-    monkeypatch.setattr(_core, "Engine", engine)
+def test_levels_that_do_not_go_together_are_refused(layouts: Sequence[str], pack: Path) -> None:
+    index = read_index(pack)
+    layer = index.experts[1]
+    levels = [
+        dataclasses.replace(
+            level, parts={name: dataclasses.replace(part, layout=layout) for name, part in level.parts.items()}
+        )
+        for layout, level in zip(layouts, layer.levels, strict=True)
+    ]
+    changed = {**index.experts, 1: dataclasses.replace(layer, levels=tuple(levels))}
     with pytest.raises(OptionError, match="an expert of layer 1 has levels that are not nested"):
-        Model(pack)
+        load_engine(dataclasses.replace(index, experts=changed), LoadOptions())
 
 
 def test_modes_are_the_packs_thresholds(floats: Path, tmp_path: Path) -> None:
@@ -397,15 +369,15 @@ def test_modes_are_the_packs_thresholds(floats: Path, tmp_path: Path) -> None:
     quality = MeasuredQuality("text", 100, 9.0, (LevelQuality(4, 10.0, 0.1),), modes)
     pack = nested.write_nested_pack(floats, tmp_path / "measured.emoe", quality=quality)
     with edgemoe.load(pack, quality="high") as model:
-        assert model.quality == "high" and model.thresholds == [0.7]
+        assert model.quality == "high" and model.options.quality.thresholds == (0.7,)
         high = model.logits(TOKENS).tobytes()
         list(model.generate(TOKENS, max_tokens=3, ignore_eos=True, seed=1))
         assert 3 < model.stats()["mean_bits"] < 4
-    with Model(pack, thresholds=[0.7]) as model:
+    with edgemoe.load(pack, thresholds=[0.7]) as model:
         assert model.logits(TOKENS).tobytes() == high
     with pytest.raises(OptionError, match="quality 'balanced': the pack does not say"):
         edgemoe.load(pack, quality="balanced")
     with edgemoe.load(pack) as model:
-        assert model.thresholds == [] and model.logits(TOKENS).tobytes() != high
+        assert model.options.quality.thresholds == () and model.logits(TOKENS).tobytes() != high
         list(model.generate(TOKENS, max_tokens=3, ignore_eos=True, seed=1))
         assert model.stats()["mean_bits"] == 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -16,11 +15,9 @@ import psutil
 import pytest
 
 import edgemoe
-import edgemoe.model
 from edgemoe.convert import convert
-from edgemoe.memory import Budget, plan_budget
-from edgemoe.model import EVICTION_POLICIES
 from edgemoe.model_files import bundled_model
+from edgemoe.options import EVICTION_POLICIES
 
 TOKENS = np.random.default_rng(8).integers(0, 320, 40).tolist()
 READS = ("sections_read", "bytes_read")
@@ -33,46 +30,35 @@ def pack(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "tiny.emoe"
 
 
-@pytest.fixture
-def load_with_slots(monkeypatch: pytest.MonkeyPatch) -> Callable[..., edgemoe.Model]:
-    def load(path: Path, slots: int, **options: Any) -> edgemoe.Model:
-        def plan(*arguments: Any) -> Budget:
-            return dataclasses.replace(plan_budget(*arguments), expert_slots=slots)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(edgemoe.model, "plan_budget", plan)
-            return edgemoe.load(path, **options)
-
-    return load
+def load_with_slots(path: Path, slots: int, **options: Any) -> edgemoe.Model:
+    return edgemoe.load(path, expert_slots=slots, **options)
 
 
 def step_by_step(model: edgemoe.Model) -> bytes:
     """Logits after each token, computed one by one from an empty state."""
     model.logits(TOKENS[:1])
-    return b"".join(model._next_logits(TOKENS[: n + 1]).tobytes() for n in range(len(TOKENS)))
+    return b"".join(model.next_logits(TOKENS[: n + 1]).tobytes() for n in range(len(TOKENS)))
 
 
 @pytest.mark.parametrize("eviction", EVICTION_POLICIES)
-def test_no_bit_depends_on_what_is_in_memory(
-    pack: Path, load_with_slots: Callable[..., edgemoe.Model], eviction: str
-) -> None:
+def test_no_bit_depends_on_what_is_in_memory(pack: Path, eviction: str) -> None:
     with edgemoe.load(pack, prefetch=False) as model:
         expected = step_by_step(model)
     for slots in (3, 16, 40):
         for prefetch in (False, True):
             with load_with_slots(pack, slots, eviction=eviction, prefetch=prefetch) as model:
                 assert step_by_step(model) == expected, (slots, prefetch)
-                counters = model._open().counters()
+                counters = model.engine.counters()
                 assert counters.evictions > 0
                 assert (counters.prefetch_issued > 0) == (prefetch and slots > 3)
 
 
-def test_counters_add_up(pack: Path, load_with_slots: Callable[..., edgemoe.Model]) -> None:
+def test_counters_add_up(pack: Path) -> None:
     with load_with_slots(pack, 20) as model:
         step_by_step(model)
         deadline = time.monotonic() + 30
         while True:
-            c = model._open().counters()
+            c = model.engine.counters()
             misses = c.experts_requested - c.experts_hit
             # A miss is read on demand, or was being read ahead already.
             reads = misses - c.prefetch_late + c.prefetch_issued
@@ -89,12 +75,12 @@ def test_counters_add_up(pack: Path, load_with_slots: Callable[..., edgemoe.Mode
 
 
 def test_the_last_layer_is_not_read_for_tokens_without_logits(
-    tiny_qwen3_moe: Callable[..., Path], tmp_path: Path, load_with_slots: Callable[..., edgemoe.Model]
+    tiny_qwen3_moe: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tiny_qwen3_moe(num_hidden_layers=2, num_experts=16, num_experts_per_tok=3)
     convert(folder, tmp_path / "tiny.emoe", 8)
     with load_with_slots(tmp_path / "tiny.emoe", 28) as model:
-        engine = model._open()
+        engine = model.engine
         for position in range(0, 400, 2):  # now and then one is read ahead whether it pays or not
             engine.forward(TOKENS[:2], [position, position + 1], [0, 0], [])
         counters = engine.counters()
@@ -103,15 +89,13 @@ def test_the_last_layer_is_not_read_for_tokens_without_logits(
         assert engine.counters().sections_read > counters.sections_read
 
 
-def test_without_prediction_lru_reads_what_a_simulation_says(
-    pack: Path, load_with_slots: Callable[..., edgemoe.Model], tmp_path: Path
-) -> None:
+def test_without_prediction_lru_reads_what_a_simulation_says(pack: Path, tmp_path: Path) -> None:
     from edgemoe.profiling.trace import read_trace
 
     with load_with_slots(pack, 14, eviction="lru", prefetch=False) as model:
         with model.trace(tmp_path / "steps.trace"):
             step_by_step(model)
-        hits = model._open().counters().experts_hit
+        hits = model.engine.counters().experts_hit
     trace = read_trace(tmp_path / "steps.trace")
     held: list[tuple[int, int]] = []  # least recently used first
     expected = 0
@@ -129,12 +113,10 @@ def test_without_prediction_lru_reads_what_a_simulation_says(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_read_error_ends_the_pass_and_the_model_stays_usable(
-    pack: Path, load_with_slots: Callable[..., edgemoe.Model]
-) -> None:
+def test_a_read_error_ends_the_pass_and_the_model_stays_usable(pack: Path) -> None:
     with load_with_slots(pack, 6, prefetch=False) as model:
         expected = model.logits(TOKENS).tobytes()
-        before = model._open().counters()
+        before = model.engine.counters()
         links = {int(link.name): os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
         descriptor = next(number for number, target in links.items() if target == str(pack.resolve()))
         saved, directory = os.dup(descriptor), os.open(pack.parent, os.O_RDONLY)
@@ -146,12 +128,12 @@ def test_a_read_error_ends_the_pass_and_the_model_stays_usable(
             os.dup2(saved, descriptor)
             os.close(saved)
             os.close(directory)
-        after = model._open().counters()
+        after = model.engine.counters()
         assert [getattr(after, name) for name in READS] == [getattr(before, name) for name in READS]
         assert model.logits(TOKENS).tobytes() == expected
 
 
-def test_a_replaced_file_does_not_matter(pack: Path, load_with_slots: Callable[..., edgemoe.Model]) -> None:
+def test_a_replaced_file_does_not_matter(pack: Path) -> None:
     with load_with_slots(pack, 6) as model:
         expected = model.logits(TOKENS).tobytes()
         other = pack.with_name("other")
@@ -160,7 +142,7 @@ def test_a_replaced_file_does_not_matter(pack: Path, load_with_slots: Callable[.
         assert model.logits(TOKENS).tobytes() == expected
 
 
-def test_two_models_at_once(pack: Path, load_with_slots: Callable[..., edgemoe.Model]) -> None:
+def test_two_models_at_once(pack: Path) -> None:
     with load_with_slots(pack, 5) as first, load_with_slots(pack, 30) as second:
         assert first.logits(TOKENS).tobytes() == second.logits(TOKENS).tobytes()
         texts = [list(m.generate(TOKENS, max_tokens=5, temperature=0, ignore_eos=True)) for m in (first, second)]
@@ -168,7 +150,7 @@ def test_two_models_at_once(pack: Path, load_with_slots: Callable[..., edgemoe.M
 
 
 @pytest.mark.slow
-def test_long_generations_do_not_grow(load_with_slots: Callable[..., edgemoe.Model]) -> None:
+def test_long_generations_do_not_grow() -> None:
     process = psutil.Process()
     with load_with_slots(bundled_model(), 76, threads=1) as model:
 

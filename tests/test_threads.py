@@ -13,22 +13,18 @@ from edgemoe.convert import convert
 
 # A thread takes address space for its stack, so that with a limit on it only some of so many can be started.
 LIMITED = """
-import functools
 import resource
 import sys
 
 import numpy as np
 
 import edgemoe
-import edgemoe.model
 from edgemoe._core import profiling
 from edgemoe.errors import ThreadError
-from edgemoe.options import EngineOptions
 
 
 def load(threads, readers=2):
-    edgemoe.model.EngineOptions = functools.partial(EngineOptions, readers=readers)
-    return edgemoe.load(sys.argv[1], threads=threads)
+    return edgemoe.load(sys.argv[1], threads=threads, readers=readers)
 
 
 def refused(asked, start):

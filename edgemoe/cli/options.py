@@ -11,6 +11,7 @@ import click
 
 from edgemoe.cli._terminal import progress_bar
 from edgemoe.errors import OptionError
+from edgemoe.options import LoadOptions, Meaning, parse_size
 
 if TYPE_CHECKING:
     from edgemoe.model import Model
@@ -20,8 +21,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def memory_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Callback of an option `auto|SIZE`: 8GB is 8 * 10^9 bytes, 6GiB is 6 * 2^30. Gives bytes, None for auto."""
-    from edgemoe.memory import parse_size
-
     try:
         return None if value is None else parse_size(value)
     except OptionError as error:
@@ -41,49 +40,44 @@ def _apply(function: Function, decorators: list[Callable[[Function], Function]])
     return function
 
 
+def load_option(name: str, *flags: str, metavar: str | None = None, **changes: Any) -> Callable[[Function], Function]:
+    """A command's option that is a field of LoadOptions, with its default, choices, bounds and help. A flag that begins
+    with --no- turns one off that is on. changes: what click is told otherwise."""
+    field = LoadOptions.__dataclass_fields__[name]
+    meaning: Meaning = field.metadata["meaning"]
+    settings: dict[str, Any] = {"help": meaning.help, "default": field.default, "metavar": metavar}
+    if meaning.choices:
+        settings |= {"type": click.Choice(meaning.choices), "show_default": True}
+    elif meaning.least is not None:
+        settings["type"] = click.IntRange(meaning.least, meaning.most)
+        settings["show_default"] = field.default is not None
+    elif isinstance(field.default, bool):
+        settings |= {"is_flag": True, "flag_value": not flags[-1].startswith("--no-")}
+    if meaning.automatic:
+        settings["help"] += f"  [default: {meaning.automatic}]"
+    return click.option(*flags, name, **{**settings, **changes})
+
+
+def memory_option(function: Function) -> Function:
+    """-M: the bytes that the process may take, None for what is free."""
+    return load_option("memory", "-M", "--memory", metavar="auto|SIZE", callback=memory_size)(function)
+
+
+def context_option(function: Function) -> Function:
+    """-c: the positions of a sequence, 0 for all that the model was made for."""
+    return load_option("context", "-c", "--ctx-size", metavar="N")(function)
+
+
 def model_options(function: Function) -> Function:
     """-M -t -ctk -ctv --quality (and -c, whose meaning the command says): the keyword arguments of `open_model`."""
-    cache_types = click.Choice(["f32", "f16", "q8_0"])
     return _apply(
         function,
         [
-            click.option(
-                "-M",
-                "--memory",
-                callback=memory_size,
-                metavar="auto|SIZE",
-                help="What the program may take in all, such as 8GB (10^9) or 6GiB.  [default: auto]",
-            ),
-            click.option(
-                "-t",
-                "--threads",
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Threads that compute.  [default: one per processor]",
-            ),
-            click.option(
-                "-ctk",
-                "--cache-type-k",
-                type=cache_types,
-                default="f16",
-                show_default=True,
-                help="How attention keys are kept.",
-            ),
-            click.option(
-                "-ctv",
-                "--cache-type-v",
-                type=cache_types,
-                default="f16",
-                show_default=True,
-                help="How attention values are kept.",
-            ),
-            click.option(
-                "--quality",
-                type=click.Choice(["exact", "high", "balanced", "fast"]),
-                default="exact",
-                show_default=True,
-                help="Fewer bits for experts of little weight, where a pack has several levels and says what it costs.",
-            ),
+            memory_option,
+            load_option("threads", "-t", "--threads", metavar="N"),
+            load_option("cache_type_k", "-ctk", "--cache-type-k"),
+            load_option("cache_type_v", "-ctv", "--cache-type-v"),
+            load_option("quality", "--quality"),
         ],
     )
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgemoe.cli.options import context_option, load_option, memory_option
 from edgemoe.errors import OptionError
+from edgemoe.options import parse_size
 
 if TYPE_CHECKING:
     from edgemoe.planning import Plan
@@ -22,21 +24,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "-M",
-    "--memory",
-    default="auto",
-    show_default=True,
-    metavar="auto|SIZE",
-    help="What the program may take in all, such as 8GB (10^9) or 6GiB.",
-)
-@click.option(
-    "-c",
-    "--ctx-size",
-    type=click.IntRange(0),
-    metavar="N",
-    help="Tokens of prompt and answer together; 0 for all the model was made for.  [default: 4096, or that]",
-)
+@memory_option
+@context_option
+@load_option("parallel", "-np", "--parallel", metavar="N")
 @click.option(
     "--bits",
     type=click.Choice(["4", "8", "16", "32"]),
@@ -52,8 +42,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are bytes.")
 def command(
     model: Path | None,
-    memory: str,
-    ctx_size: int | None,
+    memory: int | None,
+    context: int | None,
+    parallel: int,
     bits: str,
     trace: Path | None,
     disk: str | None,
@@ -67,7 +58,6 @@ def command(
     Only headers are read. Disk and memory are measured where models are cached, unless given. Exits with 1 and the
     number that would do where the model cannot fit.
     """
-    from edgemoe.memory import parse_size
     from edgemoe.model_files import bundled_model, default_cache_dir
     from edgemoe.planning import plan_model
     from edgemoe.profiling import read_trace
@@ -80,9 +70,9 @@ def command(
             if speeds[name] is None:
                 raise OptionError(f"--{name} {text} is not a speed")
     routing = read_trace(trace, weights=False) if trace else None
-    limit = parse_size(memory)
     # What does not fit is said before anything is measured.
-    plan_model(path, memory=limit, context=ctx_size, bits=int(bits))
+    asked: dict[str, Any] = {"memory": memory, "context": context, "parallel": parallel, "bits": int(bits)}
+    plan_model(path, **asked)
     if len(speeds) < 2:
         from edgemoe.machine import examine
 
@@ -93,9 +83,7 @@ def command(
             speeds.setdefault("bandwidth", int(max(machine.memory_bandwidth.values())))
     plan = plan_model(
         path,
-        memory=limit,
-        context=ctx_size,
-        bits=int(bits),
+        **asked,
         trace=routing,
         disk=speeds.get("disk"),
         bandwidth=speeds.get("bandwidth"),
@@ -116,6 +104,7 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
     from edgemoe.cli._printable import printable
     from edgemoe.memory import format_count, format_size
 
+    sequences = f"{plan.parallel} sequences of " if plan.parallel > 1 else ""
     console = Console()
     # Piped into a file or a pager, tables keep their columns.
     console.width = max(console.width, 100) if not console.is_terminal else console.width
@@ -130,7 +119,7 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
     say(
         f"dense weights {format_size(plan.dense)}, "
         f"experts {format_size(plan.experts)} ({format_size(plan.expert)} each), "
-        f"state of {plan.context} positions {format_size(plan.state)}"
+        f"state of {sequences}{plan.context} positions {format_size(plan.state)}"
     )
     fits = "all of it fits" if plan.memory >= plan.everything else "it fits, experts are streamed"
     say(f"with {format_size(plan.memory)}: {fits}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgemoe.cli.options import load_option, memory_option
 from edgemoe.errors import OptionError, TraceError
 
 if TYPE_CHECKING:
@@ -27,24 +28,13 @@ _PIECE = 512  # tokens of a text that are run together, as in the paper
     help="Text to run a model on; may be repeated, each file is a kind of text.",
 )
 @click.option("-n", "--tokens", type=click.IntRange(1), default=8192, show_default=True, help="Of each text, at most.")
-@click.option(
-    "-M",
-    "--memory",
-    metavar="auto|SIZE",
-    help="What running a model may take in all, such as 8GB (10^9) or 6GiB.  [default: auto]",
-)
+@memory_option
 @click.option(
     "--top-k", type=click.IntRange(1, 256), help="Experts per token, where TRACE is a folder of router logits."
 )
 @click.option("--model", "name", help="Whose router logits, where the folder holds several models'.")
 @click.option("--expert-size", help="Size of one stored expert (2.5MB), to count bytes and memory.")
-@click.option(
-    "-t",
-    "--threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Threads that compute.  [default: one per processor]",
-)
+@load_option("threads", "-t", "--threads", metavar="N")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write a report to this file.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write the trace to this file.")
@@ -52,7 +42,7 @@ def command(
     trace: Path,
     texts: tuple[Path, ...],
     tokens: int,
-    memory: str | None,
+    memory: int | None,
     top_k: int | None,
     name: str | None,
     expert_size: str | None,
@@ -69,7 +59,7 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from edgemoe.memory import parse_size
+    from edgemoe.options import parse_size
     from edgemoe.profiling.analysis import profile
     from edgemoe.profiling.report import terminal, to_html, to_json
 
@@ -118,7 +108,7 @@ def _load(source: Path, top_k: int | None, name: str | None) -> Trace:
     return read_trace(source, weights=False)
 
 
-def _run(source: Path, texts: tuple[Path, ...], tokens: int, memory: str | None, threads: int | None) -> Trace:
+def _run(source: Path, texts: tuple[Path, ...], tokens: int, memory: int | None, threads: int | None) -> Trace:
     """The trace of a model on some files, cut into pieces of _PIECE tokens that are run one by one."""
     import tempfile
 

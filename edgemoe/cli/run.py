@@ -22,6 +22,8 @@ import click
 from edgemoe.cli._terminal import AnswerWriter, note, print_counters
 from edgemoe.cli.options import (
     check_sampling,
+    context_option,
+    load_option,
     model_options,
     open_model,
     read_text,
@@ -59,14 +61,7 @@ MAX_PROMPT = 16 * 1024**2
     metavar="N",
     help="At most N tokens; -1 until the model ends or the context is full.  [default: -1]",
 )
-@click.option(
-    "-c",
-    "--ctx-size",
-    "context",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Tokens of prompt and answer together; 0 for all the model was made for.  [default: 4096, or that]",
-)
+@context_option
 @model_options
 @sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer, and is not part of it. Repeatable.")
@@ -89,14 +84,8 @@ MAX_PROMPT = 16 * 1024**2
     help="Whether thoughts are told apart from the answer, and go to stderr; none leaves them in.  [default: auto]",
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the model's chat template.")
-@click.option(
-    "--eviction",
-    type=click.Choice(["next_use", "lru", "lfu", "least_stale"]),
-    default="next_use",
-    show_default=True,
-    help="Which expert leaves a full memory first; the text does not depend on it.",
-)
-@click.option("--no-prefetch", is_flag=True, help="Read no expert before it is known to be needed.")
+@load_option("eviction", "--eviction")
+@load_option("prefetch", "--no-prefetch", help="Read no expert before it is known to be needed.")
 @click.option("--trace", metavar="FILE", help="Record which experts worked on each token (for edgemoe profile).")
 @click.option("-v", "--verbose", is_flag=True, help="Print the counters of the run on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, reasoning_content, ..., stats.")
@@ -120,7 +109,7 @@ def command(
     reasoning_format: str | None,
     raw: bool,
     eviction: str,
-    no_prefetch: bool,
+    prefetch: bool,
     trace: str | None,
     verbose: bool,
     as_json: bool,
@@ -156,7 +145,7 @@ def command(
         cache_type_v=cache_type_v,
         quality=quality,
         eviction=eviction,
-        prefetch=not no_prefetch,
+        prefetch=prefetch,
     )
     with opened as engine, engine.trace(trace) if trace is not None else nullcontext():
         if template is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe._core import LayerRecord
+from edgemoe.engine import LayerRecord
 from edgemoe.errors import OptionError
 from edgemoe.quantize.layerwise import temporary_array
 from edgemoe.spec import LayerSpec

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe import _core
 from edgemoe.convert import SourceModel, copied_tensor
+from edgemoe.engine import Engine, LayerRecord, plan_memory
 from edgemoe.errors import MemoryBudgetError
 from edgemoe.families import TensorSource
 from edgemoe.formats.gguf import is_gguf
@@ -30,7 +30,7 @@ from edgemoe.options import EXACT, EngineOptions, Quality
 from edgemoe.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
-Observer = Callable[[slice, _core.LayerRecord], None]
+Observer = Callable[[slice, LayerRecord], None]
 
 
 class LayerwiseModel:
@@ -91,7 +91,7 @@ class LayerwiseModel:
             if len(positions):
                 yield seen.logits
 
-    def _engine(self, layer: int) -> _core.Engine:
+    def _engine(self, layer: int) -> Engine:
         first, last = layer == 0, layer == len(self.spec.layers) - 1
         spec = dataclasses.replace(
             self.spec,
@@ -100,14 +100,14 @@ class LayerwiseModel:
             tied_embeddings=self.spec.tied_embeddings or not (first and last),
         )
         index = self._layer_index(layer, spec)
-        plan = _core.plan(index, self._options)
+        plan = plan_memory(index, self._options)
         room = self._memory - plan.dense - plan.state - plan.scratch
         slots = min(room // max(plan.slot, 1), max(plan.experts, 1))
         if room < 0 or slots < plan.minimum_slots:
             least = self._memory - room + plan.minimum_slots * plan.slot
             free = format_size(max(self._memory, 0))
             raise MemoryBudgetError(f"layer {layer} takes {format_size(least)} to run, {free} are there for it (-M)")
-        return _core.Engine(index, dataclasses.replace(self._options, expert_slots=max(slots, 1)))
+        return Engine(index, dataclasses.replace(self._options, expert_slots=max(slots, 1)))
 
     def _layer_index(self, layer: int, spec: ModelSpec) -> ModelIndex:
         """The part of the index that a model of this layer alone has."""

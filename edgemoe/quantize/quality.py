@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe._core import LayerRecord
+from edgemoe.engine import LayerRecord
 from edgemoe.formats.index import ExpertLayer, LevelQuality, MeasuredQuality, ModeQuality
 from edgemoe.options import EXACT, Quality
 from edgemoe.quantize.layerwise import LayerwiseModel, temporary_array

@@ -8,8 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from edgemoe._core import EngineCounters
-from edgemoe.engine import Cancel, Cancelled, Count
+from edgemoe.engine import Cancel, Cancelled, Count, EngineCounters
 from edgemoe.errors import EdgemoeError
 from edgemoe.serving.session import Sequences, Session
 from edgemoe.text.reasoning import Part, ReasoningSplitter

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe._core import EngineCounters
-from edgemoe.engine import Cancel, Cancelled, Count, Engine
+from edgemoe.engine import Cancel, Cancelled, Count, Engine, EngineCounters
 from edgemoe.errors import StateError
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import numpy as np
 import pytest
 
 import edgemoe
-import edgemoe.model
 from edgemoe.convert import SourceModel, convert
 from edgemoe.formats.pack import Pack
-from edgemoe.memory import plan_budget
+from edgemoe.formats.read import read_index
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index
 from edgemoe.quantize.nested_experts import NestedOptions
 
@@ -49,16 +47,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch, model: tuple[str, Path]) -> Load:
+def load(model: tuple[str, Path]) -> Load:
     """Loads with a given chunk size or share of the experts instead of what the budget gives."""
 
     def load(path: Path, chunk: int = 512, share: float = 1.0, **options: Any) -> edgemoe.Model:
-        def plan(*arguments: Any) -> Any:
-            budget = plan_budget(*arguments)
-            return dataclasses.replace(budget, chunk=chunk, expert_slots=max(1, int(budget.expert_slots * share)))
-
-        monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
-        return edgemoe.load(path, **{**F32_STATE, "context": CASES[model[0]].context, **options})
+        experts = sum(layer.experts for layer in read_index(path).spec.layers)
+        slots = max(1, int(experts * share)) if experts else None
+        context = CASES[model[0]].context
+        return edgemoe.load(path, chunk=chunk, expert_slots=slots, **{**F32_STATE, "context": context, **options})
 
     return load
 
@@ -137,9 +133,9 @@ def test_snapshots_and_prefixes(model: tuple[str, Path], load: Load) -> None:
         # A shorter prefix than what is held: cut off, or computed anew where a window has moved on.
         for length in (len(tokens) - 5, 3, len(tokens) - 1):
             other = [*tokens[:length].tolist(), 5, 6]
-            reused = engine._next_logits(other).tobytes()
+            reused = engine.next_logits(other).tobytes()
             assert engine.logits(other)[-1].tobytes() == reused
-            engine._next_logits(tokens.tolist())
+            engine.next_logits(tokens.tolist())
 
 
 def test_layer_by_layer_equals_the_whole(model: tuple[str, Path], load: Load, tmp_path: Path) -> None:

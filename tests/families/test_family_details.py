@@ -13,14 +13,12 @@ import pytest
 from helpers import slow_except
 
 import edgemoe
-import edgemoe.model
 from edgemoe.convert import SourceModel, convert
 from edgemoe.errors import ReadError, SourceError, StateError, UnsupportedModelError
 from edgemoe.families import family_for
 from edgemoe.formats.ggml_blocks import dequantize, mxfp4_blocks
 from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.pack import Pack
-from edgemoe.memory import plan_budget
 from edgemoe.spec import ModelSpec
 
 pytest.importorskip("torch")
@@ -184,30 +182,26 @@ def test_a_window_takes_the_memory_of_a_window(tmp_path: Path) -> None:
     with edgemoe.load(tmp_path / "window.emoe", memory="2GB", context=8192) as model:
         tokens = np.resize(TOKENS, 1500)
         model.logits(tokens)
-        engine = model._open()
+        engine = model.engine
         with pytest.raises(StateError, match="window of 70"):
             engine.truncate(0, 700)
         assert engine.length(0) == 1500
         engine.truncate(0, 1400)
         assert engine.length(0) == 1400
-        reused = model._next_logits([*tokens[:700].tolist(), 3]).tobytes()
+        reused = model.next_logits([*tokens[:700].tolist(), 3]).tobytes()
         assert model.logits([*tokens[:700].tolist(), 3])[-1].tobytes() == reused
 
 
-def test_a_failed_chunk_costs_a_window_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_chunk_costs_a_window_nothing(tmp_path: Path) -> None:
     """Some layers have stored a chunk's keys, over older ones, when an expert of another layer cannot be read."""
     folder = folder_of(tmp_path, "mixtral, with a window")
     pack = tmp_path / "a.emoe"
     convert(folder, pack, 32)
 
-    def plan(*arguments: Any) -> Any:
-        return dataclasses.replace(plan_budget(*arguments), chunk=64, expert_slots=3)
-
-    monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
     whole = pack.read_bytes()
     last = Pack.open(pack)
     sections = [last.index.sections[numbers[0]].extents[0] for numbers in last.index.experts[1].sections]
-    with edgemoe.load(pack, **F32_STATE) as model:
+    with edgemoe.load(pack, chunk=64, expert_slots=3, **F32_STATE) as model:
         tokens = np.resize(TOKENS, 300)
         expected = model.logits(tokens)[-1].tobytes()
         model.logits(tokens[:200])
@@ -219,7 +213,7 @@ def test_a_failed_chunk_costs_a_window_nothing(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(ReadError):
             model.forward(tokens[200:], steps, np.zeros_like(steps), [99])
         pack.write_bytes(whole)
-        assert model._open().length(0) == 200
+        assert model.engine.length(0) == 200
         assert model.forward(tokens[200:], steps, np.zeros_like(steps), [99])[0].tobytes() == expected
 
 

@@ -3,7 +3,6 @@ on too few sequences and on enough."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import sys
@@ -16,9 +15,7 @@ import pytest
 from helpers import slow_except
 
 import edgemoe
-import edgemoe.model
 from edgemoe.convert import convert
-from edgemoe.memory import plan_budget
 from edgemoe.profiling.trace import read_trace
 
 pytest.importorskip("torch")
@@ -101,18 +98,12 @@ def test_tokens_do_not_depend_on_others(packs: Callable[[str], Path], tmp_path: 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("parallel", [1, 3])
 @pytest.mark.parametrize("name", ["olmoe", "qwen3_next", "gpt_oss"])
-def test_a_read_error_ends_the_generation_that_met_it(
-    packs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, parallel: int
-) -> None:
+def test_a_read_error_ends_the_generation_that_met_it(packs: Callable[[str], Path], name: str, parallel: int) -> None:
     path = packs(name)
     with load(path) as model:
         alone = ["".join(model.generate(prompt, **SAMPLING)) for prompt in prompts()[:3]]
 
-    def plan(*arguments: Any) -> Any:
-        return dataclasses.replace(plan_budget(*arguments), expert_slots=4)
-
-    monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
-    with load(path, parallel=parallel, prefetch=False) as model:
+    with load(path, parallel=parallel, expert_slots=4, prefetch=False) as model:
         running = [model.generate(prompt, **SAMPLING) for prompt in prompts()[:3]]
         for generation in running:
             next(generation)

@@ -14,14 +14,12 @@ import pytest
 from helpers import slow_except
 
 import edgemoe
-import edgemoe.model
 from edgemoe import _core
 from edgemoe.convert import convert
 from edgemoe.errors import StateError, UnsupportedModelError
 from edgemoe.families import family_for
 from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.pack import Pack
-from edgemoe.memory import plan_budget
 from edgemoe.spec import ModelSpec
 
 pytest.importorskip("torch")
@@ -188,7 +186,6 @@ def test_refused_by_name(family: str, changes: dict[str, Any], quoted: str) -> N
 PLAIN = [name for name in CASES if "," not in name or name.startswith("deepseek_v2, scaled")]
 RECURRENT = ("qwen3_next", "qwen3_5_moe", "lfm2_moe")
 TOKENS = np.random.default_rng(3).integers(0, VOCABULARY, 130).astype(np.int32)
-Load = Callable[..., edgemoe.Model]
 
 
 @pytest.fixture(scope="module")
@@ -207,17 +204,8 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return pack
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    def load(path: Path, chunk: int = 512, slots: int = 0, **options: Any) -> edgemoe.Model:
-        def plan(*arguments: Any) -> Any:
-            budget = plan_budget(*arguments)
-            return dataclasses.replace(budget, chunk=chunk, expert_slots=slots or budget.expert_slots)
-
-        monkeypatch.setattr(edgemoe.model, "plan_budget", plan)
-        return edgemoe.load(path, **{"memory": "2GB", "context": 256, **options})
-
-    return load
+def load(path: Path, chunk: int = 512, slots: int | None = None, **options: Any) -> edgemoe.Model:
+    return edgemoe.load(path, chunk=chunk, expert_slots=slots, **{"memory": "2GB", "context": 256, **options})
 
 
 # -- states ---------------------------------------------------------------------------------------------------------
@@ -225,7 +213,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_bits_are_those_of_every_instruction_set(
-    packs: Callable[[str], Path], load: Load, monkeypatch: pytest.MonkeyPatch, name: str
+    packs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for options in ({"cache_type_k": "f16"}, {"cache_type_k": "q8_0"}):
         if "q8_0" in options.values() and CASES[name].options.get("kv_lora_rank") != 32:
@@ -242,13 +230,12 @@ def test_bits_are_those_of_every_instruction_set(
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_several_sequences_in_one_pass(packs: Callable[[str], Path], load: Load, name: str) -> None:
+def test_several_sequences_in_one_pass(packs: Callable[[str], Path], name: str) -> None:
     with load(packs(name), parallel=2) as model:
         first, second = model.logits(TOKENS[:40]), model.logits(TOKENS[50:87])
         other = 1
-        for sequence in (0, other):
-            model._open().truncate(sequence, 0)
-        model.forward(TOKENS[:3], range(3), [0] * 3, [])
+        model.engine.truncate(other, 0)
+        model.logits(TOKENS[:3])
         sequences = [*[0, other] * 34, *[other] * 3, *[0] * 3]
         lengths, tokens, positions = {0: 3, other: 0}, [], []
         for sequence in sequences:
@@ -262,10 +249,10 @@ def test_several_sequences_in_one_pass(packs: Callable[[str], Path], load: Load,
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_a_recurrence_goes_back_to_its_mark_only(packs: Callable[[str], Path], load: Load, name: str) -> None:
+def test_a_recurrence_goes_back_to_its_mark_only(packs: Callable[[str], Path], name: str) -> None:
     with load(packs(name), chunk=32) as model:
         expected = model.logits(TOKENS)
-        engine = model._open()
+        engine = model.engine
         model.logits(TOKENS[:60])
         with pytest.raises(StateError, match=r"60 positions to 40: layer 0 keeps a (recurrence|convolution)"):
             engine.truncate(0, 40)
@@ -287,14 +274,14 @@ def test_a_recurrence_goes_back_to_its_mark_only(packs: Callable[[str], Path], l
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", *RECURRENT])
-def test_a_prompt_is_kept_for_another_answer(packs: Callable[[str], Path], load: Load, name: str) -> None:
+def test_a_prompt_is_kept_for_another_answer(packs: Callable[[str], Path], name: str) -> None:
     with load(packs(name)) as model:
         prompt = TOKENS[:80].tolist()
 
         def computed(tokens: list[int]) -> int:
-            before = model._open().counters().tokens
-            reused = model._next_logits(tokens).tobytes()
-            done = int(model._open().counters().tokens - before)
+            before = model.engine.counters().tokens
+            reused = model.next_logits(tokens).tobytes()
+            done = int(model.engine.counters().tokens - before)
             held = model.snapshot()
             assert model.logits(tokens)[-1].tobytes() == reused
             model.restore(held)
@@ -304,20 +291,20 @@ def test_a_prompt_is_kept_for_another_answer(packs: Callable[[str], Path], load:
         assert computed([*prompt, 5]) == 1
         assert computed([*prompt, 5, 6]) == 1
 
-        model._next_logits(TOKENS[:3].tolist())
-        model._next_logits(prompt)
+        model.next_logits(TOKENS[:3].tolist())
+        model.next_logits(prompt)
         for token in (7, 8, 9):
             prompt_and_answer = [*prompt, token, token + 1]
-            before = model._open().counters().tokens
-            model._next_logits(prompt_and_answer[:-1])
-            model._next_logits(prompt_and_answer)
-            assert model._open().counters().tokens - before <= 4
+            before = model.engine.counters().tokens
+            model.next_logits(prompt_and_answer[:-1])
+            model.next_logits(prompt_and_answer)
+            assert model.engine.counters().tokens - before <= 4
 
 
 @pytest.mark.parametrize("layer, kept", [(-2, 49), (-1, 129)])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_failed_pass_leaves_no_trace(
-    tmp_path: Path, packs: Callable[[str], Path], load: Load, name: str, layer: int, kept: int
+    tmp_path: Path, packs: Callable[[str], Path], name: str, layer: int, kept: int
 ) -> None:
     """An expert of a later layer cannot be read when the layers before have gone on. The last layer's are not read
     before the last chunk, which is the one that fails then."""
@@ -328,18 +315,18 @@ def test_a_failed_pass_leaves_no_trace(
     damaged = pack.index.experts[sorted(pack.index.experts)[layer]].sections
     with load(path, chunk=16, slots=3) as model:
         expected = model.logits(TOKENS)[-1].tobytes()
-        model._next_logits(TOKENS[:50].tolist())
-        assert model._open().marked(0) == 49
+        model.next_logits(TOKENS[:50].tolist())
+        assert model.engine.marked(0) == 49
         with path.open("r+b") as file:
             for sections in damaged:
                 file.seek(pack.index.sections[sections[0]].extents[0].offset)
                 file.write(bytes(64))
         with pytest.raises(edgemoe.ReadError, match="damaged"):
-            model._next_logits(TOKENS.tolist())
-        assert model._open().length(0) == kept
+            model.next_logits(TOKENS.tolist())
+        assert model.engine.length(0) == kept
         assert model.snapshot()[0] == tuple(TOKENS[:kept].tolist())
         path.write_bytes(whole)
-        assert model._next_logits(TOKENS.tolist()).tobytes() == expected
+        assert model.next_logits(TOKENS.tolist()).tobytes() == expected
 
 
 def test_memory_counts_each_kind_of_state(packs: Callable[[str], Path]) -> None:
@@ -463,7 +450,7 @@ def test_convolutions_are_computed_in_float32(tmp_path: Path, load: Load, name: 
 
 
 @pytest.mark.parametrize("name", slow_except(QUANTIZED, "qwen3_next"))
-def test_quantized_mixers(tmp_path: Path, load: Load, name: str) -> None:
+def test_quantized_mixers(tmp_path: Path, name: str) -> None:
     """Blocks of a GGUF file, where they lie and in a pack; and folders at 8 and 4 bits."""
     plain = CASES[name]
     keys = {**plain.metadata, **(KEYS if QUANTIZED[name] else {})}

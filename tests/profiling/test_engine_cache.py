@@ -9,7 +9,6 @@ import pytest
 
 import edgemoe
 from edgemoe.formats.pack import Pack
-from edgemoe.model import Model
 from edgemoe.model_files import bundled_model
 from edgemoe.profiling import read_trace
 from edgemoe.profiling.simulate import simulate_engine
@@ -24,11 +23,11 @@ except edgemoe.SourceError:
 def test_the_simulated_counters_are_the_engines(tmp_path: Path) -> None:
     assert MODEL is not None
     with pytest.raises(edgemoe.MemoryBudgetError) as caught:
-        Model(MODEL, memory=1_000_000)
+        edgemoe.load(MODEL, memory=1_000_000)
     least = re.search(r"least that works is (\d+)MB", str(caught.value))
     assert least is not None
     memory = (int(least[1]) + 4) * 1_000_000
-    with Model(MODEL, memory=memory, eviction="lru", prefetch=False, threads=1) as model:
+    with edgemoe.load(MODEL, memory=memory, eviction="lru", prefetch=False, threads=1) as model:
         assert model.budget.expert_slots < sum(layer.experts for layer in model.spec.layers)
         prompt = model.tokenizer.encode("It was a bright cold day")
         with model.trace(tmp_path / "trace"):

@@ -27,7 +27,7 @@ def test_a_trace_holds_the_routing_of_every_computed_token(pack: Path, tmp_path:
             model.logits(tokens)
         with model.trace(tmp_path / "steps.trace"):
             for position in range(20):
-                model._next_logits(tokens[: position + 1].tolist())
+                model.next_logits(tokens[: position + 1].tolist())
     whole, steps = read_trace(tmp_path / "whole.trace"), read_trace(tmp_path / "steps.trace")
     assert (whole.experts, whole.top_k, whole.parts) == ((6, 0, 6), (2, 0, 2), ("noise",))
     assert whole.position.tolist() == list(range(20))

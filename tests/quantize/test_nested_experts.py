@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from gguf_writer import tiny_qwen3_moe_gguf, write
 
+import edgemoe
 from edgemoe.convert import SourceModel, _plan, convert, read_matrix
 from edgemoe.errors import MemoryBudgetError, OptionError, SourceError, UnsupportedModelError
 from edgemoe.formats.index import PARTS
 from edgemoe.formats.layouts import packed_size, unpack_level
 from edgemoe.formats.pack import Pack, PackWriter
 from edgemoe.formats.safetensors import SafetensorsFolder
-from edgemoe.model import Model
 from edgemoe.quantize import nested_experts
 from edgemoe.quantize.calibration import Statistics
 from edgemoe.quantize.layerwise import LayerwiseModel
@@ -76,7 +76,7 @@ def test_without_calibration(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     assert pack.provenance["levels"] == [2, 3, 4]
     assert pack.index.dense["embedding"].layout == "q8g64"
     assert relative_error(source, target) < 0.012
-    with Model(target) as model:
+    with edgemoe.load(target) as model:
         assert np.isfinite(model.logits([1, 2, 3])).all()
 
 
@@ -102,10 +102,10 @@ def test_calibrated_and_measured(tiny_qwen3_moe: Make, tmp_path: Path, text: Pat
         assert mode.perplexity <= exact.perplexity * (1 + budget) * (1 + 1e-9)
         assert mode.mean_bits <= previous
         previous = mode.mean_bits
-        with Model(target, quality=name) as model:
-            assert tuple(model.thresholds) == mode.thresholds
+        with edgemoe.load(target, quality=name) as model:
+            assert model.options.quality.thresholds == mode.thresholds
     # The same text through the whole engine, at once.
-    with Model(target, level_cap=0) as coarse, Model(target) as fine:
+    with edgemoe.load(target, level_cap=0) as coarse, edgemoe.load(target) as fine:
         tokens = coarse.tokenizer.encode(text.read_text())[:64]
         assert np.abs(coarse.logits(tokens) - fine.logits(tokens)).max() > 1e-3
 
@@ -157,7 +157,7 @@ def test_target_bits(tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypat
         stored = sum(pack.index.sections[number].length for sections in layer.sections for number in sections)
         assert stored * 8 / weights <= TARGET
     assert len({count for layer in counts for count in layer}) > 1
-    with Model(target) as model:
+    with edgemoe.load(target) as model:
         assert np.isfinite(model.logits([1, 2, 3])).all()
     with pytest.raises(OptionError, match=r"1.0 bits per weight are too few for layer 0: \d+\.\d+ is the least"):
         convert(source, tmp_path / "b.emoe", nested=dataclasses.replace(options, target_bits=1.0))

@@ -214,7 +214,7 @@ def test_generations_may_be_dropped_anywhere(model: edgemoe.Model, expected: dic
 
 
 def test_results_are_of_their_own_generation(model: edgemoe.Model, expected: dict[str, str]) -> None:
-    before = model._open().counters()
+    before = model.engine.counters()
     first = model.generate(PROMPTS[0], **GREEDY)
     second = model.generate(PROMPTS[1], stop=expected[PROMPTS[1]][2:4], **GREEDY)
     assert first.result.finish_reason == "" and first.result.ttft_seconds is None
@@ -227,7 +227,7 @@ def test_results_are_of_their_own_generation(model: edgemoe.Model, expected: dic
     results = (first.result, second.result)
     assert [result.finish_reason for result in results] == ["length", "stop"]
     assert results[0].generated_tokens == 12 > results[1].generated_tokens > 0
-    counters = [*(result.counters for result in results), model._open().counters() - before]
+    counters = [*(result.counters for result in results), model.engine.counters() - before]
     for name in ("tokens", "experts_requested", "experts_hit"):
         one, other, both = (getattr(found, name) for found in counters)
         assert one > 0 < other and one + other == both

@@ -1,0 +1,97 @@
+"""From a model's index and what a user says about it to an engine that is ready to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from edgemoe.disk import reading_threads
+from edgemoe.engine import Engine
+from edgemoe.errors import OptionError
+from edgemoe.formats.index import ModelIndex
+from edgemoe.memory import Budget, plan_budget
+from edgemoe.model_files import default_cache_dir
+from edgemoe.options import DEFAULT_READERS, EngineOptions, LoadOptions, Quality, context_length
+from edgemoe.processors import usable_processors
+from edgemoe.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine, what it was given, and how the memory is divided."""
+
+    engine: Engine
+    options: EngineOptions
+    budget: Budget
+
+
+def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
+    """Plans the memory and reads the dense weights. What the process holds already counts: whatever else a model needs
+    is to be loaded before.
+
+    Raises MemoryBudgetError, OptionError, ReadError, ThreadError.
+    """
+    context = context_length(options.context, index.spec.context)
+    _check_cache_types(index.spec, options.cache_type_k, options.cache_type_v)
+    if options.level_cap is not None and options.level_cap >= index.level_count:
+        raise OptionError(f"{index.path}: level_cap {options.level_cap}: its highest level is {index.level_count - 1}")
+    chosen = EngineOptions(
+        threads=usable_processors() if options.threads is None else options.threads,
+        context=context,
+        sequences=options.parallel,
+        readers=DEFAULT_READERS if options.readers is None else options.readers,
+        eviction=options.eviction,
+        prefetch=options.prefetch,
+        quality=Quality(thresholds=_thresholds(index, options), level_cap=options.level_cap),
+        cache_type_k=options.cache_type_k,
+        cache_type_v=options.cache_type_v,
+        arrival_jitter_us=options.arrival_jitter_us,
+    )
+    index = replace(index, spec=index.spec.for_context(context))
+    try:
+        budget = plan_budget(
+            options.memory_bytes, index, chosen, chunk=options.chunk, expert_slots=options.expert_slots
+        )
+        chosen = replace(chosen, chunk=budget.chunk, expert_slots=budget.expert_slots)
+        if options.readers is None and budget.expert_slots < budget.all_slots:
+            readers = reading_threads(index.path, budget.slot_bytes, default_cache_dir())
+            chosen = replace(chosen, readers=readers)
+        return Loaded(Engine(index, chosen), chosen, budget)
+    except ValueError as error:  # what only the engine can know: EDGEMOE_ISA, sizes of tensors in the file
+        raise OptionError(f"{index.path}: {error}") from error
+
+
+def _check_cache_types(spec: ModelSpec, key_type: str, value_type: str) -> None:
+    """Raises OptionError where heads cannot be kept in blocks of 32."""
+    for layer in spec.layers:
+        attention = layer.attention
+        types, dim = {key_type, value_type}, attention.head_dim
+        if attention.kind == "mla":  # the latent is a key; it has no values beside it
+            types, dim = {key_type}, attention.kv_rank + attention.rope_dim
+        elif attention.kind != "full":
+            types = set()
+        if "q8_0" in types and dim % 32:
+            raise OptionError(f"cache type q8_0 needs heads of a multiple of 32, not {dim}")
+
+
+def _thresholds(index: ModelIndex, options: LoadOptions) -> tuple[float, ...]:
+    """What a mode's name means for a pack, or the thresholds that were chosen in its place. Raises OptionError."""
+    quality, chosen = options.quality, options.thresholds
+    if chosen is None:
+        if quality == "exact":
+            return ()
+        if index.level_count == 1:
+            raise OptionError(f"{index.path}: quality {quality!r}: all experts are stored at one precision")
+        modes = {} if index.quality is None else index.quality.modes
+        if quality not in modes:
+            raise OptionError(
+                f"{index.path}: quality {quality!r}: the pack does not say what was measured for this mode"
+            )
+        chosen = modes[quality].thresholds
+    elif quality != "exact":
+        raise OptionError(f"quality {quality!r} and thresholds exclude each other")
+    thresholds = tuple(float(threshold) for threshold in chosen)
+    if len(thresholds) >= index.level_count and thresholds:
+        raise OptionError(f"{index.path}: {len(thresholds)} thresholds for experts of {index.level_count} levels")
+    if any(not -1 <= threshold <= 1 for threshold in thresholds) or list(thresholds) != sorted(thresholds):
+        raise OptionError(f"{index.path}: thresholds {list(thresholds)} do not ascend from -1 to 1 at most")
+    return thresholds
