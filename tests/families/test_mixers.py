@@ -425,7 +425,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", slow_except(["qwen3_next", "lfm2_moe"], "qwen3_next"))
-def test_convolutions_are_computed_in_float32(tmp_path: Path, load: Load, name: str) -> None:
+def test_convolutions_are_computed_in_float32(tmp_path: Path, name: str) -> None:
     """So a file with others does not run where it lies; a pack made of it does, also one that keeps its blocks."""
     plain = CASES[name]
     write_folder(tmp_path / "hf", plain)
