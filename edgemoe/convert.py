@@ -31,7 +31,7 @@ from edgemoe.formats.gguf import GgufModel, is_gguf
 from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, Part
 from edgemoe.formats.layouts import BLOCK as ROWS_AT_ONCE
-from edgemoe.formats.layouts import QUANTIZED, ROW_MAJOR, bf16_to_f32, bits_of, pack, unpack
+from edgemoe.formats.layouts import QUANTIZED, ROW_MAJOR, bf16_to_f32, bits_of, pack, tensor_size, unpack
 from edgemoe.formats.pack import (
     ALIGNMENT,
     BLOCK,
@@ -43,7 +43,6 @@ from edgemoe.formats.pack import (
     PackWriter,
     align,
     partial_path,
-    tensor_size,
 )
 from edgemoe.formats.safetensors import SafetensorsFolder, TensorInfo, read_bytes, read_json
 from edgemoe.processors import usable_processors

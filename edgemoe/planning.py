@@ -12,7 +12,8 @@ import numpy as np
 from edgemoe.engine import plan_memory
 from edgemoe.errors import OptionError, SourceError, UnsupportedModelError
 from edgemoe.formats.index import DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
-from edgemoe.formats.pack import ALIGNMENT, BLOCK, align, tensor_size
+from edgemoe.formats.layouts import tensor_size
+from edgemoe.formats.pack import ALIGNMENT, BLOCK, align
 from edgemoe.formats.read import read_index
 from edgemoe.formats.safetensors import read_json
 from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now

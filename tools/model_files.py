@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from edgemoe.errors import OptionError, SourceError
 from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, MeasuredQuality, Part
-from edgemoe.formats.pack import ALIGNMENT, Blob, Bytes, PackContents, PackWriter, align, tensor_size
+from edgemoe.formats.layouts import tensor_size
+from edgemoe.formats.pack import ALIGNMENT, Blob, Bytes, PackContents, PackWriter, align
 from edgemoe.quantize.nested_experts import level_layouts
 from edgemoe.spec import ModelSpec
 

@@ -73,6 +73,11 @@ def packed_size(layout: str, rows: int, columns: int = 1) -> int:
     return blocks * -(-columns // GROUP) * _group_bytes(layout)
 
 
+def tensor_size(layout: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of one or two dimensions."""
+    return packed_size(layout, shape[0], shape[1] if len(shape) > 1 else 1)
+
+
 def bits_of(layout: str) -> int:
     """Whole bits that a weight takes in a layout of a GGUF file's types, "ggml.q4_k" or "f16"."""
     kind = GGML_LAYOUTS[f"ggml.{layout.removeprefix('ggml.')}"]

@@ -23,8 +23,8 @@ import edgemoe.convert
 from edgemoe.convert import convert, estimate_size
 from edgemoe.errors import EdgemoeError, OptionError, PackError, SourceError, UnsupportedModelError
 from edgemoe.families import TensorSource
-from edgemoe.formats.layouts import unpack
-from edgemoe.formats.pack import Pack, PackWriter, tensor_size
+from edgemoe.formats.layouts import tensor_size, unpack
+from edgemoe.formats.pack import Pack, PackWriter
 from edgemoe.formats.safetensors import SafetensorsFolder
 from edgemoe.sampling_names import SAMPLING_NAMES
 from edgemoe.text.sampling import SamplingOptions
