@@ -25,9 +25,10 @@ def sequence(path: str, text: str, tokens: int, trace: str, threads: int, contex
         begin = model.tokenizer.encode(text)
         with model.trace(trace):
             # One more: a token's routing is known when the next one is computed.
-            for _ in model.generate(begin, max_tokens=max(1, tokens - len(begin)) + 1, ignore_eos=True, seed=1):
+            generation = model.generate(begin, max_tokens=max(1, tokens - len(begin)) + 1, ignore_eos=True, seed=1)
+            for _ in generation:
                 pass
-        return {"tokens": [*model.snapshot()[0]][:tokens]}
+        return {"tokens": [*begin, *generation.result.tokens][:tokens]}
 
 
 def plan(path: str, threads: int, context: int) -> dict[str, Any]:

@@ -63,9 +63,10 @@ def own_text(path: Path, positions: int) -> list[int]:
     """Token ids of a text that the model writes."""
     with edgemoe.load(path) as model:
         begin = model.tokenizer.encode(TEXT)
-        for _ in model.generate(begin, max_tokens=max(1, positions - len(begin)), seed=1, ignore_eos=True):
+        generation = model.generate(begin, max_tokens=max(1, positions - len(begin)), seed=1, ignore_eos=True)
+        for _ in generation:
             pass
-        return [*model.snapshot()[0]][:positions]
+        return [*begin, *generation.result.tokens][:positions]
 
 
 def ours(path: Path, tokens: Sequence[int]) -> Array:

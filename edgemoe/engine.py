@@ -111,16 +111,16 @@ class Engine:
         """One pass: logits float32 [wanted, vocab] after those tokens whose indexes are in `wanted`.
 
         tokens, positions, sequence_ids: int32 [tokens]; token i stands at positions[i] of sequence sequence_ids[i]; a
-        sequence goes on where it ends. Its experts are computed at qualities[quality[i]], or at qualities[0] without
-        `quality`; without both at the engine's own. Raises ContextLengthError, ReadError, ValueError; Cancelled once
-        `cancel` is set.
+        sequence goes on where it ends. A token's experts are computed at qualities[quality[i]], or at qualities[0]
+        without `quality`; without both at the engine's own. Raises ContextLengthError, ReadError, ValueError; Cancelled
+        once `cancel` is set.
         """
         arrays = [np.asarray(array, np.int32).reshape(-1) for array in (tokens, positions, sequence_ids, wanted)]
         numbers = None if quality is None else _quality_numbers(quality, len(qualities))
         with self.lock:
             core = self._idle()
-            self._running = Cancel() if cancel is None else cancel
             try:
+                self._running = Cancel() if cancel is None else cancel
                 self.check_open()  # after the pass can be seen by close()
                 return core.forward(arrays[0], arrays[1], arrays[2], arrays[3], self._running, qualities, numbers)
             except Cancelled:

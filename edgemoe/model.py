@@ -250,14 +250,13 @@ class Model:
     ) -> NDArray[np.float32]:
         """One pass of the engine: logits float32 [wanted, vocab] after those tokens whose indexes are in `wanted`.
 
-        Token i stands at positions[i] of sequence sequence_ids[i]; a sequence goes on where it ends. Sequence 0 is the
-        one that generate() and logits() use. Its experts are computed at qualities[quality[i]], or at qualities[0]
-        without `quality`; without both at the model's. Raises ContextLengthError, ReadError, OptionError, ValueError.
+        Token i stands at positions[i] of sequence sequence_ids[i], of 0 to parallel - 1; a sequence goes on where it
+        ends. Generations use the same sequences; what they find changed they compute again. A token's experts are
+        computed at qualities[quality[i]], or at qualities[0] without `quality`; without both at the model's. Raises
+        ContextLengthError, ReadError, OptionError, ValueError.
         """
         ids = token_ids(tokens, self.spec.vocab_size, "the text")
-        with self.engine.lock:
-            self._sequences.forget()
-            return self.engine.forward(ids, positions, sequence_ids, wanted, qualities=qualities, quality=quality)
+        return self._sequences.forward(ids, positions, sequence_ids, wanted, qualities, quality)
 
     def next_logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """float32 [vocab]: the logits after `tokens`, of which only what no sequence holds yet is computed."""

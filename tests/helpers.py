@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from edgemoe.serving.generation import Generation, GenerationResult
 
 
 def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
@@ -51,6 +54,13 @@ TINY_QWEN3_MOE: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 320,
 }
+
+
+def finished(generation: Generation) -> GenerationResult:
+    """The result of a generation that is read to its end."""
+    for _ in generation:
+        pass
+    return generation.result
 
 
 def to_dtype(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import slow_except
+from helpers import finished, slow_except
 from reference import ReferenceModel
 
 import edgemoe
@@ -207,8 +207,8 @@ def test_the_context_is_honoured(make_pack: Callable[..., Path]) -> None:
             model.generate([5] * 33)
         with pytest.raises(edgemoe.ContextLengthError, match="context of 32"):
             model.logits([5] * 33)
-        list(model.generate([5] * 30, temperature=0, ignore_eos=True))
-        assert (model.last_stop_reason, model.stats()["generated_tokens"]) == ("length", 3)
+        result = finished(model.generate([5] * 30, temperature=0, ignore_eos=True))
+        assert (result.finish_reason, result.generated_tokens) == ("length", 3)
     with pytest.raises(edgemoe.OptionError, match="1 to 512"):
         edgemoe.load(model.path, context=513)
 
@@ -288,22 +288,22 @@ def test_generation_is_deterministic_and_streams(make_pack: Callable[..., Path])
     with edgemoe.load(make_pack()) as model:
         pieces = list(model.generate("The quick", max_tokens=12, seed=3, ignore_eos=True))
         assert len(pieces) > 1
-        again = list(model.generate("The quick", max_tokens=12, seed=3, ignore_eos=True))
-        assert "".join(again) == "".join(pieces)
-        stats = model.stats()
-        assert stats["generated_tokens"] == 12
-        assert stats["computed_prompt_tokens"] == 1  # all but the last token were known
-        assert stats["experts_requested"] >= stats["experts_hit"] > 0
+        again = finished(model.generate("The quick", max_tokens=12, seed=3, ignore_eos=True))
+        assert again.text == "".join(pieces)
+        assert again.generated_tokens == 12
+        assert again.computed_prompt_tokens == 1  # all but the last token were known
+        assert again.counters.experts_requested >= again.counters.experts_hit > 0
+        figures = {"generated_tokens": 12, "computed_prompt_tokens": 1}
+        assert figures.items() <= model.stats().items()
+        assert model.last_result.tokens == again.tokens and model.stats(again)["hit_rate"] == model.stats()["hit_rate"]
 
 
 def test_stop_strings_end_the_text(make_pack: Callable[..., Path]) -> None:
     with edgemoe.load(make_pack()) as model:
         text = "".join(model.generate("The", max_tokens=20, temperature=0, ignore_eos=True))
         stop = text[4:6]
-        assert (
-            "".join(model.generate("The", max_tokens=20, temperature=0, ignore_eos=True, stop=stop))
-            == (text[: text.index(stop)])
-        )
+        result = finished(model.generate("The", max_tokens=20, temperature=0, ignore_eos=True, stop=stop))
+        assert (result.text, result.finish_reason) == (text[: text.index(stop)], "stop")
         assert model.last_stop_reason == "stop"
 
 

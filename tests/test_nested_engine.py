@@ -12,7 +12,7 @@ from typing import Any
 import nested
 import numpy as np
 import pytest
-from helpers import slow_except
+from helpers import finished, slow_except
 from reference import PackWeights, ReferenceModel
 
 import edgemoe
@@ -371,13 +371,13 @@ def test_modes_are_the_packs_thresholds(floats: Path, tmp_path: Path) -> None:
     with edgemoe.load(pack, quality="high") as model:
         assert model.quality == "high" and model.options.quality.thresholds == (0.7,)
         high = model.logits(TOKENS).tobytes()
-        list(model.generate(TOKENS, max_tokens=3, ignore_eos=True, seed=1))
-        assert 3 < model.stats()["mean_bits"] < 4
+        result = finished(model.generate(TOKENS, max_tokens=3, ignore_eos=True, seed=1))
+        assert 3 < model.stats(result)["mean_bits"] < 4
     with edgemoe.load(pack, thresholds=[0.7]) as model:
         assert model.logits(TOKENS).tobytes() == high
     with pytest.raises(OptionError, match="quality 'balanced': the pack does not say"):
         edgemoe.load(pack, quality="balanced")
     with edgemoe.load(pack) as model:
         assert model.options.quality.thresholds == () and model.logits(TOKENS).tobytes() != high
-        list(model.generate(TOKENS, max_tokens=3, ignore_eos=True, seed=1))
-        assert model.stats()["mean_bits"] == 4
+        result = finished(model.generate(TOKENS, max_tokens=3, ignore_eos=True, seed=1))
+        assert model.stats(result)["mean_bits"] == 4

@@ -193,13 +193,14 @@ def check_routing(path: Path, tokens: int, memory: str | int | None = None) -> t
 
     with edgemoe.load(path, memory=memory, context=2 * tokens, prefetch=False) as model:
         sampling: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
-        for _ in model.generate([1], max_tokens=tokens, ignore_eos=True, **sampling):
+        generation = model.generate([1], max_tokens=tokens, ignore_eos=True, **sampling)
+        for _ in generation:
             pass
-        stats, layers = model.stats(), [layer for layer in model.spec.layers if layer.experts]
-    if stats["evictions"]:
-        raise OptionError(f"{path}: {stats['evictions']:.0f} experts gave way; the check needs memory for all")
+        counters, layers = generation.result.counters, [layer for layer in model.spec.layers if layer.experts]
+    if counters.evictions:
+        raise OptionError(f"{path}: {counters.evictions} experts gave way; the check needs memory for all")
     chance = sum(layer.experts * (1 - (1 - layer.top_k / layer.experts) ** tokens) for layer in layers)
-    return stats["sections_read"] / len(layers), chance / len(layers)
+    return counters.sections_read / len(layers), chance / len(layers)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from edgemoe.engine import Cancel, Cancelled, Count, Engine, EngineCounters
 from edgemoe.errors import StateError
+from edgemoe.options import Quality
 
 if TYPE_CHECKING:
     from edgemoe.profiling.trace import TraceWriter
@@ -121,7 +122,8 @@ class Sequences:
                 return logits
 
     def all_logits(self, tokens: NDArray[np.int32], first: int, cancel: Cancel | None = None) -> NDArray[np.float32]:
-        """float32 [tokens - first, vocab]: the logits after each of the tokens from `first` on, computed anew."""
+        """float32 [tokens - first, vocab]: the logits after each of the tokens from `first` on, computed anew, in one
+        step."""
         session, cancel = Session([]), Cancel() if cancel is None else cancel
         try:
             self._waiting.append(session)
@@ -145,10 +147,25 @@ class Sequences:
                 self._engine.record_routing(trace is not None)
                 self._engine.take_routing()
 
-    def forget(self) -> None:
-        """To be called, with the engine's lock held, when sequences were changed by somebody else."""
-        for sequence in self._sequences:
-            sequence.tokens = []
+    def forward(
+        self,
+        tokens: Sequence[int],
+        positions: ArrayLike,
+        sequence_ids: ArrayLike,
+        wanted: ArrayLike,
+        qualities: Sequence[Quality],
+        quality: ArrayLike | None,
+    ) -> NDArray[np.float32]:
+        """`Engine.forward` in any of the sequences, of none of which it is known afterwards what it holds."""
+        with self._engine.lock:
+            for sequence in self._sequences:
+                sequence.tokens = []
+            try:
+                return self._engine.forward(
+                    tokens, positions, sequence_ids, wanted, qualities=qualities, quality=quality
+                )
+            finally:
+                self._record(np.asarray(positions, np.int32).reshape(-1))
 
     def snapshot(self) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
         """The tokens and the state of the sequence that was used last."""
@@ -157,7 +174,7 @@ class Sequences:
             return tuple(sequence.tokens), self._engine.snapshot(sequence.id)
 
     def restore(self, tokens: Sequence[int], state: NDArray[np.uint8]) -> None:
-        """Puts a state back, in place of the idle sequence that was used least recently."""
+        """Puts a state back, in place of the sequence that was used least recently, an idle one if there is one."""
         with self._engine.lock:
             sequence = min(self._sequences, key=lambda sequence: (sequence.holder is not None, sequence.turn))
             sequence.tokens = []
@@ -291,12 +308,18 @@ class Sequences:
         try:
             return engine.forward(tokens, positions, np.full(len(tokens), sequence.id), wanted, cancel)
         finally:
-            sequence.tokens = (sequence.tokens + tokens.tolist())[: engine.length(sequence.id)]
-            if self._trace is not None:
-                writer, part = self._trace
-                routing = engine.take_routing()
-                done = len(routing.picks)
-                writer.extend([part] * done, positions[:done], routing.picks, routing.weights, routing.predicted)
+            sequence.tokens += tokens.tolist()
+            del sequence.tokens[engine.length(sequence.id) :]
+            self._record(positions)
+
+    def _record(self, positions: NDArray[np.int32]) -> None:
+        """Writes the routing of the last pass to the trace, if there is one. positions: of the pass, which may have
+        failed after some of them."""
+        if self._trace is not None:
+            writer, part = self._trace
+            routing = self._engine.take_routing()
+            done = len(routing.picks)
+            writer.extend([part] * done, positions[:done], routing.picks, routing.weights, routing.predicted)
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import finished
 
 import edgemoe
 from edgemoe.formats.pack import Pack
@@ -31,15 +32,14 @@ def test_the_simulated_counters_are_the_engines(tmp_path: Path) -> None:
         assert model.budget.expert_slots < sum(layer.experts for layer in model.spec.layers)
         prompt = model.tokenizer.encode("It was a bright cold day")
         with model.trace(tmp_path / "trace"):
-            for _ in model.generate(prompt, max_tokens=60, temperature=0, ignore_eos=True):
-                pass
-        stats, slots = model.stats(), model.budget.expert_slots
+            result = finished(model.generate(prompt, max_tokens=60, temperature=0, ignore_eos=True))
+        counters, slots = result.counters, model.budget.expert_slots
     trace = read_trace(tmp_path / "trace")
     passes = [len(prompt)] + [1] * (trace.tokens - len(prompt))
     (found,) = simulate_engine(trace, [slots], passes=passes)
-    assert (found.experts_requested, found.experts_hit) == (stats["experts_requested"], stats["experts_hit"])
+    assert (found.experts_requested, found.experts_hit) == (counters.experts_requested, counters.experts_hit)
     # The simulation counts experts. At full width all levels of one come and leave together.
     levels = len(Pack.open(MODEL).index.experts[0].levels)
-    assert levels * found.sections_read == stats["sections_read"]
-    assert levels * found.evictions == stats["evictions"]
+    assert levels * found.sections_read == counters.sections_read
+    assert levels * found.evictions == counters.evictions
     assert found.evictions > 0

@@ -43,6 +43,19 @@ def test_a_trace_holds_the_routing_of_every_computed_token(pack: Path, tmp_path:
     assert (whole.predicted[:, 2:] < 6).all()
 
 
+def test_passes_of_any_kind_are_traced(pack: Path, tmp_path: Path) -> None:
+    with edgemoe.load(pack, parallel=2) as model:
+        with model.trace(tmp_path / "all.trace"):
+            model.forward([1, 2, 3], [0, 0, 1], [0, 1, 1], [])
+            model.logits([4, 5])
+            model.next_logits([4, 5, 6])
+        with model.trace(tmp_path / "one.trace"):
+            model.logits([4, 5])
+    trace = read_trace(tmp_path / "all.trace")
+    assert trace.position.tolist() == [0, 0, 1, 0, 1, 2]
+    np.testing.assert_array_equal(trace.ids[3:5], read_trace(tmp_path / "one.trace").ids)
+
+
 def test_a_failed_run_leaves_no_trace(pack: Path, tmp_path: Path) -> None:
     with edgemoe.load(pack) as model:
         with pytest.raises(ContextLengthError), model.trace(tmp_path / "broken.trace"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import finished
 from tokenizers import Tokenizer as Backend
 
 import edgemoe
@@ -56,23 +57,23 @@ def test_a_turn_computes_its_new_tokens_only(model: edgemoe.Model) -> None:
     messages = [user("The quick brown fox")]
     assert len(model.tokenizer.encode("lazy")) < 4  # so its letters are not the tokens that the text becomes
     for number, line in enumerate(("jumps over", "the lazy dog", "again"), start=2):
-        answer = "".join(model.chat(messages, **letters(model, "lazy", ending=200)))
-        assert answer == "lazy" and model.last_stop_reason == "eos"
-        messages += [assistant(answer), user(line)]
-        list(model.chat(messages, max_tokens=1))
+        answer = finished(model.chat(messages, **letters(model, "lazy", ending=200)))
+        assert (answer.text, answer.finish_reason) == ("lazy", "eos")
+        messages += [assistant(answer.text), user(line)]
+        result = finished(model.chat(messages, max_tokens=1))
         new = model.tokenizer.encode(NEXT.format(line))
-        assert model.stats()["computed_prompt_tokens"] == len(new), number
-        assert model.stats()["prompt_tokens"] > number * len(new) - 20
+        assert result.computed_prompt_tokens == len(new), number
+        assert result.prompt_tokens > number * len(new) - 20
 
 
 def test_a_turn_that_the_limit_ended_goes_on_too(model: edgemoe.Model) -> None:
     messages = [user("The quick brown fox")]
-    answer = "".join(model.chat(messages, max_tokens=9, seed=3, ignore_eos=True, temperature=2.0))
-    assert model.last_stop_reason == "length"
-    messages += [assistant(answer), user("jumps")]
-    list(model.chat(messages, max_tokens=1))
+    answer = finished(model.chat(messages, max_tokens=9, seed=3, ignore_eos=True, temperature=2.0))
+    assert answer.finish_reason == "length"
+    messages += [assistant(answer.text), user("jumps")]
+    result = finished(model.chat(messages, max_tokens=1))
     # The last token of the answer was drawn, but nothing has been computed from it yet.
-    assert model.stats()["computed_prompt_tokens"] == len(model.tokenizer.encode(NEXT.format("jumps"))) + 1
+    assert result.computed_prompt_tokens == len(model.tokenizer.encode(NEXT.format("jumps"))) + 1
 
 
 def test_the_conversation_is_the_one_that_was_told(model: edgemoe.Model) -> None:
@@ -96,20 +97,21 @@ def test_the_conversation_is_the_one_that_was_told(model: edgemoe.Model) -> None
 
 def test_a_stop_string_is_no_part_of_the_conversation(model: edgemoe.Model) -> None:
     messages = [user("The quick")]
-    answer = "".join(model.chat(messages, stop="zy", **letters(model, "lazy")))
-    assert answer == "la" and model.last_stop_reason == "stop"
+    result = finished(model.chat(messages, stop="zy", **letters(model, "lazy")))
+    answer = result.text
+    assert (answer, result.finish_reason) == ("la", "stop")
     assert model._conversations.recall(model.tokenizer.apply_chat_template([*messages, assistant(answer)])) == ("", [])
-    list(model.chat([*messages, assistant(answer), user("fox")], max_tokens=1))
-    assert model.stats()["computed_prompt_tokens"] < model.stats()["prompt_tokens"]
+    result = finished(model.chat([*messages, assistant(answer), user("fox")], max_tokens=1))
+    assert result.computed_prompt_tokens < result.prompt_tokens
 
 
 def test_an_end_of_turn_ends_it(model: edgemoe.Model) -> None:
     end = token(model, "<|im_end|>")
     assert end not in model.tokenizer.eos_ids and end in model.tokenizer.end_ids
-    assert list(model.chat([user("The")], logit_bias={end: 100})) == []
-    assert model.last_stop_reason == "eos"
-    text = "".join(model.chat([user("The")], logit_bias={end: 100}, ignore_eos=True, max_tokens=5))
-    assert model.last_stop_reason == "length" and "<|im_end|>" not in text
+    result = finished(model.chat([user("The")], logit_bias={end: 100}))
+    assert (result.text, result.finish_reason, result.tokens) == ("", "eos", (end,))
+    result = finished(model.chat([user("The")], logit_bias={end: 100}, ignore_eos=True, max_tokens=5))
+    assert result.finish_reason == "length" and "<|im_end|>" not in result.text
     assert list(model.generate("The", logit_bias={end: 100})) == []
 
 
@@ -131,6 +133,11 @@ def test_thoughts(model: edgemoe.Model) -> None:
     )
     assert "".join(text for _, text in unparsed) == "</think>yes"
     assert "".join(text for _, text in model.chat_parts(asked, **options)) == "yes"
+    with model.chat_parts(asked, max_tokens=50, seed=1, ignore_eos=True) as answer:
+        next(answer)
+    assert answer.result.finish_reason == "cancelled" and len(list(answer)) <= 1
+    answer = model.chat_parts(asked, chat_template_kwargs=thinking, logit_bias={close: 100}, **options)
+    assert {part.kind for part in answer} == {"content"} and answer.result.text == "</think>yes"
     with pytest.raises(OptionError, match="reasoning_format"):
         model.chat_parts(asked, reasoning_format="magic")
 
@@ -162,8 +169,8 @@ def test_templates(model: edgemoe.Model) -> None:
 def test_schema_by_keyword(model: edgemoe.Model) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     for seed in range(5):
-        assert json.loads("".join(model.chat([user("x")], json_schema=schema, seed=seed)))["a"] in (1, 2)
-        assert model.last_stop_reason == "eos"
+        result = finished(model.chat([user("x")], json_schema=schema, seed=seed))
+        assert json.loads(result.text)["a"] in (1, 2) and result.finish_reason == "eos"
     for wrong in ({"json_schema": "{"}, {"grammar": "x"}, {"logit_bias": {336: 1}}, {"stop": [""]}, {"mirostat": 7}):
         with pytest.raises(OptionError):
             model.generate("x", **wrong)
