@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 import edgemoe  # noqa: E402
-from edgemoe.convert import SourceModel  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.formats.gguf_index import GgufSource  # noqa: E402
+from edgemoe.source import SourceModel  # noqa: E402
 from tools.ggml_quantize import TYPES, quantize_gguf  # noqa: E402
 from tools.inflate import InflatedModel  # noqa: E402
 from tools.model_files import write_gguf  # noqa: E402

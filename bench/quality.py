@@ -44,19 +44,20 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from edgemoe.convert import SourceModel, convert  # noqa: E402
+from edgemoe.convert import convert  # noqa: E402
 from edgemoe.errors import EdgemoeError, OptionError  # noqa: E402
 from edgemoe.formats.ggml_blocks import TYPES  # noqa: E402
 from edgemoe.formats.gguf import GgufModel  # noqa: E402
 from edgemoe.formats.gguf_index import GgufSource, build_index  # noqa: E402
 from edgemoe.formats.index import ModelIndex  # noqa: E402
 from edgemoe.formats.pack import Pack, align  # noqa: E402
+from edgemoe.formats.read import load_tokenizer  # noqa: E402
 from edgemoe.memory import automatic_budget, used_now  # noqa: E402
 from edgemoe.quantize.calibration import HELD_OUT, WINDOW, windows  # noqa: E402
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index  # noqa: E402
 from edgemoe.quantize.nested_experts import NestedOptions  # noqa: E402
 from edgemoe.quantize.quality import Reference, evaluate  # noqa: E402
-from edgemoe.text.tokenizer import load_tokenizer  # noqa: E402
+from edgemoe.source import SourceModel  # noqa: E402
 from tools.ggml_quantize import Bytes, Floats, rewrite_gguf  # noqa: E402
 from tools.inflate import InflatedModel  # noqa: E402
 from tools.model_files import write_gguf  # noqa: E402

@@ -34,13 +34,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from edgemoe.convert import SourceModel  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.memory import RESERVE, format_size, used_now  # noqa: E402
 from edgemoe.options import parse_size  # noqa: E402
 from edgemoe.quantize.calibration import WINDOW, Statistics  # noqa: E402
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index, temporary_array  # noqa: E402
 from edgemoe.quantize.nested_experts import NestedExperts, NestedOptions  # noqa: E402
+from edgemoe.source import SourceModel  # noqa: E402
 
 HIDDEN, FFN, EXPERTS, TOP_K, TOKENS = 2048, 768, 128, 8, 65536
 VOCABULARY = 4096

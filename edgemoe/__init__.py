@@ -23,9 +23,10 @@ if TYPE_CHECKING:
         TokenizerError,
         UnsupportedModelError,
     )
+    from edgemoe.formats.read import load_tokenizer
     from edgemoe.model import Model, load
     from edgemoe.spec import ModelSpec
-    from edgemoe.text.tokenizer import Tokenizer, load_tokenizer
+    from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = [
     "ContextLengthError",
@@ -52,7 +53,7 @@ _HOMES = {
     "load": "edgemoe.model",
     "ModelSpec": "edgemoe.spec",
     "Tokenizer": "edgemoe.text.tokenizer",
-    "load_tokenizer": "edgemoe.text.tokenizer",
+    "load_tokenizer": "edgemoe.formats.read",
 }
 
 

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgemoe.engine import Count, Engine
 from edgemoe.errors import ContextLengthError, OptionError, TokenizerError
-from edgemoe.formats.read import read_index
+from edgemoe.formats.read import load_tokenizer, read_index
 from edgemoe.loading import load_engine
 from edgemoe.memory import Budget
 from edgemoe.model_files import Progress, resolve
@@ -28,7 +28,7 @@ from edgemoe.spec import ModelSpec
 from edgemoe.text.reasoning import ReasoningSplitter, check_format, end_of_thoughts, mark_ids
 from edgemoe.text.sampling import Sampler, SamplingOptions
 from edgemoe.text.stream import StopStrings, TextStream
-from edgemoe.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from edgemoe.text.tokenizer import Tokenizer, check_vocabulary
 from edgemoe.text.tokens import token_ids
 
 

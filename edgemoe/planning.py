@@ -225,10 +225,12 @@ def _mode_shares(index: ModelIndex) -> dict[str, float]:
 
 def _folder_facts(path: Path, bits: int) -> ModelIndex:
     """Of the pack that a folder becomes."""
-    from edgemoe.convert import _length, _plan
+    from edgemoe.convert import plan_pack, section_length
 
-    conversion = _plan(path, bits, None)
-    lengths = [len(section) if isinstance(section, bytes) else _length(section) for section in conversion.sections]
+    conversion = plan_pack(path, bits, None)
+    lengths = [
+        len(section) if isinstance(section, bytes) else section_length(section) for section in conversion.sections
+    ]
     return conversion.contents.index(path, [str(path)], _sections_of(lengths))
 
 

@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.convert import BLOBS, SourceModel
 from edgemoe.errors import EdgemoeError, OptionError
 from edgemoe.formats.index import MeasuredQuality
 from edgemoe.formats.layouts import (
@@ -45,8 +44,9 @@ from edgemoe.formats.layouts import (
     unpack_level,
 )
 from edgemoe.formats.pack import Bytes, Pack
+from edgemoe.formats.rtn import quantize
 from edgemoe.formats.safetensors import read_json
-from edgemoe.quantize.rtn import quantize
+from edgemoe.source import BLOBS, SourceModel
 from edgemoe.spec import ModelSpec
 from tools.model_files import GGUF_BLOCKS, print_progress, write_gguf, write_pack
 

@@ -53,7 +53,7 @@ def _show(machine: Machine) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from edgemoe.cli._printable import printable
+    from edgemoe.printable import printable
 
     console = Console()
     styles = {"ok": "green", "note": "yellow", "problem": "bold red"}

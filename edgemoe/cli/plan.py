@@ -101,8 +101,8 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from edgemoe.cli._printable import printable
     from edgemoe.memory import format_count, format_size
+    from edgemoe.printable import printable
 
     sequences = f"{plan.parallel} sequences of " if plan.parallel > 1 else ""
     console = Console()

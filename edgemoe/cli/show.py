@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli._printable import printable
 from edgemoe.errors import TokenizerError
+from edgemoe.printable import printable
 
 if TYPE_CHECKING:
     from edgemoe.spec import ModelSpec
@@ -74,8 +74,8 @@ def _pack_facts(path: Path) -> dict[str, Any]:
 
 
 def _folder_facts(path: Path) -> dict[str, Any]:
-    from edgemoe.convert import SourceModel
     from edgemoe.formats.ggml_blocks import TYPES
+    from edgemoe.source import SourceModel
 
     model = SourceModel.open(path)
     sizes: dict[str, dict[str, int]] = {"dense": {}, "experts": {}}
@@ -145,7 +145,7 @@ def _spec_facts(path: Path, form: str, spec: ModelSpec, generation: Mapping[str,
 
 
 def _tokenizer_facts(path: Path) -> dict[str, Any] | None:
-    from edgemoe.text.tokenizer import load_tokenizer
+    from edgemoe.formats.read import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(path)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from edgemoe.cli._printable import printable
 from edgemoe.cli._terminal import progress_bar
+from edgemoe.printable import printable
 
 
 @click.command()

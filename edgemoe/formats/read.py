@@ -1,15 +1,41 @@
-"""The index of a model file, whatever its format."""
+"""What a model file holds, whatever its format: its index, and its tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from edgemoe.formats.gguf import is_gguf
+from edgemoe.errors import TokenizerError
+from edgemoe.formats.gguf import GgufModel, is_gguf
 from edgemoe.formats.gguf_index import GgufSource, build_index
 from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.pack import Pack
+from edgemoe.text.tokenizer import Tokenizer
 
 
 def read_index(path: Path) -> ModelIndex:
     """Of a pack or of a GGUF file. Raises PackError, SourceError, UnsupportedModelError, TokenizerError."""
     return build_index(GgufSource.open(path)) if is_gguf(path) else Pack.open(path).index
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a pack, of a Hugging Face folder or of a GGUF file. Raises TokenizerError, PackError,
+    SourceError."""
+    path = Path(path)
+    if path.is_dir():
+        return Tokenizer.from_folder(path)
+    if is_gguf(path):
+        from edgemoe.text.gguf_tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(GgufModel.open(path).metadata, str(path))
+    return pack_tokenizer(Pack.open(path))
+
+
+def pack_tokenizer(pack: Pack) -> Tokenizer:
+    """The tokenizer of an open pack. Raises TokenizerError."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    blobs = {name: pack.read_blob(name) for name in names if name in pack.blobs}
+    if names[0] not in blobs:
+        raise TokenizerError(f"{pack.index.path}: no tokenizer.json in the pack")
+    return Tokenizer.from_files(
+        blobs[names[0]], blobs.get(names[1]), pack.index.generation, blobs.get(names[2]), name=str(pack.index.path)
+    )

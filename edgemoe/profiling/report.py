@@ -12,8 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from edgemoe.cli._printable import printable
 from edgemoe.memory import format_size
+from edgemoe.printable import printable
 from edgemoe.profiling.analysis import RATIOS, Profile, Scores
 
 # SRP at 16 tokens of published models (arXiv 2505.16056, table 1), to compare with.

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.convert import SourceModel, copied_tensor
 from edgemoe.engine import Engine, LayerRecord, plan_memory
 from edgemoe.errors import MemoryBudgetError
 from edgemoe.families import TensorSource
@@ -27,6 +26,7 @@ from edgemoe.formats.pack import BLOCK
 from edgemoe.formats.safetensors import SafetensorsFolder
 from edgemoe.memory import format_size
 from edgemoe.options import EXACT, EngineOptions, Quality
+from edgemoe.source import SourceModel, copied_tensor
 from edgemoe.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.convert import SourceModel, read_matrix
 from edgemoe.errors import MemoryBudgetError, OptionError, SourceError
 from edgemoe.formats.index import PARTS, ExpertLayer, Level, Part
 from edgemoe.formats.layouts import pack_level, packed_size
 from edgemoe.formats.pack import ALIGNMENT, BLOCK, Bytes, PackContents, PackWriter, align
+from edgemoe.formats.read import load_tokenizer
 from edgemoe.memory import RESERVE, automatic_budget, format_size, used_now
 from edgemoe.processors import usable_processors
 from edgemoe.quantize.allocation import allocate, super_experts
@@ -28,7 +28,8 @@ from edgemoe.quantize.calibration import SHIPPED, WINDOW, Statistics, windows
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index, temporary_array
 from edgemoe.quantize.nested import Floats, Hessian, Nested, check_bits, quantize
 from edgemoe.quantize.quality import Reference, measure, most_runs
-from edgemoe.text.tokenizer import check_vocabulary, load_tokenizer
+from edgemoe.source import SourceModel, read_matrix
+from edgemoe.text.tokenizer import check_vocabulary
 
 # Tokens that are looked at to find super experts, before anything is quantized.
 _SCOUTED = 4096

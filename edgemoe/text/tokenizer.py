@@ -14,7 +14,6 @@ import tokenizers
 from edgemoe.errors import TokenizerError
 
 if TYPE_CHECKING:
-    from edgemoe.formats.pack import Pack
     from edgemoe.spec import ModelSpec
     from edgemoe.text.template import ChatTemplate
 
@@ -132,17 +131,6 @@ class Tokenizer:
                 generation.update((key, value) for key, value in values.items() if value is not None)
         return cls.from_files(
             tokenizer, read("tokenizer_config.json"), generation, read("chat_template.jinja"), name=str(folder)
-        )
-
-    @classmethod
-    def from_pack(cls, pack: Pack) -> Tokenizer:
-        """From an open pack."""
-        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-        blobs = {name: pack.read_blob(name) for name in names if name in pack.blobs}
-        if names[0] not in blobs:
-            raise TokenizerError(f"{pack.index.path}: no tokenizer.json in the pack")
-        return cls.from_files(
-            blobs[names[0]], blobs.get(names[1]), pack.index.generation, blobs.get(names[2]), name=str(pack.index.path)
         )
 
     # -- text to ids --------------------------------------------------------------------------------------------
@@ -341,22 +329,6 @@ def _cut(text: str) -> int:
         if len(text) < LONGEST_PIECE:
             return 0
     return len(text)
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a pack, of a Hugging Face folder or of a GGUF file."""
-    path = Path(path)
-    if path.is_dir():
-        return Tokenizer.from_folder(path)
-    from edgemoe.formats.gguf import GgufModel, is_gguf
-
-    if is_gguf(path):
-        from edgemoe.text.gguf_tokenizer import tokenizer_from_gguf
-
-        return tokenizer_from_gguf(GgufModel.open(path).metadata, str(path))
-    from edgemoe.formats.pack import Pack
-
-    return Tokenizer.from_pack(Pack.open(path))
 
 
 def check_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> None:

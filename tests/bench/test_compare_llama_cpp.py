@@ -14,7 +14,7 @@ from helpers import slow_except
 import edgemoe
 from edgemoe.formats.gguf import GgufModel, StringArray
 from edgemoe.formats.gguf_index import GgufSource
-from edgemoe.text.tokenizer import load_tokenizer
+from edgemoe.formats.read import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import edgemoe
-from edgemoe.convert import SourceModel, convert
+from edgemoe.convert import convert
 from edgemoe.formats.pack import Pack
 from edgemoe.formats.read import read_index
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index
 from edgemoe.quantize.nested_experts import NestedOptions
+from edgemoe.source import SourceModel
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -13,12 +13,13 @@ import pytest
 from helpers import slow_except
 
 import edgemoe
-from edgemoe.convert import SourceModel, convert
+from edgemoe.convert import convert
 from edgemoe.errors import ReadError, SourceError, StateError, UnsupportedModelError
 from edgemoe.families import family_for
 from edgemoe.formats.ggml_blocks import dequantize, mxfp4_blocks
 from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.pack import Pack
+from edgemoe.source import SourceModel
 from edgemoe.spec import ModelSpec
 
 pytest.importorskip("torch")

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgemoe.convert import SourceModel, convert
+from edgemoe.convert import convert
 from edgemoe.formats.pack import Pack
+from edgemoe.source import SourceModel
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

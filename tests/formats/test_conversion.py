@@ -186,8 +186,8 @@ def test_mixed_types_share_a_layout(tiny_qwen3_moe: Make, tmp_path: Path) -> Non
 def test_transposed_source(tiny_qwen3_moe: Make) -> None:
     folder = SafetensorsFolder.open(tiny_qwen3_moe(dtype="F32"))
     name = "model.layers.0.mlp.experts.0.up_proj.weight"
-    tensor = edgemoe.convert._Tensor("up", TensorSource(name, transpose=True), "f32", (72, 40), "f32", 0)
-    data = b"".join(edgemoe.convert._packed_rows(folder, tensor))
+    tensor = edgemoe.source.SourceTensor("up", TensorSource(name, transpose=True), "f32", (72, 40), "f32", 0)
+    data = b"".join(edgemoe.source.packed_rows(folder, tensor))
     np.testing.assert_array_equal(unpack("f32", data, 72, 40), folder.read(name).T)
 
 

@@ -22,7 +22,7 @@ from edgemoe.formats.gguf import GgufModel
 from edgemoe.formats.gguf_index import GgufSource
 from edgemoe.formats.layouts import tensor_size, unpack
 from edgemoe.formats.pack import Pack
-from edgemoe.text.tokenizer import load_tokenizer
+from edgemoe.formats.read import load_tokenizer
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
 

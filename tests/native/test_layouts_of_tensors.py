@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edgemoe.quantize.rtn import quantize
 from helpers import slow_except
 from numpy.typing import NDArray
 
@@ -17,7 +18,6 @@ from edgemoe import _core
 from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
 from edgemoe.formats.layouts import GGML_LAYOUTS, LAYOUTS, QUANTIZED, pack, packed_size, unpack
 from edgemoe.options import EngineOptions
-from edgemoe.quantize.rtn import quantize
 from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RopeSpec, RouterSpec
 from tools import ggml_quantize
 

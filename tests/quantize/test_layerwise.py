@@ -12,10 +12,11 @@ import pytest
 from gguf_writer import tiny_qwen3_moe_gguf, write
 
 import edgemoe
-from edgemoe.convert import SourceModel, convert
+from edgemoe.convert import convert
 from edgemoe.errors import MemoryBudgetError
 from edgemoe.quantize.calibration import Statistics
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index
+from edgemoe.source import SourceModel
 
 Make = Callable[..., Path]
 WINDOW = 24

@@ -12,7 +12,7 @@ import pytest
 from gguf_writer import tiny_qwen3_moe_gguf, write
 
 import edgemoe
-from edgemoe.convert import SourceModel, _plan, convert, read_matrix
+from edgemoe.convert import convert, plan_pack
 from edgemoe.errors import MemoryBudgetError, OptionError, SourceError, UnsupportedModelError
 from edgemoe.formats.index import PARTS
 from edgemoe.formats.layouts import packed_size, unpack_level
@@ -23,6 +23,7 @@ from edgemoe.quantize.calibration import Statistics
 from edgemoe.quantize.layerwise import LayerwiseModel
 from edgemoe.quantize.nested import Floats, Nested
 from edgemoe.quantize.nested_experts import NestedExperts, NestedOptions
+from edgemoe.source import SourceModel, read_matrix
 
 Make = Callable[..., Path]
 TARGET = 15.0
@@ -225,10 +226,10 @@ def test_other_layouts_are_another_conversion(
     tiny_qwen3_moe: Make, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, options = tiny_qwen3_moe(), NestedOptions(calibration=text)
-    before = _plan(source, None, None, options).fingerprint
-    assert _plan(source, None, None, options).fingerprint == before
+    before = plan_pack(source, None, None, options).fingerprint
+    assert plan_pack(source, None, None, options).fingerprint == before
     monkeypatch.setattr(nested_experts, "level_layouts", lambda bits: ["base2r3", "refine1", "refine1"])
-    assert _plan(source, None, None, options).fingerprint != before
+    assert plan_pack(source, None, None, options).fingerprint != before
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from small_tokenizers import byte_level_backend, sentencepiece_backend, wrap
 
 from edgemoe.errors import TokenizerError
+from edgemoe.formats.read import load_tokenizer, pack_tokenizer
 from edgemoe.text import tokenizer as module
-from edgemoe.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from edgemoe.text.tokenizer import Tokenizer, check_vocabulary
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -211,11 +212,11 @@ def test_pack(byte_level: Tokenizer) -> None:
         blobs=blobs,
         read_blob=blobs.__getitem__,
     )
-    tokenizer = Tokenizer.from_pack(pack)
+    tokenizer = pack_tokenizer(pack)
     assert (tokenizer.bos_ids, tokenizer.eos_ids, tokenizer.chat_template) == ((0,), (2,), "T")
     del blobs["tokenizer.json"]
     with pytest.raises(TokenizerError, match=r"m\.emoe: no tokenizer"):
-        Tokenizer.from_pack(pack)
+        pack_tokenizer(pack)
 
 
 @pytest.mark.parametrize(
