@@ -228,6 +228,11 @@ def test_rows_have_qualities_of_their_own(
             assert logits[rows == number].tobytes() == expected[number], qualities[number]
         with pytest.raises(ValueError, match="quality 3 is not one of the 3 that are given"):
             model.forward([1], [count], [0], [0], qualities=qualities, quality=[3])
+    # Where only some rows are wanted, the last layer computes these alone: each keeps its own quality.
+    wanted = np.arange(len(rows))[1::2]
+    with load(path, slots, thresholds=own, parallel=len(qualities)) as model:
+        some = model.forward(tokens, positions, rows, wanted, qualities=qualities, quality=rows)
+    assert some.tobytes() == logits[wanted].tobytes()
 
 
 def test_thresholds_below_everything_take_the_first_expert_too(pack: Path) -> None:

@@ -34,7 +34,10 @@ class ForeignBackend final : public Backend {
         return pieces_.back().shown;
     }
 
-    void begin(const Rows& rows) override { own_->begin(rows); }
+    void begin(const Rows& rows) override {
+        own_->begin(rows);
+        finished = false;
+    }
     void embed(const Matrix& embedding, float multiplier, Floats out) override {
         own_->embed(embedding, multiplier, at(out));
     }
@@ -45,6 +48,7 @@ class ForeignBackend final : public Backend {
         std::vector<Floats> found;
         for (const Floats output : outputs) found.push_back(at(output));
         own_->product(matrices, at(x), count, found);
+        finished = false;
     }
     void add_vector(ConstFloats vector, Floats x, int size, int count) override {
         own_->add_vector(vector, at(x), size, count);
@@ -99,6 +103,7 @@ class ForeignBackend final : public Backend {
     void experts(const ExpertShapes& shapes, std::span<const ExpertWork> work, const ExpertBuffers& b) override {
         own_->experts(shapes, work, {at(b.rows), at(b.hidden), at(b.up), at(b.outputs)});
         ++rounds;
+        experts_at_work = true;
         finished = false;
     }
     void combine(const Combination& combination, int size, int count) override {
@@ -110,19 +115,27 @@ class ForeignBackend final : public Backend {
         found.outputs = at(combination.outputs);
         found.sum = at(combination.sum);
         own_->combine(found, size, count);
+        experts_left |= experts_at_work;
+        finished = false;
     }
     void head(const Head& head, ConstFloats x, int count, float* logits) override {
         own_->head(head, at(x), count, logits);
+        finished = false;
     }
     std::span<const float> read(ConstFloats buffer, size_t count) override { return own_->read(at(buffer), count); }
     std::span<const int32_t> read(Buffer<const int32_t> buffer, size_t count) override {
         return own_->read(at(buffer), count);
     }
     void write(std::span<const int32_t> values, Buffer<int32_t> buffer) override { own_->write(values, at(buffer)); }
-    void wait() override { finished = true; }
+    void wait() override {
+        experts_at_work = false;
+        finished = true;
+    }
 
     int rounds = 0;
-    bool finished = true;  // what experts() was asked for has been waited for
+    bool experts_at_work = false;  // experts() was not waited for
+    bool experts_left = false;     // ... before their layer was done
+    bool finished = true;          // everything was waited for
 
   private:
     struct Piece {
@@ -198,7 +211,18 @@ void test_buffers_are_handles(const Model& model, const std::string& name) {
                    });
     check(foreign.isa() == "foreign", "the engine uses another backend than it was given");
     check_same(expected, logits(foreign, tokens), name + " behind addresses that cannot be read");
-    check(backend->rounds > 0 && backend->finished, "experts were not waited for before their memory was given back");
+    check(backend->rounds > 0 && !backend->experts_left,
+          "experts were not waited for before their memory was given back");
+    check(backend->finished, "a pass ended before its backend had finished");
+    foreign.sequence(0).truncate(0);
+    const auto give_up = [calls = 0]() mutable {
+        if (++calls == 2) throw std::runtime_error("given up");
+    };
+    const std::vector<int32_t> positions = ascending(), ids(kCount, 0);
+    check_throws<std::runtime_error>(
+        [&] { foreign.forward({.tokens = tokens, .positions = positions, .sequences = ids}, nullptr, give_up); },
+        "a check that gives up");
+    check(backend->finished, "a state was given back before the backend had finished with it");
     RoutingRecorder recorder(model.spec);
     check_same(expected, logits(foreign, tokens, {}, 0, &recorder), name + ", observed");
     check(recorder.take().picks.size() == size_t{kCount} * kTopK * (model.spec.layers.size() - 1),

@@ -200,7 +200,8 @@ class Backend {
     // Zero-filled, 64-byte aligned, as long as the backend lives.
     virtual std::byte* allocate(size_t bytes) = 0;
 
-    // The operations up to the next begin() are for these rows, or the first of them.
+    // The operations up to the next begin() are for these rows, or the first of them. What `rows` refers to stays until
+    // wait() has returned after them; spans that other operations are given are valid during the call only.
     virtual void begin(const Rows& rows) = 0;
     // Rows of the embedding, or the embeddings given, [rows, cols]; tokens' rows are multiplied.
     virtual void embed(const Matrix& embedding, float multiplier, Floats out) = 0;

@@ -159,7 +159,12 @@ void Engine::forward(const Batch& batch, LayerRange layers, float* logits, const
             for (size_t i = 0; i < size; ++i) states[i]->begin_writing(rows.positions[i] + 1);
             pass_->run({rows, wanted, qualities}, layers, observer, counters_, logits + first_wanted * spec_.vocab_size,
                        check);
+            backend_->wait();  // before the rows go, and anybody looks at the states
         } catch (...) {
+            try {
+                backend_->wait();  // it may still be writing what the states are about to give back
+            } catch (...) {        // the first failure is the one to tell
+            }
             for (SequenceState* state : states) state->give_up_writing();
             if (store_) store_->hint(0, {});  // what was expected will not come
             throw;

@@ -54,7 +54,7 @@ Pass::Pass(const Setting& setting, Weights& weights, Backend& backend, ExpertSto
              model_.logits_softcap};
     if (model_.head_bias) head_.bias = weights.vector("head_bias", model_.vocab_size);
     final_norm_ = load_norm(model_, weights, "final_norm", hidden);
-    layers_.reserve(model_.layers.size());  // halves keep references to norms
+    layers_.reserve(model_.layers.size());
     for (int number = 0; number < static_cast<int>(model_.layers.size()); ++number) {
         const LayerSpec& spec = model_.layers[number];
         const AttentionSpec& a = spec.attention;
