@@ -19,8 +19,8 @@
 #include <string>
 
 #include "edgemoe/direct_file.h"
-#include "edgemoe/weight_layouts.h"
 #include "edgemoe/pack_index.h"
+#include "edgemoe/weight_layouts.h"
 
 namespace edgemoe {
 
