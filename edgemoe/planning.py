@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgemoe.convert import planned_index
 from edgemoe.engine import plan_memory
 from edgemoe.errors import OptionError, SourceError, UnsupportedModelError
-from edgemoe.formats.index import DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
+from edgemoe.families import family_for
+from edgemoe.formats.index import DenseTensor, ExpertLayer, Level, ModelIndex, Part
 from edgemoe.formats.layouts import tensor_size
-from edgemoe.formats.pack import ALIGNMENT, BLOCK, align
+from edgemoe.formats.pack import ALIGNMENT, align, consecutive_sections
 from edgemoe.formats.read import read_index
 from edgemoe.formats.safetensors import read_json
 from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now
@@ -210,7 +212,7 @@ def _facts(path: Path, bits: int) -> ModelIndex:
         raise SourceError(f"{path}: no such file or folder")
     if path.is_dir():
         has_weights = next(path.glob("*.safetensors"), None) is not None
-        return _folder_facts(path, bits) if has_weights else _config_facts(path / "config.json", bits)
+        return planned_index(path, bits) if has_weights else _config_facts(path / "config.json", bits)
     return _config_facts(path, bits) if path.suffix == ".json" else read_index(path)
 
 
@@ -223,21 +225,8 @@ def _mode_shares(index: ModelIndex) -> dict[str, float]:
     return {name: share for name, share in shares.items() if 0 < share <= 1}
 
 
-def _folder_facts(path: Path, bits: int) -> ModelIndex:
-    """Of the pack that a folder becomes."""
-    from edgemoe.convert import plan_pack, section_length
-
-    conversion = plan_pack(path, bits, None)
-    lengths = [
-        len(section) if isinstance(section, bytes) else section_length(section) for section in conversion.sections
-    ]
-    return conversion.contents.index(path, [str(path)], _sections_of(lengths))
-
-
 def _config_facts(path: Path, bits: int) -> ModelIndex:
     """The same from nothing but the configuration: what it asks for is what the weights will be."""
-    from edgemoe.families import family_for
-
     config = read_json(path)
     try:
         spec = family_for(config).spec(config)
@@ -261,17 +250,7 @@ def _config_facts(path: Path, bits: int) -> ModelIndex:
         sections = tuple((len(lengths) + expert,) for expert in range(layer.experts))
         experts[number] = ExpertLayer((Level(bits, parts),), sections)
         lengths += [end] * layer.experts
-    return ModelIndex(path, (str(path),), spec, _sections_of(lengths), dense, experts)
-
-
-def _sections_of(lengths: Sequence[int]) -> tuple[Section, ...]:
-    """The sections of a pack that does not exist: of these lengths, one after the other."""
-    sections, begin = [], 0
-    for length in lengths:
-        whole = align(length, BLOCK)
-        sections.append(Section((Extent(0, begin, whole),), 0))
-        begin += whole
-    return tuple(sections)
+    return ModelIndex(path, (str(path),), spec, consecutive_sections(lengths), dense, experts)
 
 
 def _expert_bytes(index: ModelIndex) -> list[int]:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgemoe.convert.tokenizer_files import BLOBS
 from edgemoe.errors import EdgemoeError, OptionError
 from edgemoe.formats.index import MeasuredQuality
 from edgemoe.formats.layouts import (
@@ -46,7 +47,7 @@ from edgemoe.formats.layouts import (
 from edgemoe.formats.pack import Bytes, Pack
 from edgemoe.formats.rtn import quantize
 from edgemoe.formats.safetensors import read_json
-from edgemoe.source import BLOBS, SourceModel
+from edgemoe.source import SourceModel
 from edgemoe.spec import ModelSpec
 from tools.model_files import GGUF_BLOCKS, print_progress, write_gguf, write_pack
 

@@ -8,6 +8,7 @@ file to this package adds the family; there is no other list to edit (a leading 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ class Slices:
     groups: int
     ranges: tuple[tuple[int, int], ...]
     transpose: bool = False
+
+    def shape(self, found: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what remains of a matrix of this shape; () where the ranges do not lie within its groups."""
+        if len(found) != 2 or found[0] % self.groups or self.ranges[-1][1] > found[0] // self.groups:
+            return ()
+        rows = sum(end - first for first, end in self.ranges)
+        return (self.groups * found[1], rows) if self.transpose else (self.groups * rows, found[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,24 @@ class TensorSource:
     flat: bool = False
     slices: Slices | None = None
     negative_exp: bool = False
+
+    def shape(self, found: tuple[int, ...], vector: bool) -> tuple[int, ...]:
+        """Of the engine tensor, where the source has this shape; another one than any tensor has, such as (), where
+        they do not go together."""
+        if self.index is not None:
+            found = found[1:] if found and self.index < found[0] else ()
+        if self.rows is not None:
+            found = (self.rows[1] - self.rows[0], *found[1:]) if found and self.rows[1] <= found[0] else ()
+        if self.transpose:
+            found = found[::-1]
+        if self.every is not None:
+            axis, (first, step) = (len(found) - 1 if vector else 0), self.every
+            found = tuple(len(range(first, size, step)) if i == axis else size for i, size in enumerate(found))
+        if self.flat and found:
+            found = (math.prod(found[:-1]), found[-1])
+        if self.slices is not None:
+            found = self.slices.shape(found)
+        return (math.prod(found),) if vector else found
 
 
 class Family(Protocol):

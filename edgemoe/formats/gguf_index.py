@@ -15,13 +15,12 @@ from typing import Any
 
 from edgemoe.errors import SourceError, UnsupportedModelError
 from edgemoe.families import TensorSource, gguf_family_for
+from edgemoe.formats.generation import gguf_generation
 from edgemoe.formats.ggml_blocks import READABLE
 from edgemoe.formats.gguf import GgufModel
 from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
 from edgemoe.formats.layouts import bits_of
-from edgemoe.sampling_names import SAMPLING_NAMES
 from edgemoe.spec import FLOAT_ONLY, ModelSpec
-from edgemoe.text.gguf_tokenizer import read_special_ids
 
 MAX_EXPERTS = 1 << 17
 """Experts in all layers; the largest models have 25 000."""
@@ -95,17 +94,6 @@ def build_index(source: GgufSource) -> ModelIndex:
     return ModelIndex(model.path, files, spec, tuple(sections), dense, experts, source.generation)
 
 
-def gguf_generation(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Token ids as lists, and the sampling defaults, as a pack has them. Raises TokenizerError."""
-    bos, eos = read_special_ids(metadata, name)
-    generation: dict[str, Any] = {"bos_token_ids": list(bos), "eos_token_ids": list(eos)}
-    for sampling in SAMPLING_NAMES:
-        value = metadata.get(f"general.sampling.{sampling.gguf}") if sampling.gguf else None
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-            generation[sampling.config] = value
-    return generation
-
-
 def _values(model: GgufModel, names: Iterable[str]) -> dict[str, list[float]]:
     """Of the vectors with these names that are there."""
     values = {}
@@ -132,16 +120,7 @@ def _check_shape(model: GgufModel, name: str, source: TensorSource, shape: tuple
     info = model.tensors.get(source.name)
     if info is None:
         raise SourceError(f"tensor {source.name} is missing")
-    found = info.shape
-    if source.index is not None:
-        found = found[1:] if len(found) > 1 and source.index < found[0] else ()
-    if source.rows is not None:
-        found = (source.rows[1] - source.rows[0], *found[1:]) if found and source.rows[1] <= found[0] else ()
-    if source.flat and found:
-        found = (math.prod(found[:-1]), found[-1])
-    if len(shape) == 1:
-        found = (math.prod(found),)
-    if found != shape:
+    if source.shape(info.shape, len(shape) == 1) != shape:
         raise SourceError(f"tensor {source.name}: shape {list(info.shape)} does not give {name} {list(shape)}")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemoe.errors import SourceError, quote, shorten
+from edgemoe.formats.index import Extent
 
 MAX_HEADER = 100_000_000
 """Bytes of the largest header, as in the reference implementation."""
@@ -63,10 +64,14 @@ class _Place(NamedTuple):
 
 
 class SafetensorsFolder:
-    """The tensors of one model folder, sharded or not."""
+    """The tensors of one model folder, sharded or not.
+
+    files: those that tensors lie in, sorted.
+    """
 
     def __init__(self, folder: Path, places: dict[str, _Place]) -> None:
         self.folder = folder
+        self.files = sorted({place.file for place in places.values()})
         self._places = places
 
     @classmethod
@@ -116,7 +121,7 @@ class SafetensorsFolder:
         for name in self.names():
             place = self._places[name]
             digest.update(repr((name, place.info, place.file.name, place.offset)).encode())
-        for file in sorted({place.file for place in self._places.values()}):
+        for file in self.files:
             status = file.stat()
             digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
         return digest.hexdigest()
@@ -132,10 +137,10 @@ class SafetensorsFolder:
         _read_at(place.file, offset, values.reshape(-1).view(np.uint8).data, name)
         return values
 
-    def extent(self, name: str, rows: tuple[int, int] | None = None, index: int | None = None) -> tuple[Path, int, int]:
-        """Where what `read` reads lies: file, offset and length in bytes."""
+    def extent(self, name: str, rows: tuple[int, int] | None = None, index: int | None = None) -> Extent:
+        """Where what `read` reads lies, in `files`."""
         place, shape, offset = self._slice(name, rows, index)
-        return place.file, offset, math.prod(shape) * np.dtype(place.read_as).itemsize
+        return Extent(self.files.index(place.file), offset, math.prod(shape) * np.dtype(place.read_as).itemsize)
 
     def _slice(self, name: str, rows: tuple[int, int] | None, index: int | None) -> tuple[_Place, tuple[int, ...], int]:
         """(place, shape, offset in its file) of a tensor or a part of it."""

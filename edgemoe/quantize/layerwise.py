@@ -151,7 +151,6 @@ class _FolderIndex:
     def __init__(self, model: SourceModel, folder: SafetensorsFolder, work: Path) -> None:
         self._model = model
         self._folder = folder
-        self._files: dict[str, int] = {}
         self._sections: list[Section] = []
         self._copy = work / "copied"
 
@@ -164,7 +163,8 @@ class _FolderIndex:
                 dense[name] = DenseTensor(len(self._sections), 0, layout, shape)
                 self._sections.append(Section((extent,)))
             experts = {number: self._layer(number) for number, layer in enumerate(spec.layers) if layer.experts}
-        return ModelIndex(self._folder.folder, tuple(self._files), spec, tuple(self._sections), dense, experts)
+        files = tuple(str(file) for file in (*self._folder.files, self._copy))
+        return ModelIndex(self._folder.folder, files, spec, tuple(self._sections), dense, experts)
 
     def _layer(self, number: int) -> ExpertLayer:
         shapes, extents, parts = self._model.spec.expert_tensors(number), list[list[Extent]](), {}
@@ -183,22 +183,19 @@ class _FolderIndex:
         levels = (Level(32, parts),)
         return ExpertLayer(levels, tuple((section,) for section in range(first, len(self._sections))))
 
-    def _file(self, path: Path) -> int:
-        return self._files.setdefault(str(path), len(self._files))
-
     def _place(self, name: str, shape: tuple[int, ...], wide: bool = False) -> tuple[Extent, str]:
         """Where a tensor lies, and its layout; wide: copied in float32."""
         source = self._model.sources[name]
         if len(shape) > 1 and _in_place(source) and not wide:
-            file, offset, length = self._folder.extent(source.name, source.rows, source.index)
-            return Extent(self._file(file), offset, length), f"ggml.{self._folder.info(source.name).dtype}"
+            extent = self._folder.extent(source.name, source.rows, source.index)
+            return extent, f"ggml.{self._folder.info(source.name).dtype}"
         layout, chunks = copied_tensor(self._folder, name, source, shape, wide)
         begin = self._stream.tell()
         for chunk in chunks:
             self._stream.write(chunk)
         length = self._stream.tell() - begin
         self._stream.write(bytes(-length % BLOCK))
-        return Extent(self._file(self._copy), begin, length), layout
+        return Extent(len(self._folder.files), begin, length), layout
 
 
 def _in_place(source: TensorSource) -> bool:

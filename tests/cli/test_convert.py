@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-import edgemoe.convert
+import edgemoe.convert.sections
 from edgemoe.cli import main
 from edgemoe.formats.pack import Pack
 
@@ -80,7 +80,7 @@ def test_interrupt_says_how_to_continue(tiny_qwen3_moe: Make, tmp_path: Path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(edgemoe.convert, "pack", interrupt)
+        patch.setattr(edgemoe.convert.sections, "pack", interrupt)
         result = run("convert", source, target)
     assert result.exit_code == 130
     assert f"the same command continues with {target}.partial" in result.stderr

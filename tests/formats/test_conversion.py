@@ -19,7 +19,9 @@ import numpy.typing as npt
 import pytest
 from helpers import from_dtype, tiny_weights, to_dtype
 
-import edgemoe.convert
+import edgemoe.convert.conversion
+import edgemoe.convert.sections
+import edgemoe.source.tensors
 from edgemoe.convert import convert, estimate_size
 from edgemoe.errors import EdgemoeError, OptionError, PackError, SourceError, UnsupportedModelError
 from edgemoe.families import TensorSource
@@ -27,6 +29,7 @@ from edgemoe.formats.layouts import tensor_size, unpack
 from edgemoe.formats.pack import Pack, PackWriter
 from edgemoe.formats.safetensors import SafetensorsFolder
 from edgemoe.sampling_names import SAMPLING_NAMES
+from edgemoe.source import SourceTensor, packed_rows
 from edgemoe.text.sampling import SamplingOptions
 
 Make = Callable[..., Path]
@@ -186,8 +189,8 @@ def test_mixed_types_share_a_layout(tiny_qwen3_moe: Make, tmp_path: Path) -> Non
 def test_transposed_source(tiny_qwen3_moe: Make) -> None:
     folder = SafetensorsFolder.open(tiny_qwen3_moe(dtype="F32"))
     name = "model.layers.0.mlp.experts.0.up_proj.weight"
-    tensor = edgemoe.source.SourceTensor("up", TensorSource(name, transpose=True), "f32", (72, 40), "f32", 0)
-    data = b"".join(edgemoe.source.packed_rows(folder, tensor))
+    tensor = SourceTensor("up", TensorSource(name, transpose=True), "f32", (72, 40))
+    data = b"".join(packed_rows(folder, tensor, "f32"))
     np.testing.assert_array_equal(unpack("f32", data, 72, 40), folder.read(name).T)
 
 
@@ -195,8 +198,8 @@ def test_pieces_of_rows(tiny_qwen3_moe: Make, tmp_path: Path, monkeypatch: pytes
     """Tensors larger than the working memory are converted some blocks of rows at a time: the bytes are the same."""
     source = tiny_qwen3_moe(stacked=True)
     convert(source, tmp_path / "a.emoe", 4)
-    monkeypatch.setattr(edgemoe.convert, "_WEIGHTS_AT_ONCE", 16 * 72)
-    monkeypatch.setattr(edgemoe.convert, "_WAITING_BYTES", 1 << 14)
+    monkeypatch.setattr(edgemoe.source.tensors, "_WEIGHTS_AT_ONCE", 16 * 72)
+    monkeypatch.setattr(edgemoe.convert.sections, "_WAITING_BYTES", 1 << 14)
     convert(source, tmp_path / "b.emoe", 4)
     assert (tmp_path / "a.emoe").read_bytes() == (tmp_path / "b.emoe").read_bytes()
 
@@ -355,7 +358,7 @@ def test_disk_full_for_real(tiny_qwen3_moe: Make, tmp_path: Path, monkeypatch: p
         with pytest.raises(PackError, match=r"a\.emoe: needs .* GB, .* GB are free"):
             convert(source, small / "a.emoe", 4)
         assert left_in(small) == []
-        monkeypatch.setattr(edgemoe.convert, "_require_space", lambda *_: None)
+        monkeypatch.setattr(edgemoe.convert.conversion, "_require_space", lambda *_: None)
         with pytest.raises(OSError, match="No space left") as caught:
             convert(source, small / "a.emoe", 4)
         assert caught.value.errno == errno.ENOSPC
@@ -492,8 +495,8 @@ def test_memory_stays_far_below_the_model(tiny_qwen3_moe: Make, tmp_path: Path, 
     assert size > 100e6
     script = f"""
         import re
-        import edgemoe.convert
-        edgemoe.convert._WAITING_BYTES = 16 << 20  # else finished experts may wait for the disk in 256 MiB
+        import edgemoe.convert.sections
+        edgemoe.convert.sections._WAITING_BYTES = 16 << 20  # else finished experts may wait for the disk in 256 MiB
         def peak():
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
         before = peak()

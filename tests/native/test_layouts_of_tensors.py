@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgemoe.quantize.rtn import quantize
 from helpers import slow_except
 from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
 from edgemoe.formats.layouts import GGML_LAYOUTS, LAYOUTS, QUANTIZED, pack, packed_size, unpack
+from edgemoe.formats.rtn import quantize
 from edgemoe.options import EngineOptions
 from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RopeSpec, RouterSpec
 from tools import ggml_quantize

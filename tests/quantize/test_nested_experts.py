@@ -12,7 +12,8 @@ import pytest
 from gguf_writer import tiny_qwen3_moe_gguf, write
 
 import edgemoe
-from edgemoe.convert import convert, plan_pack
+from edgemoe.convert import convert
+from edgemoe.convert.plan import plan_pack
 from edgemoe.errors import MemoryBudgetError, OptionError, SourceError, UnsupportedModelError
 from edgemoe.formats.index import PARTS
 from edgemoe.formats.layouts import packed_size, unpack_level
@@ -297,7 +298,9 @@ def test_refuses_by_name(tiny_qwen3_moe: Make, tmp_path: Path, text: Path) -> No
     text.write_text("too short")
     with pytest.raises(OptionError, match=r"text.txt: \d+ tokens, fewer than one window of 512"):
         convert(source, tmp_path / "a.emoe", nested=NestedOptions(calibration=text))
-    file, offset, _ = SafetensorsFolder.open(source).extent("model.layers.1.mlp.experts.3.up_proj.weight")
+    folder = SafetensorsFolder.open(source)
+    extent = folder.extent("model.layers.1.mlp.experts.3.up_proj.weight")
+    file, offset = folder.files[extent.file], extent.offset
     data = bytearray(file.read_bytes())
     data[offset + 10 : offset + 12] = b"\xff\x7f"  # no number, in any of the types
     file.write_bytes(data)

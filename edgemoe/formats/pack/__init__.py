@@ -1,7 +1,7 @@
 """The `.emoe` pack (docs/format.md): writing one section after the other, and reading with nothing taken on trust."""
 
 from edgemoe.formats.pack.chunks import Bytes
-from edgemoe.formats.pack.contents import Blob, PackContents
+from edgemoe.formats.pack.contents import Blob, PackContents, consecutive_sections
 from edgemoe.formats.pack.header import ALIGNMENT, BLOCK, MAX_BLOB, MAX_INDEX, MAX_SECTION, align
 from edgemoe.formats.pack.journal import partial_path
 from edgemoe.formats.pack.reader import Pack
@@ -19,5 +19,6 @@ __all__ = [
     "PackContents",
     "PackWriter",
     "align",
+    "consecutive_sections",
     "partial_path",
 ]

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 
-from edgemoe.formats.index import DenseTensor, ExpertLayer, MeasuredQuality, ModelIndex, Section
+from edgemoe.formats.index import DenseTensor, ExpertLayer, Extent, MeasuredQuality, ModelIndex, Section
+from edgemoe.formats.pack.header import BLOCK, align
 from edgemoe.spec import ModelSpec
 
 
@@ -46,6 +47,15 @@ class PackContents:
             generation=self.generation,
             quality=self.quality,
         )
+
+
+def consecutive_sections(lengths: Iterable[int]) -> tuple[Section, ...]:
+    """Sections of these lengths, as a writer places them, one after the other in a pack that does not exist."""
+    sections, begin = list[Section](), BLOCK
+    for length in lengths:
+        sections.append(Section((Extent(0, begin, align(length, BLOCK)),)))
+        begin += sections[-1].length
+    return tuple(sections)
 
 
 def encoded_index(contents: PackContents, sections: Sequence[Section]) -> bytes:
