@@ -206,7 +206,7 @@ class Backend {
     // Rows of the embedding, or the embeddings given, [rows, cols]; tokens' rows are multiplied.
     virtual void embed(const Matrix& embedding, float multiplier, Floats out) = 0;
     virtual void normalize(const Norm& norm, ConstFloats x, int count, Floats out) = 0;  // out may be x
-    // outputs[i] [count, rows of matrix i]; x [count, cols].
+    // outputs[i] [count, rows of matrix i]; x [count, cols]. At most four matrices.
     virtual void product(std::span<const Matrix> matrices, ConstFloats x, int count,
                          std::span<const Floats> outputs) = 0;
     // Of x [count, size]: adds a vector to each row; adds factor * values; multiplies with factor[0].

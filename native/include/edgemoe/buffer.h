@@ -6,8 +6,9 @@
 
 namespace edgemoe {
 
-// An address in the memory of a backend, counted in elements. Only the backend looks behind it: on the CPU, and where
-// memory is unified, it is a pointer; on a discrete GPU it is the device's address.
+// An address in the memory of a backend, counted in elements. During a pass only the backend looks behind it: on the
+// CPU, and where memory is unified, it is a pointer; on a discrete GPU it is the device's address. Weights are written
+// by the host while they are loaded, before there is a pass.
 template <class T>
 class Buffer {
   public:

@@ -208,6 +208,7 @@ void Mixture::run(Backend& backend, const HalfInput& input) {
         // prompt's experts do not all fit, others would leave memory, and fewer would be found there.
         stream.release();
     }
+    if (stream.blocked()) throw std::logic_error("experts were left out of a pass");
     if (input.observer && input.observer->wants_experts()) observe(backend, input, demanded, experts_input);
     add_up(backend, input);
 }
