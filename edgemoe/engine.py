@@ -58,7 +58,7 @@ class Engine:
 
     lock: held during every call; reentrant. Who needs several calls to be one step holds it around them.
     isa: the instruction set in use. direct_io: whether weights are read past the page cache.
-    After `close` every call raises EdgemoeError.
+    After `close` every call but `counters` raises EdgemoeError.
     """
 
     def __init__(self, index: ModelIndex, options: EngineOptions) -> None:
@@ -71,10 +71,16 @@ class Engine:
         self._core: _core.Engine | None = core
         self._closed = False
         self._running: Cancel | None = None  # of the pass that is under way
+        self._counters = core.counters()  # when it was closed
 
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def running(self) -> bool:
+        """Whether a pass is under way."""
+        return self._running is not None
 
     def check_open(self) -> None:
         """Raises EdgemoeError if the model is closed."""
@@ -95,6 +101,8 @@ class Engine:
         if running is not None:
             running.set()
         with self.lock:
+            if self._core is not None:
+                self._counters = self._core.counters()
             self._core = None
 
     def forward(
@@ -203,9 +211,13 @@ class Engine:
             return self._idle().take_routing()
 
     def counters(self) -> EngineCounters:
-        """Sums since the engine was made."""
+        """Sums since the engine was made, up to its end if it was closed."""
         with self.lock:
-            return self._idle().counters()
+            if self._core is None:
+                return self._counters
+            if self.running:
+                self.check_idle()
+            return self._core.counters()
 
     def _idle(self) -> _core.Engine:
         self.check_idle()

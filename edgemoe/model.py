@@ -263,7 +263,11 @@ class Model:
         ids = token_ids(tokens, self.spec.vocab_size, "the text", self.context)
         if not 0 < len(ids) <= self.context:
             raise ContextLengthError(f"a text of {len(ids)} tokens: 1 to {self.context} fit into the context")
-        return self._sequences.next_logits(Session(ids))
+        session = Session(ids)
+        try:
+            return self._sequences.next_logits(session)
+        finally:
+            session.done = True
 
     @contextmanager
     def trace(self, path: str | os.PathLike[str], part: str = "text") -> Iterator[None]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 SLICE = 32
 # As long as its steps follow each other within so many seconds.
 PAUSE = 0.02
+# A session's count is brought up to date after so many seconds of steps that follow each other.
+COUNTED = 0.01
 
 
 class Session:
@@ -44,6 +46,7 @@ class Session:
         self.computed = 0
         self.count = Count()
         self.done = False
+        self.sequence: _Sequence | None = None  # that it was given last; another session may have it by now
 
 
 class _Sequence:
@@ -52,6 +55,7 @@ class _Sequence:
     def __init__(self, id: int) -> None:
         self.id = id
         self.tokens: list[int] = []
+        self.known = False  # the engine holds exactly `tokens`, and the holder's tokens begin with them
         self.left = 0  # tokens of the holder's slice
         self.stepped = 0.0  # when the last step ended
         self.turn = 0  # of the last step, counted
@@ -66,6 +70,13 @@ class _Sequence:
 
     def give(self, session: Session) -> None:
         self._holder = weakref.ref(session)
+        self.known = False
+        session.sequence = self
+
+    def hold(self, tokens: list[int]) -> None:
+        """Somebody else changed what the engine holds: `tokens`, or unknown ones after them."""
+        self.known = False
+        self.tokens = tokens
 
 
 class Sequences:
@@ -88,6 +99,7 @@ class Sequences:
         self._waiting: list[Session] = []
         # Whose step was the last, and the engine's counters when it began. Not the session itself: it may be dropped.
         self._counted: tuple[Count | None, EngineCounters] = (None, engine.counters())
+        self._counted_at = 0.0
 
     def check_open(self) -> None:
         """Raises EdgemoeError if the model is closed."""
@@ -110,7 +122,7 @@ class Sequences:
         while True:
             try:
                 self._waiting.append(session)
-                with self._stepped:
+                with self._engine.lock:
                     sequence = self._wait(session, cancel)
                     try:
                         logits = self._advance(sequence, session, cancel)
@@ -127,16 +139,17 @@ class Sequences:
         session, cancel = Session([]), Cancel() if cancel is None else cancel
         try:
             self._waiting.append(session)
-            with self._stepped:
+            with self._engine.lock:
                 sequence = self._wait(session, cancel)
                 try:
+                    sequence.hold([])
                     self._engine.truncate(sequence.id, 0)
-                    sequence.tokens = []
-                    return self._forward(sequence, session, tokens, np.arange(first, len(tokens)), cancel)
+                    return self._forward(sequence, tokens, np.arange(first, len(tokens), dtype=np.int32), cancel)
                 finally:
                     session.done = True
                     self._end_step(sequence)
         finally:
+            session.done = True
             self._leave(session)
 
     def record(self, trace: tuple[TraceWriter, str] | None) -> None:
@@ -156,16 +169,18 @@ class Sequences:
         qualities: Sequence[Quality],
         quality: ArrayLike | None,
     ) -> NDArray[np.float32]:
-        """`Engine.forward` in any of the sequences, of none of which it is known afterwards what it holds."""
+        """`Engine.forward` in any of the sequences, of none of which it is known afterwards what it holds. What it counts
+        is of no session."""
+        places = np.asarray(positions, np.int32).reshape(-1)
         with self._engine.lock:
+            self._engine.check_idle()
             for sequence in self._sequences:
-                sequence.tokens = []
+                sequence.hold([])
+            self._count(None)
             try:
-                return self._engine.forward(
-                    tokens, positions, sequence_ids, wanted, qualities=qualities, quality=quality
-                )
+                return self._engine.forward(tokens, places, sequence_ids, wanted, qualities=qualities, quality=quality)
             finally:
-                self._record(np.asarray(positions, np.int32).reshape(-1))
+                self._record(places)
 
     def snapshot(self) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
         """The tokens and the state of the sequence that was used last."""
@@ -176,21 +191,24 @@ class Sequences:
     def restore(self, tokens: Sequence[int], state: NDArray[np.uint8]) -> None:
         """Puts a state back, in place of the sequence that was used least recently, an idle one if there is one."""
         with self._engine.lock:
+            self._engine.check_idle()
             sequence = min(self._sequences, key=lambda sequence: (sequence.holder is not None, sequence.turn))
-            sequence.tokens = []
+            sequence.hold([])
             self._engine.restore(sequence.id, state)
-            sequence.tokens = list(tokens)
+            sequence.hold(list(tokens))
             sequence.turn = self._next_turn()
 
     def settle(self, count: Count) -> None:
         """Brings a session's count up to date: what is read after a step belongs to it, until the next one begins.
-        Does not wait where a step is under way; if it is another session's, it is up to date."""
-        if self._engine.lock.acquire(blocking=False):
-            try:
-                if self._counted[0] is count and not self._engine.closed:
-                    self._count(count)
-            finally:
-                self._engine.lock.release()
+        Does not wait for a pass that is under way; if it is another session's, the count is up to date."""
+        while not self._engine.running:
+            if self._engine.lock.acquire(timeout=0.001):  # who has it otherwise begins or ends a step
+                try:
+                    if self._counted[0] is count:
+                        self._count(count)
+                finally:
+                    self._engine.lock.release()
+                return
 
     # -- turns, with the lock held ------------------------------------------------------------------------------
 
@@ -200,35 +218,44 @@ class Sequences:
             self._engine.check_idle()
             if cancel.is_set():
                 raise Cancelled
-            now = time.monotonic()
-            if next((other for other in list(self._waiting) if self._choices(other, now)), None) is session:
+            sequence = session.sequence
+            if sequence is not None and self._waiting[0] is session and sequence.holder is session:
+                break  # as below, in less time
+            choices = self._choices(session)
+            if choices:
+                sequence = self._choose(session, choices)
                 break
             # Woken up after every step; when a session pauses, or is dropped, nobody is.
             self._stepped.wait(PAUSE)
         self._leave(session)
-        sequence = self._choose(session, self._choices(session, now))
         if sequence.holder is not session:
             sequence.give(session)
             sequence.left = SLICE
-        self._count(session.count)
+        if self._counted[0] is not session.count or sequence.stepped - self._counted_at > COUNTED:
+            self._count(session.count)
         return sequence
 
     def _leave(self, session: Session) -> None:
         if session in self._waiting:
             self._waiting.remove(session)
 
-    def _choices(self, session: Session, now: float) -> list[_Sequence]:
-        """The sequences that the session may have now."""
-        waiting = list(self._waiting)
-        choices = []
+    def _choices(self, session: Session) -> list[_Sequence]:
+        """The sequences that the session may have now; none while it is another one's turn."""
+        now, waiting = time.monotonic(), list(self._waiting)
+        held = {holder: sequence for sequence in self._sequences if (holder := sequence.holder) is not None}
+        free = []
         for sequence in self._sequences:
             holder = sequence.holder
-            if holder is session:
-                return [sequence]
             pauses = holder not in waiting and now - sequence.stepped > PAUSE
             if holder is None or sequence.left <= 0 or pauses:
-                choices.append(sequence)
-        return choices
+                free.append(sequence)
+        for other in waiting:
+            if other.done and other is not session:
+                continue  # an interrupt kept it from leaving
+            choices = [held[other]] if other in held else free
+            if choices:
+                return choices if other is session else []
+        return []
 
     def _choose(self, session: Session, choices: list[_Sequence]) -> _Sequence:
         def rank(sequence: _Sequence) -> tuple[bool, int, int]:
@@ -240,35 +267,42 @@ class Sequences:
     def _end_step(self, sequence: _Sequence) -> None:
         sequence.stepped = time.monotonic()
         sequence.turn = self._next_turn()
-        self._stepped.notify_all()
+        if self._waiting:
+            self._stepped.notify_all()
 
     def _next_turn(self) -> int:
         self._turns += 1
         return self._turns
 
-    def _count(self, count: Count) -> None:
+    def _count(self, count: Count | None) -> None:
         """Adds what was counted since the last step began to that step's session; from now on it is for `count`."""
         (last, before), now = self._counted, self._engine.counters()
         if last is not None:
             last.add(now - before)
         self._counted = (count, now)
+        self._counted_at = time.monotonic()
 
     # -- passes, with the lock held -----------------------------------------------------------------------------
 
     def _advance(self, sequence: _Sequence, session: Session, cancel: Cancel) -> NDArray[np.float32] | None:
         """One pass of the session: float32 [vocab] if it reached the end of the tokens."""
-        engine, id = self._engine, sequence.id
-        held = self._go_back(sequence, min(common_prefix(sequence.tokens, session.tokens), len(session.tokens) - 1))
-        end = min(held + self._chunk, len(session.tokens))
+        engine, id, total = self._engine, sequence.id, len(session.tokens)
+        held = len(sequence.tokens)
+        if not sequence.known or held >= total:
+            held = self._go_back(sequence, min(common_prefix(sequence.tokens, session.tokens), total - 1))
+        end = min(held + self._chunk, total)
         # What another answer to this prompt, or what follows an answer that is told otherwise, can go back to.
-        mark = session.prompt - 1 if engine.has_constants(id) else 0
-        if held < mark:
+        mark = session.prompt - 1
+        marks = held < mark and engine.has_constants(id)
+        if marks:
             end = min(end, mark)
-        last = end == len(session.tokens)
-        new = np.asarray(session.tokens[held:end], np.int32)
-        logits = self._forward(sequence, session, new, np.arange(len(new) - 1 if last else len(new), len(new)), cancel)
+        last = end == total
+        new = np.array(session.tokens[held:end], np.int32)
+        wanted = np.array([len(new) - 1] if last else [], np.int32)
+        logits = self._forward(sequence, new, wanted, cancel)
+        sequence.known = True
         session.computed += len(new)
-        if end == mark:
+        if marks and end == mark:
             engine.mark(id)
         sequence.left += len(new) // 4
         if not last:
@@ -295,21 +329,24 @@ class Sequences:
     def _forward(
         self,
         sequence: _Sequence,
-        session: Session,
         tokens: NDArray[np.int32],
-        wanted: NDArray[np.int_],
+        wanted: NDArray[np.int32],
         cancel: Cancel,
     ) -> NDArray[np.float32]:
         """Appends `tokens`. If it fails, what was finished is kept and known; layers with a recurrence go back to their
         mark."""
-        engine = self._engine
+        engine, count = self._engine, len(tokens)
         begin = len(sequence.tokens)
-        positions = np.arange(begin, begin + len(tokens), dtype=np.int32)
+        positions = np.arange(begin, begin + count, dtype=np.int32)
+        sequence.known = False
         try:
-            return engine.forward(tokens, positions, np.full(len(tokens), sequence.id), wanted, cancel)
+            logits = engine.forward(tokens, positions, np.full(count, sequence.id, np.int32), wanted, cancel)
+            sequence.tokens.extend(tokens.tolist())
+            return logits
+        except BaseException:
+            sequence.tokens = (sequence.tokens[:begin] + tokens.tolist())[: engine.length(sequence.id)]
+            raise
         finally:
-            sequence.tokens += tokens.tolist()
-            del sequence.tokens[engine.length(sequence.id) :]
             self._record(positions)
 
     def _record(self, positions: NDArray[np.int32]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 import edgemoe
 from edgemoe.convert import convert
+from edgemoe.profiling.trace import read_trace
 from edgemoe.serving import session
 
 GREEDY: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
@@ -102,7 +104,155 @@ def test_memory_is_planned_for_all_sequences(pack: Path) -> None:
         edgemoe.load(pack, parallel=200, memory=budgets[0].base + 20_000_000)
 
 
+class Calls:
+    """An engine's core that notes what is called."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.append(name)
+        return getattr(self._core, name)
+
+
+def test_a_session_that_goes_on_calls_the_engine_once_a_token(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "COUNTED", 3600)
+    with edgemoe.load(pack) as model:
+        generation = model.generate(FIRST, **GREEDY)
+        next(generation)
+        engine: Any = model.engine
+        engine._core = calls = Calls(engine._core)
+        begin = generation.result.generated_tokens
+        calls.names.clear()
+        list(generation)
+        assert calls.names == ["forward"] * (40 - begin)
+
+
+def test_a_waiter_that_an_interrupt_left_behind_is_passed_over(pack: Path) -> None:
+    with edgemoe.load(pack, threads=1) as model:
+        left = session.Session(list(FIRST))
+        left.done = True
+        model._sequences._waiting.append(left)
+        texts: list[str] = []
+        thread = threading.Thread(target=lambda: texts.append("".join(model.generate(SECOND, **GREEDY))), daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive() and texts
+
+
+def test_counts_are_whole_after_close_and_of_no_other_pass(pack: Path) -> None:
+    with edgemoe.load(pack) as model:
+        generation = model.generate(FIRST, **GREEDY)
+        list(generation)
+    assert generation.result.counters.tokens == generation.result.computed_tokens == 31 + 39
+    with edgemoe.load(pack) as model:
+        generation = model.generate(FIRST, **GREEDY)
+        list(generation)
+        model.forward(SECOND[:5], range(70, 75), [0] * 5, [4])
+        assert generation.result.counters.tokens == 31 + 39
+        assert "".join(model.generate(FIRST, **GREEDY)) == generation.result.text
+
+
+def test_counts_are_whole_while_another_step_begins(pack: Path) -> None:
+    with edgemoe.load(pack) as model:
+        generation = model.generate(FIRST, **GREEDY)
+        list(generation)
+        locked = threading.Event()
+
+        def begin() -> None:
+            with model.engine.lock:
+                locked.set()
+                time.sleep(0.05)
+
+        thread = threading.Thread(target=begin)
+        thread.start()
+        locked.wait()
+        assert generation.result.counters.tokens == 31 + 39
+        thread.join()
+
+
+def test_a_pass_of_the_user_is_traced(pack: Path, tmp_path: Path) -> None:
+    with edgemoe.load(pack) as model, model.trace(tmp_path / "both.trace"):
+        model.forward(SECOND, range(31), [0] * 31, [])
+        list(model.generate(FIRST, max_tokens=2, ignore_eos=True))
+    assert list(read_trace(tmp_path / "both.trace").position) == [*range(31), *range(32)]
+
+
+def test_what_a_failed_pass_left_is_known(pack: Path) -> None:
+    with edgemoe.load(pack) as model:
+        expected = "".join(model.generate(FIRST, **GREEDY))
+        generation = model.generate(FIRST, **GREEDY)
+        next(generation)
+        for other in ([*FIRST[:20], *SECOND], FIRST):  # ended in the middle of the pass, or before it
+            engine: Any = model.engine
+            core = engine._core
+
+            class Interrupted(Calls):
+                def forward(self, *arguments: Any) -> Any:
+                    self._core.forward(*arguments)
+                    raise KeyboardInterrupt
+
+            engine._core = Interrupted(core)
+            with pytest.raises(KeyboardInterrupt):
+                list(model.generate(other, **GREEDY))
+            engine._core = core
+            assert "".join(model.generate(FIRST, **GREEDY)) == expected
+        list(generation)
+        assert generation.result.text == expected
+
+
 @pytest.mark.parametrize("parallel", [0, -1, 257])
 def test_senseless_numbers_of_sequences_are_refused(pack: Path, parallel: int) -> None:
     with pytest.raises(edgemoe.OptionError, match="parallel"):
         edgemoe.load(pack, parallel=parallel)
+
+
+def test_a_session_goes_on_after_others_changed_its_sequence(pack: Path) -> None:
+    with edgemoe.load(pack) as model:
+        expected = "".join(model.generate(FIRST, **GREEDY))
+        list(model.generate(SECOND, max_tokens=1))
+        saved = model.snapshot()
+        for change in (lambda: model.restore(saved), lambda: model.forward([5], [len(model.snapshot()[0])], [0], [])):
+            generation = model.generate(FIRST, **GREEDY)
+            next(generation)
+            change()
+            list(generation)
+            assert generation.result.text == expected
+
+
+def test_a_session_goes_on_after_its_pass_failed(pack: Path) -> None:
+    with edgemoe.load(pack) as model:
+        expected = model.next_logits([*FIRST, 5]).tobytes()
+        kept = session.Session(list(FIRST))
+        model._sequences.next_logits(kept)
+        kept.tokens.append(5)
+        engine: Any = model.engine
+        core = engine._core
+
+        class Interrupted(Calls):
+            def forward(self, *arguments: Any) -> Any:
+                self._core.forward(*arguments)
+                raise KeyboardInterrupt
+
+        engine._core = Interrupted(core)
+        with pytest.raises(KeyboardInterrupt):
+            model._sequences.next_logits(kept)
+        engine._core = core
+        assert model._sequences.next_logits(kept).tobytes() == expected
+
+
+def test_snapshots_are_of_the_last_sequence_and_go_to_an_idle_one(pack: Path) -> None:
+    with edgemoe.load(pack, parallel=2) as model:
+        running = model.generate(FIRST, **GREEDY)
+        next(running)
+        list(model.generate(SECOND, max_tokens=1))
+        saved = model.snapshot()
+        assert list(saved[0]) == SECOND
+        assert computed_prompt(model, THIRD) == 31
+        next(running)  # the sequence of the one that is done was used least recently by now, too
+        list(model.generate(THIRD, max_tokens=1))
+        model.restore(saved)
+        assert computed_prompt(model, [*SECOND, 5]) == 1
+        list(running)
+        assert running.result.computed_tokens == 31 + 39
