@@ -6,7 +6,8 @@ Stages (all, unless some are named):
 
     aarch64   cross-compiled, under qemu's user mode: NEON, its dot products and its matrix products against scalar C++
     address   AddressSanitizer and UndefinedBehaviorSanitizer: kernels, thread pool, expert store, states, engine
-    thread    ThreadSanitizer: thread pool, expert store, states, engine, with the portable kernels
+    thread    ThreadSanitizer: thread pool, expert store, states, engine, five clients of one engine, with the portable
+              kernels; EDGEMOE_TEST_SECONDS=60 keeps the clients at it for a minute
 
 A stage whose compiler or emulator is missing is skipped, and says so. The exit status is 1 if a stage fails.
 """
@@ -54,7 +55,7 @@ STAGES = {
     "thread": Stage(
         flags=("-O1", "-g1", "-fsanitize=thread"),
         definitions={"EDGEMOE_VECTOR_KERNELS": "OFF"},
-        groups=("thread_pool", "placement", "store", "sequence_state", "backend", "engine"),
+        groups=("thread_pool", "placement", "store", "sequence_state", "backend", "engine", "clients"),
         environment={"TSAN_OPTIONS": "halt_on_error=1"},
     ),
 }

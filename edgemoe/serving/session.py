@@ -169,8 +169,8 @@ class Sequences:
         qualities: Sequence[Quality],
         quality: ArrayLike | None,
     ) -> NDArray[np.float32]:
-        """`Engine.forward` in any of the sequences, of none of which it is known afterwards what it holds. What it counts
-        is of no session."""
+        """`Engine.forward` in any of the sequences; what they hold is not known afterwards. What it counts is of no
+        session."""
         places = np.asarray(positions, np.int32).reshape(-1)
         with self._engine.lock:
             self._engine.check_idle()

@@ -12,6 +12,7 @@ void test_store();
 void test_sequence_state();
 void test_backend();
 void test_engine();
+void test_clients();
 void test_golden();
 }  // namespace edgemoe::tests
 
@@ -28,6 +29,7 @@ int main(int argc, char** argv) {
                                 {"sequence_state", test_sequence_state},
                                 {"backend", test_backend},
                                 {"engine", test_engine},
+                                {"clients", test_clients},
                                 {"golden", test_golden}};
     for (int i = 1; i < argc; ++i) {
         bool known = false;

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
@@ -93,9 +94,11 @@ class Engine {
     const EngineOptions& options() const { return options_; }
     std::string_view isa() const { return backend_->name(); }
     bool direct_io() const;
+    // Of what has been computed so far. May be called from any thread at any time, unlike all else.
     EngineCounters counters() const;
 
   private:
+    void add_counts(const EngineCounters& more);  // what the store counts left out
     void check_batch(const Batch& batch, LayerRange layers);
 
     ModelSpec spec_;
@@ -108,6 +111,7 @@ class Engine {
     std::unique_ptr<Pass> pass_;
     std::unique_ptr<StatePool> states_;
     std::vector<std::unique_ptr<SequenceState>> sequences_;  // [ids], null where one is not in use
+    mutable std::mutex counters_mutex_;
     EngineCounters counters_;
 };
 

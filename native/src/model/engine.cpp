@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -76,9 +77,21 @@ bool Engine::direct_io() const {
 }
 
 EngineCounters Engine::counters() const {
-    EngineCounters counters = counters_;
+    EngineCounters counters;
+    {
+        const std::lock_guard lock(counters_mutex_);
+        counters = counters_;
+    }
     if (store_) counters.store = store_->counters();
     return counters;
+}
+
+void Engine::add_counts(const EngineCounters& more) {
+    const std::lock_guard lock(counters_mutex_);
+    counters_.tokens += more.tokens;
+    counters_.seconds += more.seconds;
+    counters_.expert_uses += more.expert_uses;
+    counters_.expert_bits += more.expert_bits;
 }
 
 void Engine::check_batch(const Batch& batch, LayerRange layers) {
@@ -155,9 +168,10 @@ void Engine::forward(const Batch& batch, LayerRange layers, float* logits, const
         Rows rows{batch.tokens.subspan(done, size), batch.positions.subspan(done, size), states, {}};
         if (!batch.embeddings.empty())
             rows.embeddings = batch.embeddings.subspan(done * spec_.hidden_size, size * spec_.hidden_size);
+        EngineCounters counters;
         try {
             for (size_t i = 0; i < size; ++i) states[i]->begin_writing(rows.positions[i] + 1);
-            pass_->run({rows, wanted, qualities}, layers, observer, counters_, logits + first_wanted * spec_.vocab_size,
+            pass_->run({rows, wanted, qualities}, layers, observer, counters, logits + first_wanted * spec_.vocab_size,
                        check);
             backend_->wait();  // before the rows go, and anybody looks at the states
         } catch (...) {
@@ -165,15 +179,19 @@ void Engine::forward(const Batch& batch, LayerRange layers, float* logits, const
                 backend_->wait();  // it may still be writing what the states are about to give back
             } catch (...) {        // the first failure is the one to tell
             }
+            add_counts(counters);
             for (SequenceState* state : states) state->give_up_writing();
             if (store_) store_->hint(0, {});  // what was expected will not come
             throw;
         }
         for (size_t i = 0; i < size; ++i) states[i]->set_length(rows.positions[i] + 1);
         first_wanted = end_wanted;
-        counters_.tokens += size;
+        counters.tokens = size;
+        add_counts(counters);
     }
-    counters_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    EngineCounters time;
+    time.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    add_counts(time);
 }
 
 }  // namespace edgemoe
