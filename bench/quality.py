@@ -53,6 +53,7 @@ from edgemoe.formats.index import ModelIndex  # noqa: E402
 from edgemoe.formats.pack import Pack, align  # noqa: E402
 from edgemoe.formats.read import load_tokenizer  # noqa: E402
 from edgemoe.memory import automatic_budget, used_now  # noqa: E402
+from edgemoe.options import Quality  # noqa: E402
 from edgemoe.quantize.calibration import HELD_OUT, WINDOW, windows  # noqa: E402
 from edgemoe.quantize.layerwise import LayerwiseModel, original_index  # noqa: E402
 from edgemoe.quantize.nested_experts import NestedOptions  # noqa: E402
@@ -124,7 +125,12 @@ class Bench:
     def model(self, index: ModelIndex, **options: Any) -> LayerwiseModel:
         memory = automatic_budget() - used_now()
         return LayerwiseModel(
-            index, self.window, threads=self.options.threads, memory=memory, work=self.work, options=options
+            index,
+            self.window,
+            threads=self.options.threads,
+            memory=memory,
+            work=self.work,
+            quality=Quality(**options),
         )
 
     def print(self, line: str) -> None:

@@ -145,12 +145,11 @@ def test_layer_by_layer_equals_the_whole(model: tuple[str, Path], load: Load, tm
     tokens = tokens_of(name)
     spec, window = SourceModel.open(folder / "hf").spec, len(tokens)
     index = original_index(folder / "hf", tmp_path)
-    states = {"cache_type_k": "f32", "cache_type_v": "f32"}
-    parts = LayerwiseModel(index, window, threads=1, memory=10**9, work=tmp_path, options=states)
+    parts = LayerwiseModel(index, window, threads=1, memory=10**9, work=tmp_path)
     residual = np.zeros((1, window, spec.hidden_size), np.float32)
     for layer in range(len(spec.layers)):
         logits = list(parts.run(layer, tokens[None], residual, None, np.arange(window, dtype=np.int32)))
-    with load(folder / "model.emoe", context=window) as engine:
+    with load(folder / "model.emoe", context=window, cache_type_k="f16", cache_type_v="f16") as engine:
         np.testing.assert_array_equal(logits[0], engine.logits(tokens))
 
 
