@@ -119,12 +119,6 @@ def hit_rates(picks: Picks, num_experts: int, policy: str, m: int | None = None)
     return hits / rows.size
 
 
-def expert_load(picks: Picks, num_experts: int) -> NDArray[np.float64]:
-    """``[num_experts]``: the share of the tokens that pick each expert (mean ``k / num_experts``)."""
-    counts = np.bincount(np.asarray(picks).ravel(), minlength=num_experts)
-    return counts / max(len(picks), 1)
-
-
 def affinity(picks: Picks, num_experts: int, next_picks: Picks, next_num_experts: int) -> NDArray[np.float64]:
     """Inter-layer affinity (ExFlow): ``[num_experts, next_num_experts]``, P(next layer picks e' | this layer picks e).
 
