@@ -28,7 +28,7 @@ class MemoryPlan:
 
     @property
     def state(self) -> int:
-        """Of one sequence of `context` positions."""
+        """Of all `sequences`, each of `context` positions."""
 
     @property
     def scratch(self) -> int:
@@ -106,7 +106,7 @@ class LayerRecord:
 
     @property
     def picks(self) -> NDArray[np.int32]:
-        """[tokens, top_k] in descending weight."""
+        """[tokens, top_k] in the order of the choice."""
 
     @property
     def weights(self) -> NDArray[np.float32]:

@@ -6,14 +6,15 @@ Everything in Python that computes with a model goes through `Engine`; only this
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe import _core
 from edgemoe._core import EngineCounters, LayerRecord, MemoryPlan, RoutingRecord
-from edgemoe.errors import EdgemoeError
+from edgemoe.errors import EdgemoeError, OptionError
 from edgemoe.formats.index import ModelIndex
 from edgemoe.options import EngineOptions, Quality
 
@@ -50,7 +51,17 @@ class Count:
 
 def plan_memory(index: ModelIndex, options: EngineOptions) -> MemoryPlan:
     """What an engine with these options would take. Raises as `Engine`."""
-    return _core.plan(index, options)
+    with _named(index):
+        return _core.plan(index, options)
+
+
+@contextmanager
+def _named(index: ModelIndex) -> Iterator[None]:
+    """What only the core can know to be wrong, EDGEMOE_ISA or the sizes of tensors, is said of the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise OptionError(f"{index.path}: {error}") from error
 
 
 class Engine:
@@ -63,8 +74,9 @@ class Engine:
 
     def __init__(self, index: ModelIndex, options: EngineOptions) -> None:
         """Reads the dense weights. Raises TypeError for a field of `index` or `options` that is missing, unknown or of
-        another type than the engine reads; ValueError for what it cannot compute; ReadError; ThreadError."""
-        core = _core.Engine(index, options)
+        another type than the engine reads; OptionError for what it cannot compute; ReadError; ThreadError."""
+        with _named(index):
+            core = _core.Engine(index, options)
         self.lock = threading.RLock()
         self.isa = core.isa
         self.direct_io = core.direct_io

@@ -47,17 +47,11 @@ def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
         arrival_jitter_us=options.arrival_jitter_us,
     )
     index = replace(index, spec=index.spec.for_context(context))
-    try:
-        budget = plan_budget(
-            options.memory_bytes, index, chosen, chunk=options.chunk, expert_slots=options.expert_slots
-        )
-        chosen = replace(chosen, chunk=budget.chunk, expert_slots=budget.expert_slots)
-        if options.readers is None and budget.expert_slots < budget.all_slots:
-            readers = reading_threads(index.path, budget.slot_bytes, default_cache_dir())
-            chosen = replace(chosen, readers=readers)
-        return Loaded(Engine(index, chosen), chosen, budget)
-    except ValueError as error:  # what only the engine can know: EDGEMOE_ISA, sizes of tensors in the file
-        raise OptionError(f"{index.path}: {error}") from error
+    budget = plan_budget(options.memory_bytes, index, chosen, chunk=options.chunk, expert_slots=options.expert_slots)
+    chosen = replace(chosen, chunk=budget.chunk, expert_slots=budget.expert_slots)
+    if options.readers is None and budget.expert_slots < budget.all_slots:
+        chosen = replace(chosen, readers=reading_threads(index.path, budget.slot_bytes, default_cache_dir()))
+    return Loaded(Engine(index, chosen), chosen, budget)
 
 
 def _check_cache_types(spec: ModelSpec, key_type: str, value_type: str) -> None:
@@ -89,7 +83,10 @@ def _thresholds(index: ModelIndex, options: LoadOptions) -> tuple[float, ...]:
         chosen = modes[quality].thresholds
     elif quality != "exact":
         raise OptionError(f"quality {quality!r} and thresholds exclude each other")
-    thresholds = tuple(float(threshold) for threshold in chosen)
+    try:
+        thresholds = tuple(float(threshold) for threshold in chosen)
+    except (TypeError, ValueError):
+        raise OptionError(f"thresholds {chosen!r} are not a list of numbers") from None
     if len(thresholds) >= index.level_count and thresholds:
         raise OptionError(f"{index.path}: {len(thresholds)} thresholds for experts of {index.level_count} levels")
     if any(not -1 <= threshold <= 1 for threshold in thresholds) or list(thresholds) != sorted(thresholds):

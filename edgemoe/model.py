@@ -273,7 +273,7 @@ class Model:
     def trace(self, path: str | os.PathLike[str], part: str = "text") -> Iterator[None]:
         """While this context lasts, what the routers choose for every token that is computed goes to a trace file.
 
-        Tokens of a prompt that were known from the previous one are not computed, and not in it. The file has its name
+        Tokens of a prompt that a sequence holds are not computed, and not in it. The file has its name
         when the context ends; after an error there is none. `part` names the kind of text (docs/trace.md).
         """
         from edgemoe.profiling.trace import TraceWriter

@@ -78,7 +78,9 @@ EXACT = Quality()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What the engine is given beside the model; it reads every field and checks it (native/src/python/facts.cpp).
+    """What the engine is given beside the model; it reads every field (native/src/python/facts.cpp).
+
+    The bounds are those of what users may ask for: `LoadOptions` checks them.
 
     Rows of another quality than the engine's have the same bits with every layout of the memory, but lossy rows of an
     exact engine save no reads.
@@ -201,17 +203,18 @@ def context_length(asked: int | None, longest: int) -> int:
     return asked or longest
 
 
-def parse_size(text: str | int) -> int | None:
-    """Bytes of "8GB" (10^9), "6GiB" (2^30), "500M" or a plain number; None for "auto". Raises OptionError."""
+def parse_size(text: str | int, name: str = "memory") -> int | None:
+    """Bytes of "8GB" (10^9), "6GiB" (2^30), "500M" or a plain number; None for "auto". name: of what it is the size.
+    Raises OptionError."""
     if isinstance(text, str):
         if text.strip().lower() == "auto":
             return None
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
         if not match or match[2].upper() not in _UNITS:
-            raise OptionError(f"memory {text!r} is not a size such as 8GB, 6GiB or auto")
+            raise OptionError(f"{name} {text!r} is not a size such as 8GB, 6GiB or auto")
         size = int(float(match[1]) * _UNITS[match[2].upper()])
     else:
         size = text
     if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 1 << 62:
-        raise OptionError(f"memory {text!r} is not between 1 byte and 4 EiB")
+        raise OptionError(f"{name} {text!r} is not between 1 byte and 4 EiB")
     return size

@@ -331,6 +331,9 @@ def test_refusals(pack: Path, floats: Path) -> None:
         edgemoe.load(pack, quality="best")
     with pytest.raises(OptionError, match="quality 'fast' and thresholds exclude each other"):
         edgemoe.load(pack, quality="fast", thresholds=[0.5])
+    for wrong in (0.5, ["a"]):
+        with pytest.raises(OptionError, match="are not a list of numbers"):
+            edgemoe.load(pack, thresholds=wrong)
     with pytest.raises(OptionError, match="3 thresholds for experts of 3 levels"):
         edgemoe.load(pack, thresholds=[0.1, 0.2, 0.3])
     with pytest.raises(OptionError, match="1 thresholds for experts of 1 levels"):

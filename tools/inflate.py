@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe.convert.tokenizer_files import BLOBS
 from edgemoe.errors import EdgemoeError, OptionError
 from edgemoe.formats.index import MeasuredQuality
 from edgemoe.formats.layouts import (
@@ -45,8 +44,9 @@ from edgemoe.formats.layouts import (
     unpack_level,
 )
 from edgemoe.formats.pack import Bytes, Pack
-from edgemoe.formats.rtn import quantize
+from edgemoe.formats.read import TOKENIZER_FILES
 from edgemoe.formats.safetensors import read_json
+from edgemoe.quantize.rtn import quantize
 from edgemoe.source import SourceModel
 from edgemoe.spec import ModelSpec
 from tools.model_files import GGUF_BLOCKS, print_progress, write_gguf, write_pack
@@ -78,7 +78,7 @@ class InflatedModel:
         self.spec = dataclasses.replace(small, hidden_size=small.hidden_size * hidden_times, layers=layers)
         self.rope_base = _rope_base(read_json(folder / "config.json"))
         self.generation = self._small.generation
-        self.blobs = {name: (folder / name).read_bytes() for name in BLOBS if (folder / name).exists()}
+        self.blobs = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
         self.name = f"{folder.resolve().name} x{hidden_times} x{ffn_times}"
         digest = hashlib.sha256(self._small.folder.fingerprint().encode())
         for data in self.blobs.values():

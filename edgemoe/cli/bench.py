@@ -115,7 +115,6 @@ def _measure(model: Model, kind: str, count: int, repetitions: int) -> dict[str,
 
     run: Callable[[int], None] = prompt if kind == "pp" else generate
     empty = model.snapshot()
-    model.restore(empty)
     run(1)
     before, seconds = model.counters(), []
     for _ in range(repetitions):

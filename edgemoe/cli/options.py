@@ -41,8 +41,8 @@ def _apply(function: Function, decorators: list[Callable[[Function], Function]])
 
 
 def load_option(name: str, *flags: str, metavar: str | None = None, **changes: Any) -> Callable[[Function], Function]:
-    """A command's option that is a field of LoadOptions, with its default, choices, bounds and help. A flag that begins
-    with --no- turns one off that is on. changes: what click is told otherwise."""
+    """A command's option that is a field of LoadOptions, with its default, choices, bounds and help. A flag turns on
+    what is off, or off what is on. changes: what click is told otherwise."""
     field = LoadOptions.__dataclass_fields__[name]
     meaning: Meaning = field.metadata["meaning"]
     settings: dict[str, Any] = {"help": meaning.help, "default": field.default, "metavar": metavar}
@@ -52,7 +52,10 @@ def load_option(name: str, *flags: str, metavar: str | None = None, **changes: A
         settings["type"] = click.IntRange(meaning.least, meaning.most)
         settings["show_default"] = field.default is not None
     elif isinstance(field.default, bool):
-        settings |= {"is_flag": True, "flag_value": not flags[-1].startswith("--no-")}
+        # The flag says the opposite of a default that is true. Versions of click differ in what a flag's value means
+        # beside a default; a callback means the same in all of them.
+        turns_off = field.default
+        settings |= {"is_flag": True, "default": False, "callback": lambda ctx, param, given: given != turns_off}
     if meaning.automatic:
         settings["help"] += f"  [default: {meaning.automatic}]"
     return click.option(*flags, name, **{**settings, **changes})

@@ -66,7 +66,7 @@ def command(
     speeds = {}
     for name, text in (("disk", disk), ("bandwidth", bandwidth)):
         if text is not None:
-            speeds[name] = parse_size(text)
+            speeds[name] = parse_size(text, f"--{name}")
             if speeds[name] is None:
                 raise OptionError(f"--{name} {text} is not a speed")
     routing = read_trace(trace, weights=False) if trace else None

@@ -63,7 +63,7 @@ def command(
     from edgemoe.profiling.analysis import profile
     from edgemoe.profiling.report import terminal, to_html, to_json
 
-    expert_bytes = parse_size(expert_size) if expert_size else None
+    expert_bytes = parse_size(expert_size, "--expert-size") if expert_size else None
     errors = Console(stderr=True)
     routing = _run(trace, texts, tokens, memory, threads) if texts else _load(trace, top_k, name)
     if save:

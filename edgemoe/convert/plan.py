@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe._core import __version__
-from edgemoe.convert.tokenizer_files import BLOBS, tokenizer_blobs
+from edgemoe.convert.tokenizer_files import tokenizer_blobs
 from edgemoe.errors import OptionError, SourceError, UnsupportedModelError
 from edgemoe.families import TensorSource
 from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Level, Part
 from edgemoe.formats.layouts import BLOCK as ROWS_AT_ONCE
 from edgemoe.formats.layouts import ROW_MAJOR, bits_of, tensor_size
 from edgemoe.formats.pack import ALIGNMENT, BLOCK, MAX_SECTION, Blob, PackContents, align
+from edgemoe.formats.read import TOKENIZER_FILES
 from edgemoe.quantize.nested_experts import NestedExperts, NestedOptions
 from edgemoe.source import GgufTensors, SourceModel, SourceTensor, TensorFiles, checked_dtype
 from edgemoe.spec import FLOAT_ONLY, FLOAT_TENSORS
@@ -104,7 +105,7 @@ def plan_pack(
     plan = ConversionPlan(model, contents)
     _plan_dense(plan, model.sources, dense_bits)
     blobs = tokenizer_blobs(model)
-    for name in BLOBS:
+    for name in TOKENIZER_FILES:
         if blobs.get(name):
             plan.contents.blobs[name] = Blob(plan.add(PlannedSection(blob=blobs[name])), len(blobs[name]))
     for number, layer in enumerate(model.spec.layers):

@@ -10,8 +10,8 @@ from edgemoe.convert.plan import ConversionPlan, PlannedSection
 from edgemoe.errors import SourceError
 from edgemoe.formats.layouts import QUANTIZED, pack
 from edgemoe.formats.pack import Bytes
-from edgemoe.formats.rtn import quantize
 from edgemoe.processors import usable_processors
+from edgemoe.quantize.rtn import quantize
 from edgemoe.source import SourceTensor, TensorFiles, float_rows, packed_rows
 
 # Bytes of finished expert sections that may wait for the disk.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from edgemoe.formats.pack import MAX_BLOB
+from edgemoe.formats.read import TOKENIZER_FILES
 from edgemoe.formats.safetensors import read_bytes
 from edgemoe.source import GgufTensors, SourceModel
 from edgemoe.text.gguf_tokenizer import tokenizer_files
-
-BLOBS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-"""Their names, in a folder and in a pack."""
 
 
 def tokenizer_blobs(model: SourceModel) -> dict[str, bytes]:
@@ -17,4 +15,6 @@ def tokenizer_blobs(model: SourceModel) -> dict[str, bytes]:
     files = model.folder
     if isinstance(files, GgufTensors):
         return tokenizer_files(files.metadata, str(files.folder))
-    return {name: read_bytes(files.folder / name, MAX_BLOB) for name in BLOBS if (files.folder / name).exists()}
+    return {
+        name: read_bytes(files.folder / name, MAX_BLOB) for name in TOKENIZER_FILES if (files.folder / name).exists()
+    }

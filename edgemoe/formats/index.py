@@ -89,7 +89,7 @@ class LevelQuality:
 
 @dataclass(frozen=True, slots=True)
 class ModeQuality:
-    """What was measured in a mode. thresholds: ascending (docs/quantization.md). mean_bits: over all (token, slot)
+    """What was measured in a mode. thresholds: ascending (docs/quantization.md). mean_bits: over all (token, pick)
     pairs. kl: as `LevelQuality`."""
 
     thresholds: tuple[float, ...]

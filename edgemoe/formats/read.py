@@ -11,6 +11,9 @@ from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.pack import Pack
 from edgemoe.text.tokenizer import Tokenizer
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""Their names, in a folder and in a pack."""
+
 
 def read_index(path: Path) -> ModelIndex:
     """Of a pack or of a GGUF file. Raises PackError, SourceError, UnsupportedModelError, TokenizerError."""
@@ -32,10 +35,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def pack_tokenizer(pack: Pack) -> Tokenizer:
     """The tokenizer of an open pack. Raises TokenizerError."""
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    blobs = {name: pack.read_blob(name) for name in names if name in pack.blobs}
-    if names[0] not in blobs:
-        raise TokenizerError(f"{pack.index.path}: no tokenizer.json in the pack")
+    tokenizer, *others = TOKENIZER_FILES
+    if tokenizer not in pack.blobs:
+        raise TokenizerError(f"{pack.index.path}: no {tokenizer} in the pack")
+    config, template = (pack.read_blob(name) if name in pack.blobs else None for name in others)
     return Tokenizer.from_files(
-        blobs[names[0]], blobs.get(names[1]), pack.index.generation, blobs.get(names[2]), name=str(pack.index.path)
+        pack.read_blob(tokenizer), config, pack.index.generation, template, name=str(pack.index.path)
     )

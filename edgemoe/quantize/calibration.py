@@ -95,16 +95,16 @@ class Statistics:
 
 @dataclass(slots=True)
 class ExpertStatistics:
-    """The (token, slot) pairs of an expert, or of all."""
+    """The (token, pick) pairs of an expert, or of all."""
 
     layer: Statistics
     tokens: npt.NDArray[np.intp]
-    slots: npt.NDArray[np.intp]
+    picks: npt.NDArray[np.intp]
 
     @property
     def weights(self) -> npt.NDArray[np.float64]:
         """The router's, float64 [pairs]."""
-        return np.abs(self.layer.weights[self.tokens, self.slots]).astype(np.float64)
+        return np.abs(self.layer.weights[self.tokens, self.picks]).astype(np.float64)
 
     @property
     def effective_tokens(self) -> float:
@@ -116,20 +116,20 @@ class ExpertStatistics:
     @property
     def output_energy(self) -> float:
         """Sum over its tokens of the squared length of what it adds to the residual stream."""
-        energies = self.layer.energies[self.tokens, self.slots].astype(np.float64)
+        energies = self.layer.energies[self.tokens, self.picks].astype(np.float64)
         return float((self.weights**2 * energies).sum())
 
     @property
     def peak(self) -> float:
         """The largest magnitude in its outputs."""
-        return float(self.layer.peaks[self.tokens, self.slots].max(initial=0))
+        return float(self.layer.peaks[self.tokens, self.picks].max(initial=0))
 
     def hessian(self, part: str) -> Floats:
         """sum(c x x^T) / sum(c), float32 [columns, columns]; part: "inputs" or "hidden". Zero for an unused expert."""
         values: Floats = getattr(self.layer, part)
         total = np.zeros((values.shape[-1],) * 2, np.float32)
         weights = self.weights
-        places: tuple[npt.NDArray[np.intp], ...] = (self.tokens, self.slots)
+        places: tuple[npt.NDArray[np.intp], ...] = (self.tokens, self.picks)
         if part == "inputs":  # one for all experts of a token
             of_tokens: npt.NDArray[np.float64] = np.bincount(self.tokens, weights).astype(np.float64, copy=False)
             places = np.nonzero(of_tokens)

@@ -258,7 +258,8 @@ class NestedExperts:
                 spool = stack.enter_context(_Spool(self._work))
                 errors = []
                 for packed, lost in self.quantized(layer, statistics, range(experts)):
-                    errors.append(spool.add(packed, lost))
+                    spool.add(packed)
+                    errors.append(lost)
                     self._advance(sum(sizes))
                 kept = self._allocate(layer, np.array(errors))
             elif kept is None:
@@ -404,13 +405,11 @@ class _Spool:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, packed: Sequence[Bytes], errors: list[float]) -> list[float]:
-        """Gives the errors back."""
+    def add(self, packed: Sequence[Bytes]) -> None:
         self._places.append([])
         for data in packed:
             self._places[-1].append((self._file.tell(), len(data)))
             self._file.write(data)
-        return errors
 
     def read(self, expert: int) -> list[Bytes]:
         packed: list[Bytes] = []

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe.engine import Cancel, Cancelled, Count, Engine, EngineCounters
-from edgemoe.errors import StateError
+from edgemoe.errors import EdgemoeError, StateError
 from edgemoe.options import Quality
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ COUNTED = 0.01
 
 
 class Session:
-    """One conversation's tokens. `Sequences.next_logits` says what comes after them.
+    """The tokens of one generation, with those it goes on from. `Sequences.next_logits` says what comes after them.
 
     tokens: append to it what is said next. prompt: how many of them are the prompt. computed: positions that its passes
     computed. count: of what the engine counted from the begin of its steps on. done: it will not go on, and needs no
@@ -133,10 +133,10 @@ class Sequences:
             if logits is not None:
                 return logits
 
-    def all_logits(self, tokens: NDArray[np.int32], first: int, cancel: Cancel | None = None) -> NDArray[np.float32]:
+    def all_logits(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float32]:
         """float32 [tokens - first, vocab]: the logits after each of the tokens from `first` on, computed anew, in one
         step."""
-        session, cancel = Session([]), Cancel() if cancel is None else cancel
+        session, cancel = Session([]), Cancel()
         try:
             self._waiting.append(session)
             with self._engine.lock:
@@ -155,6 +155,8 @@ class Sequences:
     def record(self, trace: tuple[TraceWriter, str] | None) -> None:
         """From now on what the routers choose goes to this trace, as this kind of text; None: no more."""
         with self._engine.lock:
+            if trace is not None and self._trace is not None:
+                raise EdgemoeError("a trace is being recorded already")
             self._trace = trace
             if not self._engine.closed:
                 self._engine.record_routing(trace is not None)

@@ -301,6 +301,9 @@ void test_refusals() {
     refuse(good, {0, kLayerCount + 1}, "more layers than there are");
     refuse(good, {1, 1}, "no layers");
     refuse(good, {0, 1}, "logits after the first layer");
+    PackIndex index = model.index;
+    index.experts.clear();
+    check_throws<std::invalid_argument>([&] { Engine(model.spec, index, some_options()); }, "an index without experts");
 }
 
 }  // namespace
@@ -308,6 +311,8 @@ void test_refusals() {
 void test_backend() {
     test_buffers_are_handles(Model("q4g64", "q4g64", false), "attention");
     test_buffers_are_handles(Model("f32", "q4g64", false, kAllMixers), "a model of all mixers");
+    // Norms of the stream have biases there, those of heads and latents have not.
+    test_buffers_are_handles(Model("f32", "q4g64", false, kAllMixers, true), "a model with LayerNorms");
     test_embeddings();
     test_refusals();
 }

@@ -78,9 +78,9 @@ struct Sequence {
                     const auto* keys = reinterpret_cast<const float*>(blocks.pool + blocks.stride * block);
                     const auto* values =
                         reinterpret_cast<const float*>(blocks.pool + blocks.stride * block + blocks.values);
-                    const int slot = position % kKvBlock, dim = shape.head_dim;
-                    check(keys[(dim - 1) * kKvBlock + slot] == number(layer, head, position) &&
-                              values[slot * dim + dim - 1] == number(layer, head, position) + 1,
+                    const int place = position % kKvBlock, dim = shape.head_dim;
+                    check(keys[(dim - 1) * kKvBlock + place] == number(layer, head, position) &&
+                              values[place * dim + dim - 1] == number(layer, head, position) + 1,
                           what + ": position " + std::to_string(position) + " of layer " + std::to_string(layer) +
                               " is not what was written");
                 }

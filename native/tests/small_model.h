@@ -22,8 +22,9 @@ inline constexpr int kVocabulary = 80, kHidden = 128, kHeads = 4, kKvHeads = 2, 
 class Model {
   public:
     Model(const char* dense, const char* expert, bool gguf,
-          std::vector<AttentionKind> mixers = {kLayerCount, AttentionKind::full})
+          std::vector<AttentionKind> mixers = {kLayerCount, AttentionKind::full}, bool layer_norm = false)
         : dense_(dense), expert_(expert), gguf_(gguf) {
+        spec.layer_norm = layer_norm;
         spec.vocab_size = kVocabulary;
         spec.hidden_size = kHidden;
         spec.context = kContext;
@@ -33,11 +34,11 @@ class Model {
             spec.ropes[0].inverse_frequencies.push_back(std::pow(1e4f, -2.0f * i / kHeadDim));
         add_matrix("embedding", kVocabulary, kHidden);
         add_matrix("head", kVocabulary, kHidden);
-        add_vector("final_norm", kHidden);
+        add_norm("final_norm");
         for (int number = 0; number < static_cast<int>(mixers.size()); ++number) {
             LayerSpec layer;
             const std::string p = "layers." + std::to_string(number) + ".";
-            for (const char* name : {"attention_norm", "ffn_norm"}) add_vector(p + name, kHidden);
+            for (const char* name : {"attention_norm", "ffn_norm"}) add_norm(p + name);
             layer.attention = mixers[number] == AttentionKind::full          ? attention(p, number == 2 ? 40 : 0)
                               : mixers[number] == AttentionKind::mla         ? latent_attention(p)
                               : mixers[number] == AttentionKind::gated_delta ? gated_delta(p)
@@ -144,6 +145,11 @@ class Model {
         if (!gguf_) section.checksum = checksum;
         index.sections.push_back(section);
         return static_cast<uint32_t>(index.sections.size() - 1);
+    }
+
+    void add_norm(const std::string& name) {  // of the stream
+        add_vector(name, kHidden);
+        if (spec.layer_norm) add_vector(name + "_bias", kHidden, 0.0f);
     }
 
     void add_vector(const std::string& name, int size, float mean = 1.0f) {

@@ -497,7 +497,11 @@ def test_a_full_context_begins_anew(converse: Callable[..., None], capsys: pytes
 
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-    code = "import sys; from edgemoe.cli import main; main(sys.argv[1:])"
+    # A shell's background job ignores SIGINT, and so would all that it starts.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from edgemoe.cli import main; main(sys.argv[1:])"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(edgemoe.__file__).parents[1])}
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, **options)
 

@@ -231,6 +231,7 @@ CHANGES: list[tuple[Change, str]] = [
     (set_at("sections", 2, to=[[], 0]), "section 2"),
     (set_at("sections", 2, 1, to=-1), "section 2: -1 is not a checksum"),
     (set_at("sections", 2, 1, to=1 << 32), "section 2: 4294967296 is not a checksum"),
+    (set_at("sections", 2, 0, to=[[0, 4096, 1]] * 4), "section 2: 4 extents (at most 3)"),
     (set_at("sections", 2, 0, 0, to=[0, 4096]), "section 2: [0, 4096] is not an extent"),
     (set_at("sections", 2, 0, 0, to=[0, -4096, 4096]), "is not an extent"),
     (set_at("sections", 2, 0, 0, to=[0, True, 4096]), "is not an extent"),

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.formats.index import PARTS, DenseTensor, ExpertLayer, Extent, Level, ModelIndex, Part, Section
 from edgemoe.formats.layouts import GGML_LAYOUTS, LAYOUTS, QUANTIZED, pack, packed_size, unpack
-from edgemoe.formats.rtn import quantize
 from edgemoe.options import EngineOptions
+from edgemoe.quantize.rtn import quantize
 from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RopeSpec, RouterSpec
 from tools import ggml_quantize
 

@@ -78,7 +78,7 @@ def test_a_layer_says_what_its_experts_saw(tiny_qwen3_moe: Make, tmp_path: Path)
     gate = inputs @ matrices["gate"].T
     hidden = gate / (1 + np.exp(-gate)) * (inputs @ matrices["up"].T)
     outputs = hidden @ matrices["down"].T
-    np.testing.assert_allclose(kept.hidden[seen.tokens, seen.slots], hidden, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(kept.hidden[seen.tokens, seen.picks], hidden, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(seen.peak, np.abs(outputs).max(), rtol=1e-3)
     weights = seen.weights
     energy = (weights**2 * (outputs**2).sum(axis=1)).sum()

@@ -12,6 +12,7 @@ import pytest
 
 import edgemoe
 from edgemoe.convert import convert
+from edgemoe.errors import EdgemoeError
 from edgemoe.profiling.trace import read_trace
 from edgemoe.serving import session
 
@@ -177,6 +178,18 @@ def test_a_pass_of_the_user_is_traced(pack: Path, tmp_path: Path) -> None:
         model.forward(SECOND, range(31), [0] * 31, [])
         list(model.generate(FIRST, max_tokens=2, ignore_eos=True))
     assert list(read_trace(tmp_path / "both.trace").position) == [*range(31), *range(32)]
+
+
+def test_one_trace_at_a_time(pack: Path, tmp_path: Path) -> None:
+    with edgemoe.load(pack) as model:
+        with model.trace(tmp_path / "first.trace"):
+            with pytest.raises(EdgemoeError, match="a trace is being recorded already"):
+                model.trace(tmp_path / "second.trace").__enter__()
+            list(model.generate(FIRST, max_tokens=2, ignore_eos=True))
+        with model.trace(tmp_path / "third.trace"):
+            list(model.generate(SECOND, max_tokens=2, ignore_eos=True))
+    assert not (tmp_path / "second.trace").exists()
+    assert len(read_trace(tmp_path / "first.trace").position) == len(FIRST) + 1
 
 
 def test_what_a_failed_pass_left_is_known(pack: Path) -> None:

@@ -199,6 +199,8 @@ class IndexChecker:
                     )
                 extents.append(Extent(file, offset, length))
                 spans.append((file, offset, length, number))
+            if len(extents) > len(PARTS):
+                raise self._error(f"section {number}: {len(extents)} extents (at most {len(PARTS)})")
             section = Section(tuple(extents), entry[1])
             if section.length > MAX_SECTION:
                 raise self._error(f"section {number}: {section.length} bytes (at most {MAX_SECTION})")

@@ -17,8 +17,6 @@ class Arena {
 
     std::byte* data() const { return data_; }
     size_t size() const { return size_; }
-    // Gives the pages of [begin, end) back to the system; they read as zero afterwards.
-    void discard(size_t begin, size_t end);
 
   private:
     std::byte* data_ = nullptr;

@@ -4,7 +4,8 @@
 // are as large as the model's own steps and work on all rows of a chunk. They are asked for in order, and each sees
 // what the ones before it wrote; a backend may be behind until it is asked to read() or wait().
 //
-// Every backend gives the bits of the CPU's scalar kernels (kernels.h): operations say which kernel defines them.
+// Every backend gives the bits that the CPU's gives with its scalar kernels: kernels.h says what a kernel computes, and
+// src/backend/cpu in which order an operation calls them, and what it computes between them.
 #pragma once
 
 #include <cstddef>
@@ -146,21 +147,22 @@ struct ExpertShapes {
     GatedActivation activation;
 };
 
-// An expert at work, on the pairs [first, first + count) of (row, slot).
+// An expert at work, on the pairs [first, first + count) of (row, pick).
 struct ExpertWork {
     int expert;
     Matrix gate, up, down;
     int first, count;
 };
 
-// Pairs of (row, slot) in the order in which experts take them, each expert's side by side.
+// Pairs of (row, pick) in the order in which experts take them, each expert's side by side.
 struct ExpertBuffers {
     Buffer<const int32_t> rows;  // [pairs] the row of a pair
     Floats hidden, up;           // [pairs, ffn]
     Floats outputs;              // [pairs, hidden]
 };
 
-// sum += scale * shared + scale * weight * (output + down_bias) of a row's slots in their order, whenever they were
+// sum = fma(scale, shared, sum); then sum = fma(w, output, sum) and sum = fma(w, down_bias, sum), with w the rounded
+// product scale * weight, for each of a row's picks in their order, whenever they were
 // computed.
 struct Combination {
     bool from_zero;  // sum begins with zero
@@ -192,6 +194,8 @@ struct BackendSizes {
     std::span<const RopeSpec> ropes;  // must stay where they are
 };
 
+inline constexpr size_t kMostMatrices = 4;  // of one product
+
 class Backend {
   public:
     virtual ~Backend() = default;
@@ -200,13 +204,14 @@ class Backend {
     // Zero-filled, 64-byte aligned, as long as the backend lives.
     virtual std::byte* allocate(size_t bytes) = 0;
 
-    // The operations up to the next begin() are for these rows, or the first of them. What `rows` refers to stays until
+    // Operations that read positions or states are for all of these rows, up to the next begin(); others take `count`
+    // rows of what they are given. What `rows` refers to stays until
     // wait() has returned after them; spans that other operations are given are valid during the call only.
     virtual void begin(const Rows& rows) = 0;
     // Rows of the embedding, or the embeddings given, [rows, cols]; tokens' rows are multiplied.
     virtual void embed(const Matrix& embedding, float multiplier, Floats out) = 0;
     virtual void normalize(const Norm& norm, ConstFloats x, int count, Floats out) = 0;  // out may be x
-    // outputs[i] [count, rows of matrix i]; x [count, cols]. At most four matrices.
+    // outputs[i] [count, rows of matrix i]; x [count, cols]. At most kMostMatrices.
     virtual void product(std::span<const Matrix> matrices, ConstFloats x, int count,
                          std::span<const Floats> outputs) = 0;
     // Of x [count, size]: adds a vector to each row; adds factor * values; multiplies with factor[0].
@@ -242,7 +247,8 @@ class Backend {
     // scores [count, experts], overwritten -> picks [count, top_k] in descending preference, and their weights, unless
     // `weights` is null.
     virtual void choose(const Choice& choice, Floats scores, int count, Buffer<int32_t> picks, Floats weights) = 0;
-    // The rows' input of a layer's experts [count, hidden], for the calls of experts() that follow.
+    // The rows' input of a layer's experts [count, hidden], for the calls of experts() that follow; no other
+    // product comes before the last of them.
     virtual void begin_experts(const ExpertShapes& shapes, ConstFloats x, int count) = 0;
     virtual void experts(const ExpertShapes& shapes, std::span<const ExpertWork> work,
                          const ExpertBuffers& buffers) = 0;

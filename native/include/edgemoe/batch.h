@@ -10,8 +10,8 @@
 
 namespace edgemoe {
 
-// How exactly the experts of a row are computed, where they are nested. The expert in slot i of a token works as many
-// levels below its finest as there are thresholds (ascending) below the share of the router's weight that the slots
+// How exactly the experts of a row are computed, where they are nested. Pick i of a token works as many levels below
+// its finest as there are thresholds (ascending) below the share of the router's weight that the picks
 // with larger weights have. None: exact. What is in memory or on its way makes no difference.
 struct Quality {
     std::vector<float> thresholds;

@@ -48,8 +48,6 @@ class Places {
         buffer = Buffer<T>(address);
     }
     size_t used() const { return used_; }
-    std::byte* next() const { return base_ ? base_ + used_ : nullptr; }
-    void skip(size_t bytes) { used_ += bytes; }
 
   private:
     std::byte* base_;

@@ -91,7 +91,6 @@ class Engine {
     SequenceState& sequence(int id);
 
     const ModelSpec& spec() const { return spec_; }
-    const EngineOptions& options() const { return options_; }
     std::string_view isa() const { return backend_->name(); }
     bool direct_io() const;
     // Of what has been computed so far. May be called from any thread at any time, unlike all else.

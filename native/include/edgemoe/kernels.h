@@ -68,6 +68,9 @@ struct KvBlocks {
 // Bytes of the keys, or values, of a block.
 size_t kv_block_bytes(KvType type, int dim);
 
+// Groups of kGroup columns.
+inline size_t column_groups(int cols) { return (static_cast<size_t>(cols) + kGroup - 1) / kGroup; }
+
 struct Kernels {
     std::string_view name;
 
@@ -166,9 +169,9 @@ struct Kernels {
     // State per head: maximum[h], sum[h], accumulator[h * dim .. ] (not yet divided by sum).
     // Start: maximum = -infinity, sum = 0, accumulator = 0. Scores are scale * (q . k), d ascending, one lane each.
     // With m the new maximum: p = exp(score - m), c = exp(old maximum - m) (0 at the start), sum = fma(sum, c,
-    // reduction of p over all kKvBlock slots of the block, 0 outside [begin, end)), accumulator = accumulator * c, then
-    // fma(p, value, accumulator) with positions ascending. An element of a q8_0 key or value is the rounded product
-    // code * scale. Slots of a block outside [begin, end) may hold anything.
+    // reduction of p over all kKvBlock places of the block, 0 outside [begin, end)), accumulator = accumulator * c,
+    // then fma(p, value, accumulator) with positions ascending. An element of a q8_0 key or value is the rounded
+    // product code * scale. Places of a block outside [begin, end) may hold anything.
     void (*attend)(KvType key_type, KvType value_type, const float* queries, int heads, int dim, float scale,
                    const KvBlocks& blocks, int begin, int end, float* maximum, float* sum, float* accumulator);
 

@@ -6,7 +6,7 @@
 
 namespace edgemoe {
 
-// The experts of a layer at work on a chunk. Pair p = row * top_k + slot lies in row places[p] of `hidden` and
+// The experts of a layer at work on a chunk. Pair p = row * top_k + pick lies in row places[p] of `hidden` and
 // `outputs`, which are given to observers that ask for them only.
 struct ExpertsSeen {
     int top_k;

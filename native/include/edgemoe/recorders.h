@@ -52,7 +52,7 @@ class LayerRecorder final : public Observer {
     struct Arrays {
         float* residual;  // [rows, hidden]
         float* inputs;    // [rows, hidden] what the experts multiply
-        int32_t* picks;   // [rows, top_k] in descending weight
+        int32_t* picks;   // [rows, top_k] in the order of the choice
         float* weights;   // [rows, top_k]
         float* hidden;    // [rows, top_k, ffn] what the experts' last matrix multiplies
         float* peaks;     // [rows, top_k] largest magnitude in an expert's output

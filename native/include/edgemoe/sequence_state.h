@@ -73,7 +73,6 @@ class StatePool {
     // Of a layer's blocks; -1 where it has none.
     int group(int layer) const { return layer_groups_[layer]; }
     int context() const { return context_; }
-    int sequences() const { return sequences_; }
 
     // The keys of a layer's first block: block n begins layers()[layer].block_bytes() * n bytes behind them.
     std::byte* blocks(int layer) { return arena_.data() + begins_[layer]; }

@@ -76,45 +76,45 @@ float kv_element(KvType type, const std::byte* block, int dim, size_t index, siz
            float_from_half(load_u16(block + static_cast<size_t>(dim) * kKvBlock, scale_index));
 }
 
-float key_element(KvType type, const std::byte* keys, int dim, int slot, int d) {
-    return kv_element(type, keys, dim, static_cast<size_t>(d) * kKvBlock + slot,
-                      static_cast<size_t>(d / kKvGroup) * kKvBlock + slot);
+float key_element(KvType type, const std::byte* keys, int dim, int place, int d) {
+    return kv_element(type, keys, dim, static_cast<size_t>(d) * kKvBlock + place,
+                      static_cast<size_t>(d / kKvGroup) * kKvBlock + place);
 }
 
-// `value_of(slot, d)` is an element of a value; the accumulator has value_dim of them.
+// `value_of(place, d)` is an element of a value; the accumulator has value_dim of them.
 template <class Value>
 void attend_head(KvType key_type, const float* query, int dim, int value_dim, float scale, const std::byte* keys,
                  const Value& value_of, int begin, int end, float* maximum, float* sum, float* accumulator) {
     std::array<float, kKvBlock> scores;
     scores.fill(-kInfinity);
-    for (int slot = begin; slot < end; ++slot) {
+    for (int place = begin; place < end; ++place) {
         float score = 0.0f;
-        for (int d = 0; d < dim; ++d) score = std::fma(query[d], key_element(key_type, keys, dim, slot, d), score);
-        scores[slot] = score * scale;
+        for (int d = 0; d < dim; ++d) score = std::fma(query[d], key_element(key_type, keys, dim, place, d), score);
+        scores[place] = score * scale;
     }
     Lanes largest;
     largest.fill(-kInfinity);
-    for (int slot = 0; slot < kKvBlock; ++slot)
-        largest[slot % kLanes] = maximum_of(largest[slot % kLanes], scores[slot]);
+    for (int place = 0; place < kKvBlock; ++place)
+        largest[place % kLanes] = maximum_of(largest[place % kLanes], scores[place]);
     const float old_maximum = *maximum;
     const float new_maximum = maximum_of(old_maximum, fold_max(largest));
     const float correction = old_maximum == -kInfinity ? 0.0f : exp_of(old_maximum - new_maximum);
 
     Lanes total{};
-    for (int slot = 0; slot < kKvBlock; ++slot) {
-        scores[slot] = slot >= begin && slot < end ? exp_of(scores[slot] - new_maximum) : 0.0f;
-        total[slot % kLanes] += scores[slot];
+    for (int place = 0; place < kKvBlock; ++place) {
+        scores[place] = place >= begin && place < end ? exp_of(scores[place] - new_maximum) : 0.0f;
+        total[place % kLanes] += scores[place];
     }
     *maximum = canonical(new_maximum);
     *sum = canonical(std::fma(*sum, correction, fold_sum(total)));
     for (int d = 0; d < value_dim; ++d) {
         float element = accumulator[d] * correction;
-        for (int slot = begin; slot < end; ++slot) element = std::fma(scores[slot], value_of(slot, d), element);
+        for (int place = begin; place < end; ++place) element = std::fma(scores[place], value_of(place, d), element);
         accumulator[d] = canonical(element);
     }
 }
 
-// Calls step(keys, begin, end) for each block that has positions of [begin, end), with their slots in it.
+// Calls step(keys, begin, end) for each block that has positions of [begin, end), with their places in it.
 template <class Step>
 void each_block(const KvBlocks& blocks, int begin, int end, const Step& step) {
     while (begin < end) {
@@ -127,22 +127,22 @@ void each_block(const KvBlocks& blocks, int begin, int end, const Step& step) {
 }  // namespace
 
 void store_key(KvType type, std::span<const float> key, int position, const KvBlocks& blocks) {
-    const size_t slot = position % kKvBlock;
-    store_vector(type, key, kKvBlock, slot, kKvBlock, slot, kv_block(blocks, position / kKvBlock));
+    const size_t place = position % kKvBlock;
+    store_vector(type, key, kKvBlock, place, kKvBlock, place, kv_block(blocks, position / kKvBlock));
 }
 
 void store_value(KvType type, std::span<const float> value, int position, const KvBlocks& blocks) {
-    const size_t slot = position % kKvBlock;
-    store_vector(type, value, 1, slot * value.size(), 1, slot * (value.size() / kKvGroup),
+    const size_t place = position % kKvBlock;
+    store_vector(type, value, 1, place * value.size(), 1, place * (value.size() / kKvGroup),
                  kv_block(blocks, position / kKvBlock) + blocks.values);
 }
 
 void attend(KvType key_type, KvType value_type, const float* queries, int heads, int dim, float scale,
             const KvBlocks& blocks, int begin, int end, float* maximum, float* sum, float* accumulator) {
     each_block(blocks, begin, end, [&](const std::byte* keys, int first, int last) {
-        const auto value_of = [&](int slot, int d) {
-            return kv_element(value_type, keys + blocks.values, dim, static_cast<size_t>(slot) * dim + d,
-                              static_cast<size_t>(slot) * (dim / kKvGroup) + d / kKvGroup);
+        const auto value_of = [&](int place, int d) {
+            return kv_element(value_type, keys + blocks.values, dim, static_cast<size_t>(place) * dim + d,
+                              static_cast<size_t>(place) * (dim / kKvGroup) + d / kKvGroup);
         };
         for (int head = 0; head < heads; ++head)
             attend_head(key_type, queries + static_cast<ptrdiff_t>(head) * dim, dim, dim, scale, keys, value_of, first,
@@ -153,7 +153,7 @@ void attend(KvType key_type, KvType value_type, const float* queries, int heads,
 void attend_latent(KvType type, const float* queries, int heads, int dim, int value_dim, float scale,
                    const KvBlocks& blocks, int begin, int end, float* maximum, float* sum, float* accumulator) {
     each_block(blocks, begin, end, [&](const std::byte* keys, int first, int last) {
-        const auto value_of = [&](int slot, int d) { return key_element(type, keys, dim, slot, d); };
+        const auto value_of = [&](int place, int d) { return key_element(type, keys, dim, place, d); };
         for (int head = 0; head < heads; ++head)
             attend_head(type, queries + static_cast<ptrdiff_t>(head) * dim, dim, value_dim, scale, keys, value_of,
                         first, last, maximum + head, sum + head,

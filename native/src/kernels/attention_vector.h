@@ -43,14 +43,14 @@ struct AttentionKernels {
 
     static void store_key(KvType type, std::span<const float> key, int position, const KvBlocks& blocks) {
         std::byte* block = kv_block(blocks, position / kKvBlock);
-        const int slot = position % kKvBlock;
+        const int place = position % kKvBlock;
         const float* x = key.data();
         const int dim = static_cast<int>(key.size());
         if (type == KvType::f32) {
-            auto* out = reinterpret_cast<float*>(block) + slot;
+            auto* out = reinterpret_cast<float*>(block) + place;
             for (int d = 0; d < dim; ++d) out[d * kKvBlock] = x[d];
         } else if (type == KvType::f16) {
-            auto* out = reinterpret_cast<uint16_t*>(block) + slot;
+            auto* out = reinterpret_cast<uint16_t*>(block) + place;
             for (int d = 0; d < dim; d += kLanes) {
                 uint16_t halves[kLanes];
                 const int n = dim - d < kLanes ? dim - d : kLanes;
@@ -58,8 +58,8 @@ struct AttentionKernels {
                 for (int i = 0; i < n; ++i) out[(d + i) * kKvBlock] = halves[i];
             }
         } else {
-            auto* out = reinterpret_cast<int8_t*>(block) + slot;
-            auto* scales = reinterpret_cast<uint16_t*>(block + static_cast<ptrdiff_t>(dim) * kKvBlock) + slot;
+            auto* out = reinterpret_cast<int8_t*>(block) + place;
+            auto* scales = reinterpret_cast<uint16_t*>(block + static_cast<ptrdiff_t>(dim) * kKvBlock) + place;
             for (int d = 0; d < dim; d += kKvGroup) {
                 int8_t codes[kKvGroup];
                 scales[d / kKvGroup * kKvBlock] = quantize_kv(x + d, codes);
@@ -105,14 +105,14 @@ struct AttentionKernels {
         }
     }
 
-    // Scores of H heads for positions begin .. end-1; the other slots of `scores` stay.
+    // Scores of H heads for positions begin .. end-1; the other places of `scores` stay.
     template <KvType K, int H>
     static void score(const float* queries, int dim, float scale, const std::byte* keys, int begin, int end,
                       float (*scores)[kKvBlock]) {
         constexpr int chunks = H > 4 ? V::kScoreChunks / 2 : V::kScoreChunks;
         const auto* scales = reinterpret_cast<const uint16_t*>(keys + static_cast<ptrdiff_t>(dim) * kKvBlock);
-        for (int slot = 0; slot < kKvBlock; slot += chunks * kLanes) {
-            if (slot + chunks * kLanes <= begin || slot >= end) continue;
+        for (int place = 0; place < kKvBlock; place += chunks * kLanes) {
+            if (place + chunks * kLanes <= begin || place >= end) continue;
             F sums[H][chunks];
             EDGEMOE_UNROLL
             for (int h = 0; h < H; ++h) {
@@ -125,13 +125,13 @@ struct AttentionKernels {
                     if (d % kKvGroup == 0) {
                         EDGEMOE_UNROLL
                         for (int c = 0; c < chunks; ++c)
-                            factors[c] = V::load_half(scales + d / kKvGroup * kKvBlock + slot + c * kLanes);
+                            factors[c] = V::load_half(scales + d / kKvGroup * kKvBlock + place + c * kLanes);
                     }
                 }
                 F key[chunks];
                 EDGEMOE_UNROLL
                 for (int c = 0; c < chunks; ++c) {
-                    key[c] = load_kv<K, true>(keys, static_cast<ptrdiff_t>(d) * kKvBlock + slot + c * kLanes, kLanes);
+                    key[c] = load_kv<K, true>(keys, static_cast<ptrdiff_t>(d) * kKvBlock + place + c * kLanes, kLanes);
                     if constexpr (K == KvType::q8_0) key[c] = V::mul(key[c], factors[c]);
                 }
                 EDGEMOE_UNROLL
@@ -145,7 +145,7 @@ struct AttentionKernels {
             for (int h = 0; h < H; ++h) {
                 EDGEMOE_UNROLL
                 for (int c = 0; c < chunks; ++c) {
-                    const int start = slot + c * kLanes;
+                    const int start = place + c * kLanes;
                     const F product = V::mul(sums[h][c], V::set1(scale));
                     V::store(scores[h] + start,
                              V::keep(product, begin - start, end - start, V::set1(-Functions::kInfinity)));
@@ -170,17 +170,17 @@ struct AttentionKernels {
                 sums[h][c] = V::mul(Whole ? V::load(old) : V::load_n(old, n), V::set1(corrections[h]));
             }
         }
-        for (int slot = begin; slot < end; ++slot) {
+        for (int place = begin; place < end; ++place) {
             F value[N];
             EDGEMOE_UNROLL
             for (int c = 0; c < N; ++c) {
-                const ptrdiff_t index = static_cast<ptrdiff_t>(slot) * dim + d + c * kLanes;
+                const ptrdiff_t index = static_cast<ptrdiff_t>(place) * dim + d + c * kLanes;
                 value[c] = load_kv<K, Whole>(values, index, n);
                 if constexpr (K == KvType::q8_0) value[c] = V::mul(value[c], V::set1_half(scales + index / kKvGroup));
             }
             EDGEMOE_UNROLL
             for (int h = 0; h < H; ++h) {
-                const F weight = V::set1(weights[h][slot]);
+                const F weight = V::set1(weights[h][place]);
                 EDGEMOE_UNROLL
                 for (int c = 0; c < N; ++c) sums[h][c] = V::fma(weight, value[c], sums[h][c]);
             }
@@ -274,7 +274,7 @@ struct AttentionKernels {
         }
     }
 
-    // Calls step(keys, begin, end) for each block that has positions of [begin, end), with their slots in it.
+    // Calls step(keys, begin, end) for each block that has positions of [begin, end), with their places in it.
     template <class Step>
     static EDGEMOE_INLINE void each_block(const KvBlocks& blocks, int begin, int end, const Step& step) {
         while (begin < end) {
@@ -324,7 +324,7 @@ struct AttentionKernels {
     static EDGEMOE_INLINE void turn_keys(const std::byte* keys, int dim, int d, int begin, int end,
                                          float (*rows)[kLanes]) {
         const auto* scales = reinterpret_cast<const uint16_t*>(keys + static_cast<ptrdiff_t>(dim) * kKvBlock);
-        alignas(64) float element[kLanes][kLanes];  // [element, slot]
+        alignas(64) float element[kLanes][kLanes];  // [element, place]
         const int n = dim - d < kLanes ? dim - d : kLanes;
         for (int first = begin / kLanes * kLanes; first < end; first += kLanes) {
             for (int i = 0; i < n; ++i) {
@@ -334,9 +334,9 @@ struct AttentionKernels {
                 V::store(element[i], x);
             }
             for (int i = n; i < kLanes; ++i) V::store(element[i], V::zero());
-            for (int slot = 0; slot < kLanes; ++slot) {
+            for (int place = 0; place < kLanes; ++place) {
                 EDGEMOE_UNROLL
-                for (int i = 0; i < kLanes; ++i) rows[first + slot][i] = element[i][slot];
+                for (int i = 0; i < kLanes; ++i) rows[first + place][i] = element[i][place];
             }
         }
     }
@@ -348,10 +348,10 @@ struct AttentionKernels {
         F sums[H];
         EDGEMOE_UNROLL
         for (int h = 0; h < H; ++h) sums[h] = V::mul(V::load_n(accumulator + h * stride, n), V::set1(corrections[h]));
-        for (int slot = begin; slot < end; ++slot) {
-            const F value = V::load(rows[slot]);
+        for (int place = begin; place < end; ++place) {
+            const F value = V::load(rows[place]);
             EDGEMOE_UNROLL
-            for (int h = 0; h < H; ++h) sums[h] = V::fma(V::set1(weights[h][slot]), value, sums[h]);
+            for (int h = 0; h < H; ++h) sums[h] = V::fma(V::set1(weights[h][place]), value, sums[h]);
         }
         EDGEMOE_UNROLL
         for (int h = 0; h < H; ++h) V::store_n(accumulator + h * stride, V::canonical(sums[h]), n);

@@ -56,7 +56,7 @@ std::pair<size_t, size_t> half_buffer_bytes(const ModelSpec& model, const LayerS
 
 std::unique_ptr<FeedForwardHalf> load_half(const HalfSetting& setting, LayerWeights& weights,
                                            const HalfMemory& memory) {
-    if (setting.spec.experts) return std::make_unique<Mixture>(setting, weights, memory);
+    if (setting.spec.experts) return std::make_unique<Mixture>(setting, find_experts(setting), weights, memory);
     return std::make_unique<DenseHalf>(setting, weights, memory);
 }
 

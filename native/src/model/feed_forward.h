@@ -1,4 +1,4 @@
-// The second half of a layer: dense, or a mixture of experts. One file for each kind, and its row in feed_forward.cpp.
+// The second half of a layer: dense, or a mixture of experts (mixture.h).
 #pragma once
 
 #include <memory>

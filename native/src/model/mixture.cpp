@@ -27,6 +27,8 @@ void check_experts(const HalfSetting& setting, const ExpertLayer& experts) {
         }
 }
 
+}  // namespace
+
 const ExpertLayer& find_experts(const HalfSetting& setting) {
     const auto found = setting.index.experts.find(setting.layer);
     if (found == setting.index.experts.end() || found->second.sections.size() != size_t(setting.spec.experts))
@@ -34,6 +36,8 @@ const ExpertLayer& find_experts(const HalfSetting& setting) {
     check_experts(setting, found->second);
     return found->second;
 }
+
+namespace {
 
 // Shape and layout of one of the three matrices; its data comes and goes.
 Matrix shape_of(const ExpertLayer& experts, int part, int rows, int cols) {
@@ -72,7 +76,8 @@ void Mixture::AheadBuffers::place(Places& places, const ModelSpec& model, const 
     places.place(weights, count * spec.top_k);
 }
 
-Mixture::Mixture(const HalfSetting& setting, LayerWeights& weights, const HalfMemory& memory)
+Mixture::Mixture(const HalfSetting& setting, const ExpertLayer& experts, LayerWeights& weights,
+                 const HalfMemory& memory)
     : model_(setting.model),
       spec_(setting.spec),
       layer_(setting.layer),
@@ -88,7 +93,6 @@ Mixture::Mixture(const HalfSetting& setting, LayerWeights& weights, const HalfMe
     }
     if (spec_.shared_dim) shared_.emplace(model_, spec_, weights, "shared.", spec_.shared_dim);
     if (spec_.shared_gate) shared_gate_ = weights.vector("shared_gate", hidden);
-    const ExpertLayer& experts = find_experts(setting);
     shapes_.gate = shape_of(experts, 0, ffn, hidden);
     shapes_.up = shape_of(experts, 1, ffn, hidden);
     shapes_.down = shape_of(experts, 2, hidden, ffn);
@@ -105,17 +109,17 @@ Mixture::Mixture(const HalfSetting& setting, LayerWeights& weights, const HalfMe
     ahead_.place(ahead_places, model_, spec_, memory.rows);
 }
 
-struct Mixture::Demand {
+struct Mixture::Grouping {
     std::vector<int32_t> begins;     // [experts * levels + 1] of a group's pairs
     std::vector<int32_t> pair_rows;  // [pairs]
     std::vector<int32_t> places;     // [pairs]
     std::vector<ExpertStream::Need> needs;
 };
 
-// Experts are asked for in the order of their rows, most first; for a single row that is its slot order, the router's
+// Experts are asked for in the order of their rows, most first; for a single row that is its pick order, the router's
 // first choice first.
-Mixture::Demand Mixture::demand(std::span<const int32_t> picks, std::span<const float> weights,
-                                const HalfInput& input) const {
+Mixture::Grouping Mixture::demand(std::span<const int32_t> picks, std::span<const float> weights,
+                                  const HalfInput& input) const {
     const size_t top_k = spec_.top_k, pairs = picks.size();
     const int experts = spec_.experts, levels = static_cast<int>(bits_.size());
     std::vector<int32_t> level_of(pairs);
@@ -124,7 +128,7 @@ Mixture::Demand Mixture::demand(std::span<const int32_t> picks, std::span<const 
                       std::span(level_of).subspan(t * top_k, top_k));
     const auto group_of = [&](size_t pair) { return size_t(picks[pair]) * levels + level_of[pair]; };
 
-    Demand found;
+    Grouping found;
     found.begins.assign(size_t(experts) * levels + 1, 0);
     std::vector<int32_t> uses(experts, 0), active;
     std::vector<float> group_weights(size_t(experts) * levels, 0.0f);
@@ -174,8 +178,18 @@ void Mixture::run(Backend& backend, const HalfInput& input) {
     router_.route(backend, b.router, input.x, input.normed, count, b.picks, b.weights);
     const std::span picks = backend.read(Buffer<const int32_t>(b.picks), pairs);
     const std::span weights = backend.read(ConstFloats(b.weights), pairs);
-    const Demand demanded = demand(picks, weights, input);
+    const Grouping demanded = demand(picks, weights, input);
     ExpertStream stream(store_, layer_, count, demanded.needs);
+    // Also where something throws: the stream gives memory back that the backend may still be reading.
+    struct Finish {
+        Backend& backend;
+        ~Finish() {
+            try {
+                backend.wait();
+            } catch (...) {  // what failed first is on its way already
+            }
+        }
+    } const finish{backend};
     if (input.observer) input.observer->routed(layer_, picks, weights);
     if (input.next) input.next->expect(backend, input);
 
@@ -213,7 +227,7 @@ void Mixture::run(Backend& backend, const HalfInput& input) {
     add_up(backend, input);
 }
 
-void Mixture::observe(Backend& backend, const HalfInput& input, const Demand& demanded,
+void Mixture::observe(Backend& backend, const HalfInput& input, const Grouping& demanded,
                       ConstFloats experts_input) const {
     const size_t count = input.count, hidden = model_.hidden_size, pairs = count * spec_.top_k;
     input.observer->experts(layer_, {.top_k = spec_.top_k,
@@ -225,7 +239,7 @@ void Mixture::observe(Backend& backend, const HalfInput& input, const Demand& de
                                      .outputs = backend.read(ConstFloats(buffers_.outputs), pairs * hidden)});
 }
 
-// Each row adds its experts' outputs in slot order, whenever they were computed: to the residual stream, or where norms
+// Each row adds its experts' outputs in pick order, whenever they were computed: to the residual stream, or where norms
 // come between, to a sum of their own.
 void Mixture::add_up(Backend& backend, const HalfInput& input) const {
     const Buffers& b = buffers_;
@@ -282,9 +296,9 @@ void Mixture::expect(Backend& backend, const HalfInput& input) {
         for (int t = 0; t < count; ++t) {
             const std::span own = picks.subspan(t * top_k, top_k);
             choose_levels(quality(t), finest_, own, weighted ? weights.subspan(t * top_k, top_k) : weights, levels);
-            for (size_t slot = 0; slot < top_k; ++slot) {
-                if (uses[own[slot]]++ == 0) expected.push_back({own[slot], 0});
-                finest[own[slot]] = std::max(finest[own[slot]], levels[slot]);
+            for (size_t pick = 0; pick < top_k; ++pick) {
+                if (uses[own[pick]]++ == 0) expected.push_back({own[pick], 0});
+                finest[own[pick]] = std::max(finest[own[pick]], levels[pick]);
             }
         }
         for (ExpertStore::Hint& hint : expected) hint.level = finest[hint.expert];

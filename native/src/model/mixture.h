@@ -10,6 +10,9 @@
 
 namespace edgemoe {
 
+// The layer's experts. Throws std::invalid_argument where the index has other ones than the model.
+const ExpertLayer& find_experts(const HalfSetting& setting);
+
 class Mixture final : public FeedForwardHalf {
   public:
     struct Buffers {
@@ -38,18 +41,17 @@ class Mixture final : public FeedForwardHalf {
         void place(Places& places, const ModelSpec& model, const LayerSpec& spec, int rows);
     };
 
-    // Throws std::invalid_argument where the index has other experts than the model.
-    Mixture(const HalfSetting& setting, LayerWeights& weights, const HalfMemory& memory);
+    Mixture(const HalfSetting& setting, const ExpertLayer& experts, LayerWeights& weights, const HalfMemory& memory);
 
     void run(Backend& backend, const HalfInput& input) override;
     void expect(Backend& backend, const HalfInput& input) override;
 
   private:
-    // What a chunk wants of the experts: pairs of (row, slot) in groups by expert and level.
-    struct Demand;
-    Demand demand(std::span<const int32_t> picks, std::span<const float> weights, const HalfInput& input) const;
+    // What a chunk wants of the experts: pairs of (row, pick) in groups by expert and level.
+    struct Grouping;
+    Grouping demand(std::span<const int32_t> picks, std::span<const float> weights, const HalfInput& input) const;
     Matrix at_level(const Matrix& shape, const std::array<const std::byte*, kMaxLevels>& data, int level) const;
-    void observe(Backend& backend, const HalfInput& input, const Demand& demand, ConstFloats experts_input) const;
+    void observe(Backend& backend, const HalfInput& input, const Grouping& demand, ConstFloats experts_input) const;
     void add_up(Backend& backend, const HalfInput& input) const;
 
     const ModelSpec& model_;

@@ -27,15 +27,14 @@ size_t Pass::buffer_bytes(const ModelSpec& model, int rows) {
 }
 
 BackendSizes Pass::backend_sizes(const ModelSpec& model, int rows) {
-    const auto groups = [](int cols) { return (size_t(cols) + kGroup - 1) / kGroup; };
-    BackendSizes sizes{.rows = rows, .input_groups = groups(model.hidden_size), .ropes = model.ropes};
+    BackendSizes sizes{.rows = rows, .input_groups = column_groups(model.hidden_size), .ropes = model.ropes};
     for (const LayerSpec& layer : model.layers) {
         const AttentionSpec& a = layer.attention;
         sizes.input_groups =
-            std::max({sizes.input_groups, groups(a.heads * a.value_dim), mixer_kind(a.kind).input_groups(a)});
+            std::max({sizes.input_groups, column_groups(a.heads * a.value_dim), mixer_kind(a.kind).input_groups(a)});
         const size_t pairs = size_t(rows) * std::max(layer.top_k, 1);
-        sizes.inner_groups =
-            std::max({sizes.inner_groups, pairs * groups(layer.ffn_dim), rows * groups(layer.shared_dim)});
+        sizes.inner_groups = std::max(
+            {sizes.inner_groups, pairs * column_groups(layer.ffn_dim), rows * column_groups(layer.shared_dim)});
         sizes.heads = std::max(sizes.heads, a.heads);
         sizes.experts = std::max(sizes.experts, layer.experts);
     }

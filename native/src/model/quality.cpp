@@ -9,18 +9,18 @@ void choose_levels(const Quality& quality, std::span<const uint8_t> finest, std:
     const bool exact = quality.thresholds.empty();
     const size_t top_k = experts.size();
     float total = 0;
-    for (size_t slot = 0; !exact && slot < top_k; ++slot) total += weights[slot];
-    for (size_t slot = 0; slot < top_k; ++slot) {
-        int level = finest[experts[slot]];
+    for (size_t pick = 0; !exact && pick < top_k; ++pick) total += weights[pick];
+    for (size_t pick = 0; pick < top_k; ++pick) {
+        int level = finest[experts[pick]];
         if (!exact) {
-            // Slots stand in descending order of what the router chose them by, which need not be the weight.
+            // Picks stand in descending order of what the router chose them by, which need not be the weight.
             float before = 0;
             for (size_t other = 0; other < top_k; ++other)
-                if (weights[other] > weights[slot] || (weights[other] == weights[slot] && other < slot))
+                if (weights[other] > weights[pick] || (weights[other] == weights[pick] && other < pick))
                     before += weights[other];
             for (const float threshold : quality.thresholds) level -= before / total > threshold;
         }
-        levels[slot] = std::clamp(level, 0, quality.level_cap);
+        levels[pick] = std::clamp(level, 0, quality.level_cap);
     }
 }
 

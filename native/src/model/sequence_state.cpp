@@ -30,9 +30,9 @@ size_t all_constant_bytes(std::span<const KvShape> layers) {
     return (total + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// Zeros in place of what positions from slot `first` on left in the keys (or values) of a block.
+// Zeros in place of what positions from place `first` on left in the keys (or values) of a block.
 void clear_slots(KvType type, int dim, bool keys, int first, std::byte* block) {
-    const auto clear = [&](std::byte* data, size_t elements, size_t size) {  // [elements][slots] or [slots][elements]
+    const auto clear = [&](std::byte* data, size_t elements, size_t size) {  // [elements][places] or [places][elements]
         if (!keys) {
             std::memset(data + first * elements * size, 0, (kKvBlock - first) * elements * size);
             return;
@@ -192,7 +192,7 @@ void SequenceState::go_back(int length) {
     const std::span<const KvShape> shapes = pool_.layers();
     for (size_t layer = 0; layer < shapes.size() && length > 0; ++layer) {
         const KvShape& shape = shapes[layer];
-        if (shape.window) {
+        if (shape.window && shape.block_bytes()) {
             const int kept = pool_.groups()[pool_.group(static_cast<int>(layer))].kept;
             const bool overwritten = shape.first_block(length) + kept < block_count(written_);
             if (overwritten || length < restored_) refuse(layer, " keeps a window of " + std::to_string(shape.window));

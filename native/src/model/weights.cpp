@@ -89,15 +89,27 @@ ConstFloats Weights::constant(int size, float value) {
     return ConstFloats(constants_.emplace_back(size, value).data());
 }
 
-Norm load_norm(const ModelSpec& spec, const Weights& weights, const std::string& name, int size) {
+namespace {
+
+Norm load_rms_norm(const Weights& weights, const std::string& name, int size, float offset, float epsilon) {
     const Floats weight = weights.vector(name, size);
-    if (spec.norm_offset != 0)
-        for (int i = 0; i < size; ++i) weight.address()[i] += spec.norm_offset;
-    Norm norm{weight, {}, size, spec.norm_epsilon};
+    if (offset != 0)
+        for (int i = 0; i < size; ++i) weight.address()[i] += offset;
+    return {weight, {}, size, epsilon};
+}
+
+}  // namespace
+
+Norm load_norm(const ModelSpec& spec, const Weights& weights, const std::string& name, int size) {
+    Norm norm = load_rms_norm(weights, name, size, spec.norm_offset, spec.norm_epsilon);
     if (spec.layer_norm) norm.bias = weights.vector(name + "_bias", size);
     return norm;
 }
 
 Norm LayerWeights::norm(std::string_view name, int size) const { return load_norm(spec_, weights_, full(name), size); }
+
+Norm LayerWeights::rms_norm(std::string_view name, int size, float epsilon) const {
+    return load_rms_norm(weights_, full(name), size, spec_.norm_offset, epsilon);
+}
 
 }  // namespace edgemoe

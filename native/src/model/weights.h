@@ -51,8 +51,10 @@ class LayerWeights {
     }
     Floats vector(std::string_view name, int size) const { return weights_.vector(full(name), size); }
     ConstFloats constant(int size, float value) { return weights_.constant(size, value); }
-    // A norm of the model's kind.
+    // A norm of the stream, of the model's kind.
     Norm norm(std::string_view name, int size) const;
+    // A norm of queries, keys or latents: an RMSNorm in every model.
+    Norm rms_norm(std::string_view name, int size, float epsilon) const;
 
   private:
     std::string full(std::string_view name) const { return prefix_ + std::string(name); }

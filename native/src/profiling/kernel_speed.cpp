@@ -136,7 +136,7 @@ KernelSpeed product_speed(const Kernels& kernels, const Matrix& shape, int token
         const uint64_t word = ((random ^ random >> 32) & 0x0F0F0F0F0F0F0F0Fu) | 0x2020202020202020u;
         std::memcpy(weights.data() + i, &word, sizeof word);
     }
-    const size_t inputs = static_cast<size_t>(tokens), per_token = groups(cols);
+    const size_t inputs = static_cast<size_t>(tokens), per_token = column_groups(cols);
     std::vector<float> values(inputs * cols), scales(inputs * per_token), sums(inputs * per_token);
     std::vector<float> outputs(inputs * rows);
     const Arena codes(inputs * per_token * kGroup);

@@ -52,8 +52,8 @@ class PickArray {
     int64_t tokens() const { return tokens_; }
     int k() const { return static_cast<int>(k_); }
 
-    uint16_t at(int64_t token, int64_t slot) const {
-        const std::byte* place = data_ + token * row_stride_ + slot * stride_;
+    uint16_t at(int64_t token, int64_t pick) const {
+        const std::byte* place = data_ + token * row_stride_ + pick * stride_;
         return wide_ ? *reinterpret_cast<const uint16_t*>(place) : static_cast<uint16_t>(*place);
     }
 
@@ -70,7 +70,7 @@ class PickArray {
     void copy_as(int64_t begin, int64_t end, uint16_t* out) const {
         for (int64_t token = begin; token < end; ++token) {
             const std::byte* place = data_ + token * row_stride_;
-            for (int64_t slot = 0; slot < k_; ++slot, place += stride_) *out++ = *reinterpret_cast<const Id*>(place);
+            for (int64_t pick = 0; pick < k_; ++pick, place += stride_) *out++ = *reinterpret_cast<const Id*>(place);
         }
     }
 
@@ -81,7 +81,7 @@ class PickArray {
 
 struct Fault {
     int64_t token = -1;
-    int slot = 0;
+    int pick = 0;
     int expert = 0;
     bool twice = false;
 };
@@ -89,10 +89,10 @@ struct Fault {
 Fault find_fault(const PickArray& picks, int64_t begin, int64_t end, int experts) {
     std::vector<int64_t> seen(experts, -1);
     for (int64_t token = begin; token < end; ++token)
-        for (int slot = 0; slot < picks.k(); ++slot) {
-            const int expert = picks.at(token, slot);
-            if (expert >= experts) return {token, slot, expert, false};
-            if (seen[expert] == token) return {token, slot, expert, true};
+        for (int pick = 0; pick < picks.k(); ++pick) {
+            const int expert = picks.at(token, pick);
+            if (expert >= experts) return {token, pick, expert, false};
+            if (seen[expert] == token) return {token, pick, expert, true};
             seen[expert] = token;
         }
     return {};
@@ -297,14 +297,14 @@ py::tuple engine_requests(const py::array& array, const std::vector<int>& ks, co
         int64_t token = 0;
         for (py::ssize_t pass = 0; pass < passes.size() && valid; ++pass) {
             const int64_t end = token + passes.data()[pass];
-            int first_slot = 0;
+            int first_pick = 0;
             int32_t first_expert = 0;
             for (size_t layer = 0; layer < ks.size() && valid; ++layer) {
                 count.assign(experts[layer], 0);
                 active.clear();
                 for (int64_t t = token; t < end; ++t)
-                    for (int slot = 0; slot < ks[layer]; ++slot) {
-                        const int expert = picks.at(t, first_slot + slot);
+                    for (int pick = 0; pick < ks[layer]; ++pick) {
+                        const int expert = picks.at(t, first_pick + pick);
                         if (expert >= experts[layer]) {
                             valid = false;
                             break;
@@ -316,7 +316,7 @@ py::tuple engine_requests(const py::array& array, const std::vector<int>& ks, co
                 for (const int32_t expert : active) items.push_back(first_expert + expert);
                 offsets.push_back(static_cast<int64_t>(items.size()));
                 layers.push_back(static_cast<int32_t>(layer));
-                first_slot += ks[layer];
+                first_pick += ks[layer];
                 first_expert += experts[layer];
             }
             token = end;

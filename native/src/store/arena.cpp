@@ -11,7 +11,6 @@ namespace {
 
 constexpr size_t kAlignment = size_t{2} << 20;
 constexpr size_t kLarge = 32 * kAlignment;
-constexpr size_t kPage = 4096;
 
 }  // namespace
 
@@ -52,12 +51,6 @@ Arena& Arena::operator=(Arena&& other) noexcept {
     std::swap(mapping_, other.mapping_);
     std::swap(mapped_, other.mapped_);
     return *this;
-}
-
-void Arena::discard(size_t begin, size_t end) {
-    begin = (begin + kPage - 1) / kPage * kPage;
-    end = end / kPage * kPage;
-    if (begin < end) ::madvise(data_ + begin, end - begin, MADV_DONTNEED);
 }
 
 }  // namespace edgemoe

@@ -43,7 +43,6 @@ class StoreLayout {
     // std::invalid_argument where it says something impossible about an expert.
     StoreLayout(const PackIndex& index, bool may_join);
 
-    bool joined() const { return joined_; }                 // all levels of an expert are one piece
     uint64_t unit() const { return unit_; }                 // bytes
     int units_per_slot() const { return units_per_slot_; }  // of the largest expert
     uint64_t units() const { return units_; }               // of all experts

@@ -5,7 +5,7 @@
 // an expert of which something is being read stays; of the rest what is expected next leaves last, and before it all
 // else in the order of EvictionRanking.
 //
-// The bookkeeping of ExpertStore, whose lock covers all calls but address(). It knows of no file, thread or pass: a
+// The bookkeeping of ExpertStore, whose lock covers all calls but is_short(). It knows of no file, thread or pass: a
 // second place for pieces, in a device's memory, would stand beside it.
 #pragma once
 

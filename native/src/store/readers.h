@@ -79,7 +79,7 @@ class Readers {
         std::function<void(const ReadRequest&, const std::exception_ptr& error, double seconds)> done;
     };
 
-    // `mutex` is held when the client is called, and when wake() and the others are.
+    // `mutex` is held when the client is called, and when wake_one(), wake_all(), reading() and seconds() are.
     Readers(const StoreLayout& layout, std::span<const std::unique_ptr<DirectFile>> files,
             std::chrono::microseconds jitter, std::mutex& mutex);
     // Starts so many threads. Throws ThreadError.

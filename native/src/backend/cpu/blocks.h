@@ -8,7 +8,6 @@
 namespace edgemoe {
 
 inline int row_blocks(int rows) { return (rows + kRowBlock - 1) / kRowBlock; }
-inline int groups(int cols) { return (cols + kGroup - 1) / kGroup; }
 
 // Row blocks of a matrix for each item of a product's loop, for so many rows of input.
 int blocks_per_item(const Matrix& matrix, int count);

@@ -11,7 +11,7 @@ void CpuBackend::begin_experts(const ExpertShapes& shapes, ConstFloats x, int co
 
 void CpuBackend::experts(const ExpertShapes& shapes, std::span<const ExpertWork> work, const ExpertBuffers& buffers) {
     const int ffn = shapes.gate.rows, hidden = shapes.down.rows;
-    const size_t per_pair = groups(ffn);
+    const size_t per_pair = column_groups(ffn);
     const Codes& codes = work_.inner;
     float* const inner = buffers.hidden.address();
     float* const up = buffers.up.address();

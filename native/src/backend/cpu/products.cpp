@@ -1,6 +1,8 @@
 // Products of weights with the rows of a chunk, feed-forward parts, and the head.
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <stdexcept>
 
 #include "blocks.h"
 #include "cpu_backend.h"
@@ -26,7 +28,7 @@ int blocks_per_item(const Matrix& matrix, int count) {
 Activations CpuBackend::prepare(const float* x, int count, int cols, std::span<const Matrix> users) {
     const Codes& codes = work_.input;
     if (std::ranges::any_of(users, [](const Matrix& matrix) { return reads_codes(matrix.layout); })) {
-        const size_t per_row = groups(cols);
+        const size_t per_row = column_groups(cols);
         each_row(count, [&](int t) {
             kernels_.quantize({x + size_t(t) * cols, size_t(cols)}, codes.codes + t * per_row * kGroup,
                               codes.scales + t * per_row, codes.sums + t * per_row);
@@ -41,7 +43,7 @@ void CpuBackend::multiply_prepared(std::span<const Matrix> matrices, const Activ
         int first_item;
         int step;
     };
-    std::array<Part, 4> parts{};
+    std::array<Part, kMostMatrices> parts{};
     int items = 0;
     for (size_t m = 0; m < matrices.size(); ++m) {
         parts[m] = {items, blocks_per_item(matrices[m], count)};
@@ -57,7 +59,8 @@ void CpuBackend::multiply_prepared(std::span<const Matrix> matrices, const Activ
 }
 
 void CpuBackend::product(std::span<const Matrix> matrices, ConstFloats x, int count, std::span<const Floats> outputs) {
-    std::array<float*, 4> targets{};
+    if (matrices.size() > kMostMatrices) throw std::logic_error("a product of too many matrices");
+    std::array<float*, kMostMatrices> targets{};
     std::ranges::transform(outputs, targets.begin(), &Floats::address);
     const Activations input = prepare(x.address(), count, matrices.front().cols, matrices);
     multiply_prepared(matrices, input, count, std::span(targets).first(outputs.size()));
@@ -66,7 +69,7 @@ void CpuBackend::product(std::span<const Matrix> matrices, ConstFloats x, int co
 void CpuBackend::products_by_head(const HeadProducts& p, int count) {
     const Codes& codes = work_.input;
     const Matrix& matrix = p.matrix;
-    const size_t per_row = groups(matrix.cols), size = block_bytes(matrix.layout, matrix.cols);
+    const size_t per_row = column_groups(matrix.cols), size = block_bytes(matrix.layout, matrix.cols);
     const float* values = p.values.address();
     if (reads_codes(matrix.layout))
         each_row(count, [&](int t) {
@@ -102,7 +105,7 @@ void CpuBackend::activate(const GatedActivation& activation, std::span<float> ga
 }
 
 void CpuBackend::feed_forward(const FeedForward& part, ConstFloats x, int count, Floats inner, Floats up, Floats out) {
-    const size_t ffn = part.gate.rows, per_row = groups(part.gate.rows);
+    const size_t ffn = part.gate.rows, per_row = column_groups(part.gate.rows);
     const Codes& codes = work_.inner;
     const std::array matrices{part.gate, part.up};
     const Activations input = prepare(x.address(), count, part.gate.cols, matrices);

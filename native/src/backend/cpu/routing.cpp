@@ -62,15 +62,15 @@ void CpuBackend::choose(const Choice& of, Floats all_scores, int count, Buffer<i
             // logits come near it, and the second is made among the others.
             std::ranges::copy(scores, choice.begin());
             largest(scores, of.top_k, order);
-            for (size_t slot = 0; out && slot < top_k; ++slot) {
-                const float best = scores[order[slot]];
+            for (size_t pick = 0; out && pick < top_k; ++pick) {
+                const float best = scores[order[pick]];
                 for (size_t expert = 0; expert < experts; ++expert) {
                     const float distance = (best - scores[expert]) / std::max(std::abs(scores[expert]), best);
                     choice[expert] = distance > spec.mask_threshold ? -kInfinity : scores[expert];
                 }
-                for (size_t earlier = 0; earlier < slot; ++earlier) choice[order[earlier]] = -kInfinity;
+                for (size_t earlier = 0; earlier < pick; ++earlier) choice[order[earlier]] = -kInfinity;
                 kernels_.softmax(choice);
-                out[slot] = choice[order[slot]];
+                out[pick] = choice[order[pick]];
             }
         } else {
             if (spec.scores == RouterScores::softmax) kernels_.softmax(scores);
@@ -79,21 +79,21 @@ void CpuBackend::choose(const Choice& of, Floats all_scores, int count, Buffer<i
             if (of.selection_bias) kernels_.add_scaled(1.0f, of.selection_bias.address(), choice);
             if (spec.groups > 1) keep_best_groups(spec, choice, order);
             largest(choice, of.top_k, order);
-            for (size_t slot = 0; out && slot < top_k; ++slot) out[slot] = scores[order[slot]];
+            for (size_t pick = 0; out && pick < top_k; ++pick) out[pick] = scores[order[pick]];
             if (out && spec.scores == RouterScores::softmax_topk) kernels_.softmax({out, top_k});
         }
         std::copy_n(order, top_k, picks.address() + t * top_k);
         if (!out) return;
         if (spec.renormalize) {
             float total = 0;
-            for (size_t slot = 0; slot < top_k; ++slot) total += out[slot];
+            for (size_t pick = 0; pick < top_k; ++pick) total += out[pick];
             if (total < spec.renormalize_least) total = spec.renormalize_least;
             total += spec.renormalize_epsilon;
-            for (size_t slot = 0; slot < top_k; ++slot) out[slot] /= total;
+            for (size_t pick = 0; pick < top_k; ++pick) out[pick] /= total;
         }
-        for (size_t slot = 0; slot < top_k; ++slot) {
-            out[slot] *= spec.weight_scale;
-            if (of.expert_scale) out[slot] *= of.expert_scale.address()[order[slot]];
+        for (size_t pick = 0; pick < top_k; ++pick) {
+            out[pick] *= spec.weight_scale;
+            if (of.expert_scale) out[pick] *= of.expert_scale.address()[order[pick]];
         }
     });
 }

@@ -46,8 +46,8 @@ class Attention final : public Mixer {
         }
         if (a.qk_norm != QkNorm::none) {
             const bool full = a.qk_norm == QkNorm::full;
-            heads_.q_norm = weights.norm("q_norm", full ? queries : a.head_dim).weight;
-            heads_.k_norm = weights.norm("k_norm", full ? keys : a.head_dim).weight;
+            heads_.q_norm = weights.rms_norm("q_norm", full ? queries : a.head_dim, heads_.norm_epsilon).weight;
+            heads_.k_norm = weights.rms_norm("k_norm", full ? keys : a.head_dim, heads_.norm_epsilon).weight;
         }
         if (a.value_norm) heads_.value_norm = weights.constant(a.head_dim, 1.0f);
         if (a.sinks) heads_.sinks = weights.vector("sinks", a.heads);
@@ -82,10 +82,9 @@ const MixerKind kAttention{
                            .value_type = value_type,
                            .window = a.window};
         },
-    .input_groups = [](const AttentionSpec&) { return size_t{0}; },
+    .input_groups = no_wider_input,
     .buffer_bytes = mixer_buffer_bytes<Buffers>,
-    .load = [](const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* memory)
-        -> std::unique_ptr<Mixer> { return std::make_unique<Attention>(setting, weights, rows, memory); },
+    .load = load_mixer<Attention>,
 };
 
 }  // namespace edgemoe

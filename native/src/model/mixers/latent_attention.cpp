@@ -39,9 +39,7 @@ class LatentAttention final : public Mixer {
         const int hidden = setting.model.hidden_size, queries = a.heads * a.head_dim;
         if (a.q_rank) {
             q_down_ = weights.matrix("q_down", a.q_rank, hidden);
-            q_norm_ = weights.norm("q_norm", a.q_rank);
-            q_norm_.bias = {};
-            q_norm_.epsilon = a.latent_norm_epsilon;
+            q_norm_ = weights.rms_norm("q_norm", a.q_rank, a.latent_norm_epsilon);
         }
         q_ = weights.matrix("q", queries, a.q_rank ? a.q_rank : hidden);
         kv_down_ = weights.matrix("kv_down", a.kv_rank + a.rope_dim, hidden);
@@ -53,7 +51,7 @@ class LatentAttention final : public Mixer {
                   .rope_dim = a.rope_dim,
                   .value_dim = a.value_dim,
                   .type = setting.key_type,
-                  .kv_norm = weights.norm("kv_norm", a.kv_rank).weight,
+                  .kv_norm = weights.rms_norm("kv_norm", a.kv_rank, a.latent_norm_epsilon).weight,
                   .norm_epsilon = a.latent_norm_epsilon,
                   .rope = a.rope,
                   .scale = a.scale};
@@ -113,8 +111,6 @@ class LatentAttention final : public Mixer {
     Buffers buffers_;
 };
 
-size_t groups(int cols) { return (static_cast<size_t>(cols) + kGroup - 1) / kGroup; }
-
 }  // namespace
 
 const MixerKind kLatentAttention{
@@ -124,17 +120,17 @@ const MixerKind kLatentAttention{
                            .head_dim = a.kv_rank + a.rope_dim,
                            .key_type = key_type,
                            .value_type = value_type,
-                           .window = a.window,
+                           .window = 0,
                            .latent = true};
         },
     .input_groups =
         [](const AttentionSpec& a) {
             const size_t heads = std::min(a.heads, kHeadsAtATime);
-            return std::max(groups(a.q_rank), heads * std::max(groups(a.head_dim - a.rope_dim), groups(a.kv_rank)));
+            const size_t own = std::max(column_groups(a.head_dim - a.rope_dim), column_groups(a.kv_rank));
+            return std::max(column_groups(a.q_rank), heads * own);
         },
     .buffer_bytes = mixer_buffer_bytes<Buffers>,
-    .load = [](const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* memory)
-        -> std::unique_ptr<Mixer> { return std::make_unique<LatentAttention>(setting, weights, rows, memory); },
+    .load = load_mixer<LatentAttention>,
 };
 
 }  // namespace edgemoe

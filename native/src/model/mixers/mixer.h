@@ -1,5 +1,6 @@
 // What lets a position see others: the first half of a layer. One file for each kind: its weights, its buffers, its
-// state and how it runs. A kind is added by such a file, its name in AttentionKind and its row in mixers.cpp.
+// state and how it runs. A kind is added by such a file, its name in AttentionKind, and its row here and in mixers.cpp
+// (docs/architecture.md says what changes beside it).
 #pragma once
 
 #include <memory>
@@ -40,12 +41,20 @@ extern const MixerKind kAttention, kLatentAttention, kGatedDelta, kShortConvolut
 
 const MixerKind& mixer_kind(AttentionKind kind);
 
-// The buffers of a kind are a struct with a function place(Places&, spec, rows).
+// What the rows of MixerKind have in common. The buffers of a kind are a struct with a function place(Places&, spec,
+// rows).
 template <class Buffers>
 size_t mixer_buffer_bytes(const AttentionSpec& spec, int rows) {
     Places measured;
     Buffers{}.place(measured, spec, rows);
     return measured.used();
+}
+
+inline size_t no_wider_input(const AttentionSpec& /*spec*/) { return 0; }
+
+template <class Kind>
+std::unique_ptr<Mixer> load_mixer(const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* buffers) {
+    return std::make_unique<Kind>(setting, weights, rows, buffers);
 }
 
 }  // namespace edgemoe

@@ -54,13 +54,12 @@ const MixerKind kShortConvolution{
                            .head_dim = 0,
                            .key_type = key_type,
                            .value_type = value_type,
-                           .window = a.window,
+                           .window = 0,
                            .convolution = size_t(a.channels()) * a.conv_size};
         },
-    .input_groups = [](const AttentionSpec&) { return size_t{0}; },
+    .input_groups = no_wider_input,
     .buffer_bytes = mixer_buffer_bytes<Buffers>,
-    .load = [](const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* memory)
-        -> std::unique_ptr<Mixer> { return std::make_unique<ShortConvolution>(setting, weights, rows, memory); },
+    .load = load_mixer<ShortConvolution>,
 };
 
 }  // namespace edgemoe

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemoe.formats.layouts import GROUP
-from edgemoe.formats.rtn import LARGEST, quantize
+from edgemoe.quantize.rtn import LARGEST, quantize
 
 
 def dequantized(weights: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
