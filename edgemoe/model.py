@@ -21,8 +21,9 @@ from edgemoe.loading import load_engine
 from edgemoe.memory import Budget
 from edgemoe.model_files import Progress, resolve
 from edgemoe.options import EngineOptions, LoadOptions, Quality
+from edgemoe.serving.answer import Answer
 from edgemoe.serving.conversations import Conversations
-from edgemoe.serving.generation import Answer, Generation, GenerationResult, Request, Tally, figures
+from edgemoe.serving.generation import Generation, GenerationResult, Request, Tally, figures
 from edgemoe.serving.session import Sequences, Session
 from edgemoe.spec import ModelSpec
 from edgemoe.text.reasoning import ReasoningSplitter, check_format, end_of_thoughts, mark_ids

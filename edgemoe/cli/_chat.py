@@ -14,7 +14,8 @@ from edgemoe.errors import ContextLengthError, EdgemoeError
 
 if TYPE_CHECKING:
     from edgemoe.model import Model
-    from edgemoe.serving.generation import Answer, Generation
+    from edgemoe.serving.answer import Answer
+    from edgemoe.serving.generation import Generation
 
 
 def converse(engine: Model, templated: bool, system_prompt: str | None, options: dict[str, Any], verbose: bool) -> None:

@@ -35,7 +35,8 @@ from edgemoe.text.named_templates import NAMED_TEMPLATES
 
 if TYPE_CHECKING:
     from edgemoe.model import Model
-    from edgemoe.serving.generation import Answer, Generation
+    from edgemoe.serving.answer import Answer
+    from edgemoe.serving.generation import Generation
 
 # Far more text than any context holds; it bounds what is read before the prompt is found to be too long.
 MAX_PROMPT = 16 * 1024**2

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from edgemoe.engine import Cancel, Cancelled, Count, EngineCounters
 from edgemoe.errors import EdgemoeError
 from edgemoe.serving.session import Sequences, Session
-from edgemoe.text.reasoning import Part, ReasoningSplitter
 from edgemoe.text.sampling import Sampler
 from edgemoe.text.stream import StopStrings, TextStream
 
-_BUSY = "another thread is in this generation"
+BUSY = "another thread is in this generation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +195,7 @@ class Generation:
         """The next piece of text. Raises ReadError, and EdgemoeError when the model is closed or another thread is in
         this generation."""
         if not self._busy.acquire(blocking=False):
-            raise EdgemoeError(_BUSY)
+            raise EdgemoeError(BUSY)
         try:
             if self._closed:
                 raise StopIteration
@@ -239,57 +237,6 @@ class Generation:
         return self._request.tally.result()
 
     def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Answer:
-    """An answer in parts (kind, text), thoughts told from content, as they come. Otherwise as a `Generation`.
-
-    generation: whose text it takes apart; its result has all of the text, with the marks around the thoughts.
-    """
-
-    def __init__(self, generation: Generation, splitter: ReasoningSplitter) -> None:
-        self.generation = generation
-        self._splitter = splitter
-        self._ready: deque[Part] = deque()
-        self._ended = False
-        self._busy = threading.Lock()
-
-    def __iter__(self) -> Answer:
-        return self
-
-    def __next__(self) -> Part:
-        """The next part. Raises as `Generation`."""
-        if not self._busy.acquire(blocking=False):
-            raise EdgemoeError(_BUSY)
-        try:
-            while not self._ready and not self._ended:
-                piece = next(self.generation, None)
-                self._ended = piece is None
-                self._ready.extend(self._splitter.finish() if piece is None else self._splitter.push(piece))
-            if not self._ready:
-                raise StopIteration
-            return self._ready.popleft()
-        finally:
-            self._busy.release()
-
-    @property
-    def result(self) -> GenerationResult:
-        """As `Generation.result`."""
-        return self.generation.result
-
-    def stop(self) -> None:
-        """As `Generation.stop`."""
-        self.generation.stop()
-
-    def close(self) -> None:
-        """As `Generation.close`, except that parts which were told apart already still come."""
-        self.generation.close()
-
-    def __enter__(self) -> Answer:
         return self
 
     def __exit__(self, *_: object) -> None:

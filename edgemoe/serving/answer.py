@@ -1,0 +1,61 @@
+"""A generation in parts: what the model thinks, told from what it answers."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from edgemoe.errors import EdgemoeError
+from edgemoe.serving.generation import BUSY, Generation, GenerationResult
+from edgemoe.text.reasoning import Part, ReasoningSplitter
+
+
+class Answer:
+    """An answer in parts (kind, text), thoughts told from content, as they come. Otherwise as a `Generation`.
+
+    generation: whose text it takes apart; its result has all of the text, with the marks around the thoughts.
+    """
+
+    def __init__(self, generation: Generation, splitter: ReasoningSplitter) -> None:
+        self.generation = generation
+        self._splitter = splitter
+        self._ready: deque[Part] = deque()
+        self._ended = False
+        self._busy = threading.Lock()
+
+    def __iter__(self) -> Answer:
+        return self
+
+    def __next__(self) -> Part:
+        """The next part. Raises as `Generation`."""
+        if not self._busy.acquire(blocking=False):
+            raise EdgemoeError(BUSY)
+        try:
+            while not self._ready and not self._ended:
+                piece = next(self.generation, None)
+                self._ended = piece is None
+                self._ready.extend(self._splitter.finish() if piece is None else self._splitter.push(piece))
+            if not self._ready:
+                raise StopIteration
+            return self._ready.popleft()
+        finally:
+            self._busy.release()
+
+    @property
+    def result(self) -> GenerationResult:
+        """As `Generation.result`."""
+        return self.generation.result
+
+    def stop(self) -> None:
+        """As `Generation.stop`."""
+        self.generation.stop()
+
+    def close(self) -> None:
+        """As `Generation.close`, except that parts which were told apart already still come."""
+        self.generation.close()
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
