@@ -32,7 +32,19 @@ class MemoryBudgetError(EdgemoeError):
 
 
 class ContextLengthError(EdgemoeError):
-    """A prompt or generation does not fit into the context."""
+    """A prompt or generation does not fit into the context.
+
+    prompt_tokens, context: how many tokens there were, and how many fit; None where that is not known.
+    """
+
+    def __init__(self, message: str, prompt_tokens: int | None = None, context: int | None = None) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+        self.context = context
+
+
+class OverloadedError(EdgemoeError):
+    """More requests wait than the queue has room for; later there will be room again."""
 
 
 class StateError(EdgemoeError):

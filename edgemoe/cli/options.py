@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edgemoe.cli._terminal import progress_bar
-from edgemoe.errors import OptionError
+from edgemoe.errors import OptionError, TokenizerError
 from edgemoe.options import LoadOptions, Meaning, parse_size
+from edgemoe.text.named_templates import NAMED_TEMPLATES
 
 if TYPE_CHECKING:
     from edgemoe.model import Model
@@ -81,6 +82,23 @@ def model_options(function: Function) -> Function:
             load_option("cache_type_k", "-ctk", "--cache-type-k"),
             load_option("cache_type_v", "-ctv", "--cache-type-v"),
             load_option("quality", "--quality"),
+        ],
+    )
+
+
+def template_options(function: Function) -> Function:
+    """--chat-template, --chat-template-file: what `chosen_template` is given."""
+    names = ", ".join(NAMED_TEMPLATES)
+    file = click.Path(exists=True, dir_okay=False)
+    return _apply(
+        function,
+        [
+            click.option(
+                "--chat-template",
+                metavar="NAME|JINJA",
+                help=f"In place of the model's own: {names}, or a template itself.",
+            ),
+            click.option("--chat-template-file", type=file, metavar="FILE", help="The same, from a file."),
         ],
     )
 
@@ -189,6 +207,27 @@ def check_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     except OptionError as error:
         raise click.UsageError(str(error)) from None
     return given
+
+
+def chosen_template(source: str | None, file: str | None) -> str | None:
+    """The template that was asked for, known to compile; None where none was."""
+    if source is not None and file is not None:
+        raise click.UsageError("--chat-template and --chat-template-file exclude each other")
+    if file is not None:
+        source = read_text(file)
+    elif source is not None and "{" not in source:
+        if source not in NAMED_TEMPLATES:
+            known = ", ".join(NAMED_TEMPLATES)
+            raise click.UsageError(f"--chat-template {source!r} is neither a template nor one of {known}")
+        source = NAMED_TEMPLATES[source]
+    if source is not None:
+        from edgemoe.text.template import ChatTemplate
+
+        try:
+            ChatTemplate(source, "--chat-template")
+        except TokenizerError as error:
+            raise click.UsageError(str(error)) from None
+    return source
 
 
 def read_text(path: str, limit: int = 1 << 20) -> str:

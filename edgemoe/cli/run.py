@@ -22,16 +22,16 @@ import click
 from edgemoe.cli._terminal import AnswerWriter, note, print_counters
 from edgemoe.cli.options import (
     check_sampling,
+    chosen_template,
     context_option,
     load_option,
     model_options,
     open_model,
-    read_text,
     sampling_options,
+    template_options,
     token_limit,
 )
-from edgemoe.errors import OptionError, TokenizerError
-from edgemoe.text.named_templates import NAMED_TEMPLATES
+from edgemoe.errors import OptionError
 
 if TYPE_CHECKING:
     from edgemoe.model import Model
@@ -66,14 +66,7 @@ MAX_PROMPT = 16 * 1024**2
 @model_options
 @sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer, and is not part of it. Repeatable.")
-@click.option(
-    "--chat-template",
-    metavar="NAME|JINJA",
-    help=f"In place of the model's own: {', '.join(NAMED_TEMPLATES)}, or a template itself.",
-)
-@click.option(
-    "--chat-template-file", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="The same, from a file."
-)
+@template_options
 @click.option(
     "--chat-template-kwargs",
     metavar="JSON",
@@ -128,7 +121,7 @@ def command(
     options: dict[str, Any] = {**check_sampling(sampling), "max_tokens": max_tokens, "stop": stop}
     if "" in stop:
         raise click.UsageError("--stop must not be empty")
-    template = _chat_template(chat_template, chat_template_file)
+    template = chosen_template(chat_template, chat_template_file)
     chat_options = _chat_options(chat_template_kwargs, reasoning_format)
     if raw and (template is not None or chat_options or system_prompt is not None):
         raise click.UsageError("--raw is without a chat template: no --chat-template..., --reasoning-format, -sys")
@@ -163,27 +156,6 @@ def command(
             converse(engine, templated, system_prompt, options, verbose)
         else:
             _answer(_start(engine, templated, system_prompt, text, options), engine, options, verbose, as_json)
-
-
-def _chat_template(source: str | None, file: str | None) -> str | None:
-    """The template that was asked for, known to compile."""
-    if source is not None and file is not None:
-        raise click.UsageError("--chat-template and --chat-template-file exclude each other")
-    if file is not None:
-        source = read_text(file)
-    elif source is not None and "{" not in source:
-        if source not in NAMED_TEMPLATES:
-            known = ", ".join(NAMED_TEMPLATES)
-            raise click.UsageError(f"--chat-template {source!r} is neither a template nor one of {known}")
-        source = NAMED_TEMPLATES[source]
-    if source is not None:
-        from edgemoe.text.template import ChatTemplate
-
-        try:
-            ChatTemplate(source, "--chat-template")
-        except TokenizerError as error:
-            raise click.UsageError(str(error)) from None
-    return source
 
 
 def _chat_options(kwargs: str | None, reasoning_format: str | None) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""`edgemoe serve`: the protocols over HTTP, with Starlette and uvicorn (the extra `server`)."""

@@ -1,0 +1,149 @@
+"""Chat completions of a live server, as OpenAI's own client sees them, and streams byte by byte."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from scripted import ScriptedModel, call, content, reasoning
+
+import edgemoe
+
+USER = {"role": "user", "content": "Tell me about the sea"}
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def told(scripted_url: str) -> openai.OpenAI:
+    """Of the scripted model."""
+    return openai.OpenAI(base_url=f"{scripted_url}/v1", api_key="none", max_retries=0)
+
+
+def events(text: str) -> list[Any]:
+    """What a stream's events hold; the last must be [DONE]."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_an_answer_is_the_models(client: openai.OpenAI, bundled: edgemoe.Model) -> None:
+    answer = client.chat.completions.create(model="gpt-5", messages=[USER], max_tokens=12, temperature=0)
+    with bundled.chat([USER], max_tokens=12, temperature=0) as generation:
+        text = "".join(generation)
+    assert answer.choices[0].message.content == text
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.model == "tiny"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.prompt_tokens == generation.result.prompt_tokens
+
+
+def test_a_stream_is_the_same_answer(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "x", "messages": [USER], "max_completion_tokens": 12, "seed": 7}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_no_usage_where_none_is_asked_for(http: httpx2.Client) -> None:
+    answer = http.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 2, "stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert all("usage" not in chunk for chunk in events(answer.text))
+
+
+def test_the_servers_limit_of_tokens_counts(http: httpx2.Client) -> None:
+    asked = {"messages": [USER], "max_tokens": 100, "ignore_eos": True}
+    assert http.post("/v1/chat/completions", json=asked).json()["usage"]["completion_tokens"] == 64
+    asked.pop("max_tokens")
+    assert http.post("/v1/chat/completions", json=asked).json()["usage"]["completion_tokens"] == 64
+
+
+def test_several_answers_have_seeds_that_follow_each_other(http: httpx2.Client) -> None:
+    def texts(seed: int, n: int) -> list[str]:
+        asked = {"messages": [USER], "max_tokens": 6, "n": n, "seed": seed, "temperature": 1.5}
+        choices = http.post("/v1/chat/completions", json=asked).json()["choices"]
+        assert [choice["index"] for choice in choices] == list(range(n))
+        return [choice["message"]["content"] for choice in choices]
+
+    three = texts(11, 3)
+    assert len(set(three)) == 3
+    assert three[1:] == texts(12, 2)
+
+
+def test_a_stream_of_several_answers_says_whose_each_piece_is(http: httpx2.Client) -> None:
+    asked = {"messages": [USER], "max_tokens": 5, "n": 2, "seed": 3, "temperature": 1.5}
+    whole = http.post("/v1/chat/completions", json=asked).json()
+    texts = ["", ""]
+    for chunk in events(http.post("/v1/chat/completions", json={**asked, "stream": True}).text):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content") or ""
+    assert texts == [choice["message"]["content"] for choice in whole["choices"]]
+
+
+def test_stop_strings_end_an_answer(http: httpx2.Client) -> None:
+    asked = {"messages": [USER], "max_tokens": 20, "grammar": 'root ::= "one two three"', "stop": ["tw", "xyz"]}
+    choice = http.post("/v1/chat/completions", json=asked).json()["choices"][0]
+    assert choice["message"]["content"] == "one "
+    assert choice["finish_reason"] == "stop"
+
+
+def test_thoughts_have_a_field_of_their_own(told: openai.OpenAI, scripted: ScriptedModel) -> None:
+    scripted.script = lambda _: [reasoning("Hm"), reasoning("m."), content("Yes"), content(".")]
+    answer = told.chat.completions.create(model="x", messages=[USER])
+    assert answer.choices[0].message.content == "Yes."
+    assert answer.choices[0].message.reasoning_content == "Hmm."  # type: ignore[attr-defined]
+    assert answer.usage is not None and answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.reasoning_tokens
+    for chunk in told.chat.completions.create(model="x", messages=[USER], stream=True):
+        delta = chunk.choices[0].delta
+        assert not (delta.content and getattr(delta, "reasoning_content", None))
+
+
+def test_tool_calls_come_with_text_for_arguments(told: openai.OpenAI, scripted: ScriptedModel) -> None:
+    scripted.script = lambda _: [*call(0, '{"city": ', '"Rome"}'), *call(1, "{}", name="now")]
+    tools: Any = [{"type": "function", "function": {"name": name}} for name in ("weather", "now")]
+    answer = told.chat.completions.create(model="x", messages=[USER], tools=tools)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    calls = choice.message.tool_calls or []
+    assert [(one.id, one.function.name, one.function.arguments) for one in calls] == [  # type: ignore[union-attr]
+        ("call_0", "weather", '{"city": "Rome"}'),
+        ("call_1", "now", "{}"),
+    ]
+    assert [tool["function"]["name"] for tool in scripted.asked[0][1]["tools"]] == ["weather", "now"]
+
+
+def test_streamed_tool_calls_keep_their_index(told: openai.OpenAI, scripted: ScriptedModel) -> None:
+    scripted.script = lambda _: [content("So: "), *call(0, '{"city": ', '"Rome"}'), *call(1, "", "{}", name="now")]
+    tools: Any = [{"type": "function", "function": {"name": name}} for name in ("weather", "now")]
+    with told.chat.completions.stream(model="x", messages=[USER], tools=tools) as stream:
+        final = stream.get_final_completion()
+    calls = final.choices[0].message.tool_calls or []
+    assert [(one.function.name, one.function.arguments) for one in calls] == [
+        ("weather", '{"city": "Rome"}'),
+        ("now", "{}"),
+    ]
+    assert final.choices[0].message.content == "So: "
+    assert final.choices[0].finish_reason == "tool_calls"
+
+
+def test_what_was_cut_says_length_with_calls_too(told: openai.OpenAI, scripted: ScriptedModel) -> None:
+    scripted.script = lambda _: call(0, '{"city": ')
+    scripted.finish_reason = "length"
+    tools: Any = [{"type": "function", "function": {"name": "weather"}}]
+    assert told.chat.completions.create(model="x", messages=[USER], tools=tools).choices[0].finish_reason == "length"
