@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgemoe.engine import Count, Engine
 from edgemoe.errors import ContextLengthError, OptionError, TokenizerError
+from edgemoe.families import ToolFormat
 from edgemoe.formats.read import load_tokenizer, read_index
 from edgemoe.loading import load_engine
 from edgemoe.memory import Budget
@@ -26,11 +27,14 @@ from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Generation, GenerationResult, Request, Tally, figures
 from edgemoe.serving.session import Sequences, Session
 from edgemoe.spec import ModelSpec
-from edgemoe.text.reasoning import ReasoningSplitter, check_format, end_of_thoughts, mark_ids
+from edgemoe.text.answer import AnswerSplitter, check_format, end_of_thoughts, mark_ids
+from edgemoe.text.call_syntax import CallReader
 from edgemoe.text.sampling import Sampler, SamplingOptions
 from edgemoe.text.stream import StopStrings, TextStream
 from edgemoe.text.tokenizer import Tokenizer, check_vocabulary
 from edgemoe.text.tokens import token_ids
+from edgemoe.text.tool_messages import prepared, template_tools
+from edgemoe.text.tools import ToolUse
 
 
 def load(
@@ -136,37 +140,67 @@ class Model:
         chat_template_kwargs: further variables of the template, such as enable_thinking.
         The other options are those of `generate`. Raises TokenizerError where the model has no chat template.
         """
-        text = self._chat_prompt(messages, chat_template_kwargs)
-        return self._answer(text, max_tokens, stop, sampling)
+        text = self._chat_prompt(messages, ToolUse(), chat_template_kwargs)
+        return self._answer(text, None, max_tokens, stop, sampling)
 
     def chat_parts(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        response_schema: Mapping[str, Any] | None = None,
         reasoning_format: str = "auto",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Answer:
-        """As `chat`, in parts (kind, text): kind is "reasoning" for what the model thinks and "content" for its answer.
+        """As `chat`, in parts (`Part`): what the model thinks, the content of its answer, the tools that it calls.
 
-        reasoning_format: "auto" or "deepseek" to tell them apart; "none": all is content, with its marks.
+        messages: OpenAI's, also an assistant's `tool_calls` and messages of the role "tool".
+        tools: what the model may call, `{"type": "function", "function": {"name", "description", "parameters",
+            "strict"}}`. A part of a call has its index; the first one of each its name and id; the texts of one index
+            are its arguments, JSON text.
+        tool_choice: "auto", "none", "required" (there is a call), or the function that is called,
+            `{"type": "function", "function": {"name": ...}}`.
+        parallel_tool_calls: there may be several calls in one answer.
+        response_schema: the content is JSON of this schema, `{}` for any.
+        reasoning_format: "auto" or "deepseek" to tell thoughts apart; "none": they are content, with their marks.
+
+        Raises OptionError, which names the tool or the message, and as `chat`.
         """
         check_format(reasoning_format)
-        text = self._chat_prompt(messages, chat_template_kwargs)
+        use = ToolUse.given(tools, tool_choice, parallel_tool_calls)
+        if response_schema is not None:
+            if sampling.get("grammar") is not None or sampling.get("json_schema") is not None:
+                raise OptionError("response_schema, grammar and json_schema exclude each other")
+            sampling["json_schema"] = response_schema
+        text = self._chat_prompt(messages, use, chat_template_kwargs)
+        form = template_tools(self.tokenizer, self.spec.family).form if use.tools else None
         return Answer(
-            self._answer(text, max_tokens, stop, sampling),
-            ReasoningSplitter(text, reasoning_format),
+            self._answer(text, form, max_tokens, stop, sampling),
+            AnswerSplitter(text, reasoning_format, CallReader(form, use) if form is not None else None),
         )
 
-    def _chat_prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> str:
+    def _chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], use: ToolUse, variables: Mapping[str, Any] | None
+    ) -> str:
         if self.tokenizer.chat_template is None:
             raise TokenizerError(f"{self.path}: the model has no chat template; use generate()")
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, variables=variables)
+        told, more = prepared(messages, use, self.tokenizer, self.spec.family)
+        return self.tokenizer.apply_chat_template(
+            told, add_generation_prompt=True, variables={**more, **(variables or {})}
+        )
 
     def _answer(
-        self, prompt: str, max_tokens: int | None, stop: str | Sequence[str], sampling: Mapping[str, Any]
+        self,
+        prompt: str,
+        form: ToolFormat | None,
+        max_tokens: int | None,
+        stop: str | Sequence[str],
+        sampling: Mapping[str, Any],
     ) -> Generation:
         # The model's own words need not be the tokens that their text becomes: where the conversation goes on, they
         # stay what they were. What follows begins with a special token, so nothing joins at the seam.
@@ -175,7 +209,7 @@ class Model:
             rest = self.tokenizer.encode(prompt[len(text) :], limit=self.context)
             tokens = [*tokens, *rest] if rest and self.tokenizer.is_special(rest[0]) else []
         tokens = tokens or self.tokenizer.encode(prompt, limit=self.context)
-        stream = TextStream(self.tokenizer, spelled=mark_ids(self.tokenizer))
+        stream = TextStream(self.tokenizer, spelled=mark_ids(self.tokenizer, form))
         return self._start(tokens, stream, max_tokens, stop, sampling, prompt)
 
     def _start(

@@ -6,9 +6,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from edgemoe.text.parts import Part
 
 # A model's text must not steer the terminal: escape sequences could change its title, its colours or its input.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -44,10 +47,10 @@ class AnswerWriter:
                 self._stop_thinking()
                 emit(text)
 
-    def write_all(self, pieces: Iterable[tuple[str, str] | str]) -> None:
-        """pieces: parts of an answer, (kind, text), or text that is all content."""
+    def write_all(self, pieces: Iterable[Part | str]) -> None:
+        """pieces: parts of an answer, or text that is all content."""
         for piece in pieces:
-            self.write(*(("content", piece) if isinstance(piece, str) else piece))
+            self.write(*(("content", piece) if isinstance(piece, str) else (piece.kind, piece.text)))
 
     def finish(self, line: bool) -> None:
         """line: end the line that the answer ends in."""

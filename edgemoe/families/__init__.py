@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -78,6 +79,60 @@ class TensorSource:
         return (math.prod(found),) if vector else found
 
 
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How a model writes the calls of tools that it wants made.
+
+    syntax: what a call looks like (edgemoe/text/call_syntax.py reads them):
+        "json": an object with name and arguments, or a list of such objects;
+        "named": the name, `separator`, the arguments as JSON;
+        "tagged": the name, then each argument between marks of its own, its value bare text or JSON;
+        "python": a list of calls, `[f(a=1, b="x"), g()]`;
+        "gemma": `call:f{a:1,b:<|"|>x<|"|>}`;
+        "harmony": a message whose header names the function, its body the arguments as JSON.
+    begin, end: marks around calls. together: all calls of an answer stand between one pair of them; otherwise each has
+        its own. parallel: there may be several in an answer.
+    signs: texts that a template of this format has, all of them; empty where templates do not show it.
+    name_begin, name_end, call_end: around the name, and after the last argument ("named", "tagged"). separator: between
+        name and arguments ("named").
+    key_begin, key_end, value_begin, value_end: around an argument's name and its value ("tagged").
+    loose_begin: what a call may begin with where the model leaves `begin` out.
+    name_prefix: what stands before the name and is no part of it. numbered: the name is followed by a colon and the
+        call's number, and all of it is the call's id.
+    lines: every mark stands on a line of its own ("json", "tagged").
+    id_length: characters of an id, letters and digits; 0 for any. quotes: marks around texts in arguments.
+    """
+
+    syntax: str
+    begin: str
+    end: str = ""
+    together: bool = False
+    parallel: bool = True
+    signs: tuple[str, ...] = ()
+    name_begin: str = ""
+    name_end: str = ""
+    separator: str = ""
+    call_end: str = ""
+    key_begin: str = ""
+    key_end: str = ""
+    value_begin: str = ""
+    value_end: str = ""
+    loose_begin: str = ""
+    name_prefix: str = ""
+    numbered: bool = False
+    lines: bool = False
+    id_length: int = 0
+    quotes: tuple[str, ...] = ()
+
+    def tokens(self) -> tuple[str, ...]:
+        """What of its marks may be tokens of their own."""
+        marks = (
+            *(self.begin, self.end, self.name_begin, self.name_end, self.name_prefix, self.separator, self.call_end),
+            *(self.key_begin, self.key_end, self.value_begin, self.value_end, *self.quotes),
+        )
+        return tuple(dict.fromkeys(token for mark in marks for token in re.findall(r"<[^<>\s]+>|\[[^\[\]\s]+\]", mark)))
+
+
 class Family(Protocol):
     """What a family's module offers."""
 
@@ -88,6 +143,9 @@ class Family(Protocol):
     GGUF_VALUES: tuple[str, ...]
     """Vectors of GGUF files whose values `spec_from_gguf` finds, as lists, in the metadata under their names (may be
     left out)."""
+
+    TOOL_FORMATS: tuple[ToolFormat, ...]
+    """How its models write calls of tools; the usual form comes first (may be left out)."""
 
     def spec(self, config: Mapping[str, Any]) -> ModelSpec:
         """The model of a config.json. Raises UnsupportedModelError for what a ModelSpec cannot express."""
@@ -133,6 +191,11 @@ def gguf_family_for(metadata: Mapping[str, Any]) -> Family:
         known = ", ".join(sorted(filter(None, families)))
         raise UnsupportedModelError(f"general.architecture = {quote(architecture)} is not supported (known: {known})")
     return families[architecture]
+
+
+def tool_formats(name: str) -> tuple[ToolFormat, ...]:
+    """How models of this family write calls of tools; empty where no form is known."""
+    return tuple(getattr(_family(name), "TOOL_FORMATS", ())) if name in family_names() else ()
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from edgemoe.families._latent import (
     latent_gguf_sources,
     latent_sources,
 )
+from edgemoe.families._tools import DEEPSEEK, DEEPSEEK_FENCED
 from edgemoe.spec import LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "deepseek_v2"
 GGUF_ARCHITECTURE = GGUF.architecture
+TOOL_FORMATS = (DEEPSEEK_FENCED, DEEPSEEK)
 
 _GREEDY, _GROUPS = "greedy", "group_limited_greedy"
 

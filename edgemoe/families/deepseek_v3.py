@@ -10,10 +10,12 @@ from edgemoe.families import TensorSource, _common
 from edgemoe.families._common import sigmoid_router
 from edgemoe.families._config import Config
 from edgemoe.families._latent import gguf_configuration, latent_attention, latent_gguf_sources, latent_sources
+from edgemoe.families._tools import DEEPSEEK, DEEPSEEK_FENCED, KIMI
 from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec
 
 MODEL_TYPE = "deepseek_v3"
 GGUF_ARCHITECTURE = None  # deepseek_v2's, which tells them apart
+TOOL_FORMATS = (DEEPSEEK_FENCED, DEEPSEEK, KIMI)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

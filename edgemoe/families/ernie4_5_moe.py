@@ -12,6 +12,7 @@ from edgemoe.families._common import grouped_attention, head_size, model
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, GgufNames
 from edgemoe.families._names import ATTENTION, MODEL, Names, gated
+from edgemoe.families._tools import JSON_IN_TAGS
 from edgemoe.spec import LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "ernie4_5_moe"
@@ -46,6 +47,7 @@ _GGUF = GgufNames(
     },
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
+TOOL_FORMATS = (JSON_IN_TAGS,)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

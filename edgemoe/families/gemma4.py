@@ -13,13 +13,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from edgemoe.errors import UnsupportedModelError
-from edgemoe.families import TensorSource
+from edgemoe.families import TensorSource, ToolFormat
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
 from edgemoe.families._names import ATTENTION, Names, gated
 from edgemoe.spec import AttentionSpec, LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "gemma4"
+TOOL_FORMATS = (ToolFormat("gemma", "<|tool_call>", "<tool_call|>", quotes=('<|"|>',), signs=("<|tool_call>",)),)
 
 _LOCAL, _GLOBAL = _KINDS = ("sliding_attention", "full_attention")
 _NAMES = Names(

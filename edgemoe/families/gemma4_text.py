@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from edgemoe.families.gemma4 import gguf_tensor_sources, spec, spec_from_gguf, tensor_sources
+from edgemoe.families.gemma4 import TOOL_FORMATS, gguf_tensor_sources, spec, spec_from_gguf, tensor_sources
 
 __all__ = [
     "GGUF_ARCHITECTURE",
     "MODEL_TYPE",
+    "TOOL_FORMATS",
     "gguf_tensor_sources",
     "spec",
     "spec_from_gguf",

@@ -12,6 +12,7 @@ from edgemoe.families._common import grouped_attention, head_size, model, sigmoi
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
 from edgemoe.families._names import ATTENTION, Names, gated
+from edgemoe.families._tools import KEYS_AND_VALUES
 from edgemoe.spec import LayerSpec, ModelSpec
 
 MODEL_TYPE = "glm4_moe"
@@ -44,6 +45,7 @@ _GGUF = GgufNames(
     layer={**LAYER, "ffn_norm": "post_attention_norm.weight"},
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
+TOOL_FORMATS = (KEYS_AND_VALUES,)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

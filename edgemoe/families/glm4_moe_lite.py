@@ -8,6 +8,7 @@ from typing import Any
 from edgemoe.families import deepseek_v3
 from edgemoe.families._config import Config
 from edgemoe.families._latent import latent_attention
+from edgemoe.families._tools import KEYS_AND_VALUES
 from edgemoe.families.deepseek_v3 import gguf_tensor_sources, spec_from_gguf, tensor_sources
 from edgemoe.spec import ModelSpec
 
@@ -15,6 +16,7 @@ __all__ = ["GGUF_ARCHITECTURE", "MODEL_TYPE", "gguf_tensor_sources", "spec", "sp
 
 MODEL_TYPE = "glm4_moe_lite"
 GGUF_ARCHITECTURE = None  # deepseek_v2's, which tells them apart
+TOOL_FORMATS = (KEYS_AND_VALUES,)
 
 _DENSE, _SPARSE = _KINDS = ("dense", "sparse")
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgemoe.errors import UnsupportedModelError, quote
-from edgemoe.families import TensorSource
+from edgemoe.families import TensorSource, ToolFormat
 from edgemoe.families._common import grouped_attention, model
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
@@ -50,6 +50,7 @@ _GGUF = GgufNames(
     scaling=("yarn",),
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
+TOOL_FORMATS = (ToolFormat("harmony", "", parallel=False, signs=("<|channel|>", "<|call|>")),)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemoe.families import TensorSource
+from edgemoe.families import TensorSource, ToolFormat
 from edgemoe.families._common import grouped_attention, head_size
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, LAYER, GgufNames
@@ -62,6 +62,9 @@ _GGUF = GgufNames(
     model={"embedding": "token_embd.weight", "final_norm": "token_embd_norm.weight", "head": "output.weight"},
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
+TOOL_FORMATS = (
+    ToolFormat("python", "<|tool_call_start|>", "<|tool_call_end|>", together=True, signs=("<|tool_call_start|>",)),
+)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

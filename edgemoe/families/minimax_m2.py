@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemoe.families import TensorSource
+from edgemoe.families import TensorSource, ToolFormat
 from edgemoe.families._common import grouped_attention, head_size, model
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, GgufNames
@@ -41,6 +41,22 @@ _GGUF = GgufNames(
     },
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
+TOOL_FORMATS = (
+    ToolFormat(
+        "tagged",
+        "<minimax:tool_call>",
+        "</minimax:tool_call>",
+        together=True,
+        name_begin='<invoke name="',
+        name_end='">',
+        call_end="</invoke>",
+        key_begin='<parameter name="',
+        key_end='">',
+        value_end="</parameter>",
+        lines=True,
+        signs=("<minimax:tool_call>",),
+    ),
+)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

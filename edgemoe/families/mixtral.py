@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemoe.families import TensorSource
+from edgemoe.families import TensorSource, ToolFormat
 from edgemoe.families._common import grouped_attention, head_size, model, window
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, GgufNames
@@ -40,6 +40,7 @@ _GGUF = GgufNames(
     },
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
+TOOL_FORMATS = (ToolFormat("json", "[TOOL_CALLS]", together=True, id_length=9, signs=("[TOOL_CALLS]",)),)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

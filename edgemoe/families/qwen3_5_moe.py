@@ -13,6 +13,7 @@ from edgemoe.families import TensorSource
 from edgemoe.families._config import Config
 from edgemoe.families._gated_delta import LAYERS, gated_delta_sources, gated_delta_spec, gguf_names, gguf_spec
 from edgemoe.families._names import Names
+from edgemoe.families._tools import FUNCTION_TAGS, JSON_IN_TAGS
 from edgemoe.spec import ModelSpec
 
 MODEL_TYPE = "qwen3_5_moe"
@@ -20,6 +21,7 @@ MODEL_TYPE = "qwen3_5_moe"
 _NAMES = Names(LAYERS)
 _GGUF = gguf_names("qwen35moe", beta="ssm_beta.weight", alpha="ssm_alpha.weight")
 GGUF_ARCHITECTURE = _GGUF.architecture
+TOOL_FORMATS = (FUNCTION_TAGS, JSON_IN_TAGS)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from edgemoe.families.qwen3_5_moe import gguf_tensor_sources, spec, spec_from_gguf, tensor_sources
+from edgemoe.families.qwen3_5_moe import TOOL_FORMATS, gguf_tensor_sources, spec, spec_from_gguf, tensor_sources
 
-__all__ = ["GGUF_ARCHITECTURE", "MODEL_TYPE", "gguf_tensor_sources", "spec", "spec_from_gguf", "tensor_sources"]
+__all__ = [
+    "GGUF_ARCHITECTURE",
+    "MODEL_TYPE",
+    "TOOL_FORMATS",
+    "gguf_tensor_sources",
+    "spec",
+    "spec_from_gguf",
+    "tensor_sources",
+]
 
 MODEL_TYPE = "qwen3_5_moe_text"
 GGUF_ARCHITECTURE = None  # qwen3_5_moe's

@@ -12,6 +12,7 @@ from edgemoe.families._common import grouped_attention, head_size, mixture_layer
 from edgemoe.families._config import Config
 from edgemoe.families._gguf import CONFIG, GgufNames
 from edgemoe.families._names import ATTENTION, Names, gated
+from edgemoe.families._tools import FUNCTION_TAGS, JSON_IN_TAGS
 from edgemoe.spec import LayerSpec, ModelSpec, RouterSpec
 
 MODEL_TYPE = "qwen3_moe"
@@ -30,6 +31,7 @@ _GGUF = GgufNames(
     allowed={"expert_gating_func": (0, 1), "expert_weights_scale": (0.0, 1.0), "expert_shared_count": (0,)},
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
+TOOL_FORMATS = (FUNCTION_TAGS, JSON_IN_TAGS)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -15,6 +15,7 @@ from edgemoe.families import Slices, TensorSource
 from edgemoe.families._config import Config
 from edgemoe.families._gated_delta import LAYERS, gated_delta_sources, gated_delta_spec, gguf_names, gguf_spec
 from edgemoe.families._names import Names
+from edgemoe.families._tools import JSON_IN_TAGS
 from edgemoe.spec import ModelSpec
 
 MODEL_TYPE = "qwen3_next"
@@ -29,6 +30,7 @@ _NAMES = Names(
 )
 _GGUF = gguf_names("qwen3next", beta_alpha="ssm_ba.weight")
 GGUF_ARCHITECTURE = _GGUF.architecture
+TOOL_FORMATS = (JSON_IN_TAGS,)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""A generation in parts: what the model thinks, told from what it answers."""
+"""A generation in parts: what the model thinks, what it answers, and the tools that it calls."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections import deque
 
 from edgemoe.errors import EdgemoeError
 from edgemoe.serving.generation import BUSY, Generation, GenerationResult
-from edgemoe.text.reasoning import Part, ReasoningSplitter
+from edgemoe.text.answer import AnswerSplitter
+from edgemoe.text.parts import Part
 
 
 class Answer:
-    """An answer in parts (kind, text), thoughts told from content, as they come. Otherwise as a `Generation`.
+    """An answer in parts (`Part`: thoughts, content, tool calls), as they come. Otherwise as a `Generation`.
 
     generation: whose text it takes apart; its result has all of the text, with the marks around the thoughts.
     """
 
-    def __init__(self, generation: Generation, splitter: ReasoningSplitter) -> None:
+    def __init__(self, generation: Generation, splitter: AnswerSplitter) -> None:
         self.generation = generation
         self._splitter = splitter
         self._ready: deque[Part] = deque()

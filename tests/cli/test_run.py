@@ -22,6 +22,7 @@ from edgemoe.cli import _chat, main
 from edgemoe.cli._terminal import AnswerWriter
 from edgemoe.errors import ContextLengthError, ReadError
 from edgemoe.text.named_templates import NAMED_TEMPLATES
+from edgemoe.text.parts import Part
 
 WORDS = [" there", " was", " a", " cat", "."]
 
@@ -63,9 +64,9 @@ class FakeModel:
         return FakeGeneration(self._words())
 
     def chat_parts(self, messages: Any, **options: Any) -> FakeGeneration:
-        thoughts = [("reasoning", thought) for thought in self.thoughts]
+        thoughts = [Part("reasoning", thought) for thought in self.thoughts]
         words = self.generate(messages, **options)
-        return FakeGeneration(itertools.chain(thoughts, (("content", word) for word in words)))
+        return FakeGeneration(itertools.chain(thoughts, (Part("content", word) for word in words)))
 
     def use_chat_template(self, source: str) -> None:
         self.tokenizer.chat_template = source

@@ -123,7 +123,7 @@ def test_thoughts(model: edgemoe.Model) -> None:
     thinking = {"thinking": True}
     # The thoughts that the prompt opens are free, the grammar is for what follows.
     parts = list(model.chat_parts(asked, chat_template_kwargs=thinking, logit_bias={close: 100}, **options))
-    assert "".join(text for kind, text in parts if kind == "content") == "yes"
+    assert "".join(text for kind, text, *_ in parts if kind == "content") == "yes"
     raw = "".join(model.chat(asked, chat_template_kwargs=thinking, logit_bias={close: 100}, **options))
     assert raw == "</think>yes"
     parts = list(model.chat_parts(asked, chat_template_kwargs=thinking, max_tokens=4, seed=1, ignore_eos=True))
@@ -131,8 +131,8 @@ def test_thoughts(model: edgemoe.Model) -> None:
     unparsed = model.chat_parts(
         asked, reasoning_format="none", chat_template_kwargs=thinking, logit_bias={close: 100}, **options
     )
-    assert "".join(text for _, text in unparsed) == "</think>yes"
-    assert "".join(text for _, text in model.chat_parts(asked, **options)) == "yes"
+    assert "".join(part.text for part in unparsed) == "</think>yes"
+    assert "".join(part.text for part in model.chat_parts(asked, **options)) == "yes"
     with model.chat_parts(asked, max_tokens=50, seed=1, ignore_eos=True) as answer:
         next(answer)
     assert answer.result.finish_reason == "cancelled" and len(list(answer)) <= 1

@@ -4,7 +4,8 @@ import pytest
 from small_tokenizers import byte_level_backend, wrap
 
 from edgemoe.errors import OptionError
-from edgemoe.text.reasoning import FORMATS, Part, ReasoningSplitter, end_of_thoughts, mark_ids
+from edgemoe.text.answer import FORMATS, AnswerSplitter, end_of_thoughts, mark_ids
+from edgemoe.text.parts import Part
 from edgemoe.text.stream import TextStream
 
 HARMONY = (
@@ -16,7 +17,7 @@ HARMONY = (
 
 def together(parts: list[Part]) -> list[tuple[str, str]]:
     result: list[tuple[str, str]] = []
-    for kind, text in parts:
+    for kind, text, *_ in parts:
         if result and result[-1][0] == kind:
             text = result.pop()[1] + text
         result.append((kind, text))
@@ -55,25 +56,25 @@ def test_thoughts_and_answers(prompt: str, answer: str, expected: list[tuple[str
         ]
     for size in (1, 2, 3, 7, len(answer) or 1):  # however the text is cut
         pieces = [answer[at : at + size] for at in range(0, len(answer), size)]
-        assert together(list(ReasoningSplitter(prompt).split(pieces))) == expected, size
-    whole = together(list(ReasoningSplitter(prompt, "none").split([answer])))
+        assert together(list(AnswerSplitter(prompt).split(pieces))) == expected, size
+    whole = together(list(AnswerSplitter(prompt, "none").split([answer])))
     assert whole == ([("content", answer)] if answer else [])
 
 
 def test_answers_are_not_held_back() -> None:
-    splitter = ReasoningSplitter()
-    assert list(splitter.push("Once")) == [("content", "Once")]
-    splitter = ReasoningSplitter()
-    assert list(splitter.push("<think>One ")) == [("reasoning", "One")]
-    assert list(splitter.push("two")) == [("reasoning", " two")]
+    splitter = AnswerSplitter()
+    assert list(splitter.push("Once")) == [Part("content", "Once")]
+    splitter = AnswerSplitter()
+    assert list(splitter.push("<think>One ")) == [Part("reasoning", "One")]
+    assert list(splitter.push("two")) == [Part("reasoning", " two")]
     assert list(splitter.push("</think>")) == []
-    assert list(splitter.push("\nThree \n")) == [("content", "Three \n")]
+    assert list(splitter.push("\nThree \n")) == [Part("content", "Three \n")]
 
 
 def test_formats() -> None:
     assert FORMATS == ("auto", "deepseek", "none")
     with pytest.raises(OptionError, match="reasoning_format = 'magic' is not one of auto, deepseek, none"):
-        ReasoningSplitter("", "magic")
+        AnswerSplitter("", "magic")
     assert end_of_thoughts("a<think>\n") == "</think>" and end_of_thoughts("a") == ""
 
 
