@@ -27,7 +27,7 @@ from edgemoe.protocols.requests import (
     usage_of,
 )
 from edgemoe.serving.generation import GenerationResult
-from edgemoe.text.reasoning import FORMATS
+from edgemoe.text.answer import FORMATS
 from edgemoe.text.template import check_variables
 
 DONE = Event("[DONE]")
