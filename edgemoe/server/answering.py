@@ -59,6 +59,10 @@ class Answers:
         self.running: set[AnswerResponse] = set()
         self.stopping = False
 
+    def under_way(self) -> list[Answer | Generation]:
+        """Those that the metrics do not count yet. To be called on the event loop."""
+        return [answer for response in self.running for answer in response.uncounted()]
+
     def stop(self) -> None:
         """Ends them all, and every one that comes: the server is going down. To be called on its event loop."""
         self.stopping = True
@@ -93,10 +97,15 @@ class AnswerResponse:
         self._stream = stream
         self._logprobs = logprobs
         self._begun: list[Answer | Generation] = []
+        self._counted: set[int] = set()
         self._told: AnswerStream | None = None
         self._sending = False
         self._work = anyio.CancelScope()
         self._problem = _OUT_OF_TIME
+
+    def uncounted(self) -> list[Answer | Generation]:
+        """Its answers that have not ended."""
+        return [answer for choice, answer in enumerate(self._begun) if choice not in self._counted]
 
     def abort(self, problem: Problem) -> None:
         """Ends it with this problem. To be called on the event loop."""
@@ -203,6 +212,7 @@ class AnswerResponse:
                 await out.send(_News(choice, problem))
             finally:
                 self._answers.metrics.count_answer(result if result is not None and part is None else answer.result)
+                self._counted.add(choice)
 
     async def _gather(self, told: AnswerStream, news: ObjectReceiveStream[_News]) -> Problem | None:
         async for item in news:

@@ -6,8 +6,6 @@ import base64
 import dataclasses
 import datetime
 import functools
-import importlib
-import importlib.util
 import resource
 import secrets
 import sys
@@ -34,6 +32,7 @@ from edgemoe.protocols.requests import AnswerStream, ChatRequest, Reply, TextReq
 from edgemoe.server.answering import AnswerResponse, Answers, now
 from edgemoe.server.bodies import Refused, read_json
 from edgemoe.server.metrics import Metrics
+from edgemoe.server.page import page
 from edgemoe.server.security import HostCheck, KeyCheck, problem_response
 from edgemoe.server.settings import ServerSettings
 from edgemoe.text.sampling import SamplingOptions
@@ -235,10 +234,16 @@ class _Server:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def engine(self, request: Request) -> Response:
-        return JSONResponse(await self.in_thread(self.engine_report))
+        # Both at once, on the event loop: an answer is either among the counted ones or under way.
+        counted, under_way = self.metrics.generated_tokens, self.answers.under_way()
+        return JSONResponse(
+            await self.in_thread(
+                lambda: self.engine_report(counted + sum(answer.result.generated_tokens for answer in under_way))
+            )
+        )
 
-    def engine_report(self) -> dict[str, Any]:
-        """What the page shows beside the conversation."""
+    def engine_report(self, generated_tokens: int) -> dict[str, Any]:
+        """What the page shows beside the conversation. generated_tokens: of all answers, those under way included."""
         layers = self.model.spec.layers
         resident = reads = None
         residency = getattr(self.model, "residency", None)
@@ -248,7 +253,11 @@ class _Server:
             reads = base64.b64encode(counts.clip(max=(1 << 32) - 1).astype("<u4").tobytes()).decode()
         return {
             "status": {"answers": self.metrics.running, **self.status()},
-            "counters": {**self.model.counters(), "generated_tokens": self.metrics.generated_tokens},
+            "counters": {
+                **self.model.counters(),
+                "tokens": self.model.engine.counters().tokens,
+                "generated_tokens": generated_tokens,
+            },
             "memory": self.memory(),
             "layers": len(layers),
             "experts": max((layer.experts for layer in layers), default=0),
@@ -272,10 +281,8 @@ class _Server:
         return Response(_OPENAPI.read_bytes(), media_type="application/json")
 
     async def page(self, request: Request) -> Response:
-        if importlib.util.find_spec("edgemoe.server.page") is None:
-            return PlainTextResponse("edgemoe: the endpoints are described at /openapi.json\n")
-        data, headers = importlib.import_module("edgemoe.server.page").page()
-        return Response(data, headers=headers)
+        body, headers = page()
+        return Response(body, headers=headers)
 
 
 _OPENAPI = Path(__file__).with_name("openapi.json")

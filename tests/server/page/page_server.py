@@ -173,7 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/engine":
             self._json(self.stub.engine())
         elif self.path == "/v1/models":
-            self._json({"object": "list", "data": [{"id": "Qwen3-30B-A3B", "object": "model", "context_length": 32768}]})
+            self._json(
+                {"object": "list", "data": [{"id": "Qwen3-30B-A3B", "object": "model", "context_length": 32768}]}
+            )
         else:
             self._json({"error": {"message": f"no {self.path}"}}, 404)
 
@@ -217,5 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         finish = "tool_calls" if asked.startswith("call") else "length" if asked.startswith("long") else "stop"
         self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
-        self._event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": count, "total_tokens": 9 + count}})
+        self._event(
+            {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": count, "total_tokens": 9 + count}}
+        )
         self._event("[DONE]")

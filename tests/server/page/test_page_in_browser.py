@@ -52,15 +52,15 @@ def opened(browser: Browser, server: PageServer, complaints: Complaints) -> Iter
     """A function that opens the page in a browser that knows nothing yet. At the end nothing may have complained."""
     contexts = []
 
-    def open_page(viewport: dict[str, int] = WIDE, **options: Any) -> Page:
+    def open_page(viewport: dict[str, int] = WIDE, url: str = server.url, **options: Any) -> Page:
         context = browser.new_context(viewport=viewport, **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(10_000)
         page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(server.url)
-        expect(page.get_by_text("Talk to Qwen3-30B-A3B")).to_be_visible()
+        page.goto(url)
+        expect(page.get_by_role("heading", name="Talk to ")).not_to_have_text("Talk to the model")
         return page
 
     yield open_page
@@ -110,6 +110,23 @@ def test_a_conversation_goes_on(opened: Any, server: PageServer) -> None:
     assert server.requests[-1]["model"] == "Qwen3-30B-A3B"
     assert server.requests[-1]["stream_options"] == {"include_usage": True}
     expect(page.get_by_text("3 tokens")).to_have_count(2)
+
+
+def test_a_conversation_with_the_real_server(opened: Any, url: str) -> None:
+    page = opened(url=url)
+    say(page, "The old man looked at the sea and")
+    answered(page)
+    expect(page.locator(".facts")).to_contain_text("64 tokens")
+    expect(page.locator(".facts")).to_contain_text("cut at the limit of tokens")
+    assert page.locator(".turn.answer > .prose").inner_text()
+    expect(page.locator("#hits")).to_contain_text("%")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_role("button", name="Done").click()
+    say(page, "Go on.")
+    answered(page)
+    expect(page.locator(".facts")).to_have_count(2)
+    expect(page.locator(".failed:visible")).to_have_count(0)
 
 
 def test_shift_enter_begins_a_line(opened: Any, server: PageServer) -> None:
@@ -391,9 +408,14 @@ def test_what_the_engine_does_is_shown(opened: Any, server: PageServer) -> None:
     expect(page.locator("#hits")).to_have_text("75%")
     expect(page.locator("#read")).to_have_text("24.5MB")
     page.wait_for_function("() => parseFloat(document.getElementById('speed').textContent) > 5")
-    page.wait_for_function("() => parseInt(/, (\\d+) read since/.exec(document.getElementById('experts-text').textContent)?.[1]) > 50")
+    page.wait_for_function(
+        "() => parseInt(/, (\\d+) read since/.exec(document.getElementById('experts-text').textContent)?.[1]) > 50"
+    )
     cells = page.locator("#cells").evaluate(
-        "canvas => new Set(new Uint32Array(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size"
+        """canvas => {
+            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            return new Set(new Uint32Array(data.buffer)).size;
+        }"""
     )
     assert cells >= 4  # nothing, on disk, in memory, just read
     page.get_by_text("By layer, as a table").click()
