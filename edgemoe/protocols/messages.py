@@ -84,7 +84,7 @@ def _thinking(fields: Fields) -> tuple[bool | None, int | None]:
     thinking = fields.inner("thinking")
     if thinking is None:
         return None, None
-    kind = thinking.need_text("type", ("enabled", "disabled", "adaptive"))
+    kind = thinking.need_text("type", ("enabled", "disabled", "adaptive", "between_tools"))
     return kind != "disabled", thinking.whole("budget_tokens", 1, MAX_TOKENS)
 
 
@@ -126,8 +126,8 @@ def _assistant(blocks: list[Fields]) -> Message:
         kind = block.need_text("type")
         if kind == "thinking":
             thoughts.append(block.need_text("thinking"))
-        elif kind == "redacted_thinking":
-            continue
+        elif kind in ("redacted_thinking", "server_tool_use") or kind.endswith("_tool_result"):
+            continue  # what nobody here can read, or what Anthropic's own tools did
         elif kind == "tool_use":
             block.need("input")
             given = block.inner("input")

@@ -40,6 +40,8 @@ _FOREIGN_ITEMS = (
     *("web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call"),
     *("image_generation_call", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call"),
     *("compaction", "compaction_summary", "ghost_snapshot", "tool_search_call", "tool_search_output"),
+    *("local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "apply_patch_call"),
+    *("apply_patch_call_output", "configuration_update", "additional_tools", "program", "program_output"),
 )
 
 
@@ -245,21 +247,22 @@ class ResponseStream:
             events += self._close_item("completed")
             events += self._open_item(kind)
         item = self._items[-1]
-        place = {"item_id": item["id"], "output_index": len(self._items) - 1}
+        place = {"item_id": item["id"], "output_index": len(self._items) - 1, "delta": part.text}
         if part.kind == "tool_call":
             item["arguments"] += part.text
-            delta = self._event("response.function_call_arguments.delta", **place, delta=part.text)
+            if part.text:
+                events.append(self._event("response.function_call_arguments.delta", **place))
+            return events
+        text = item["content"][0]
+        text["text"] += part.text
+        place["content_index"] = 0
+        if part.kind == "reasoning":
+            events.append(self._event("response.reasoning_text.delta", **place))
         else:
-            content = item["content"][0]
-            content["text"] += part.text
-            place["content_index"] = 0
-            if part.kind == "reasoning":
-                delta = self._event("response.reasoning_text.delta", **place, delta=part.text)
-            else:
-                told = self._logprobs(logprobs)
-                content["logprobs"] += told
-                delta = self._event("response.output_text.delta", **place, delta=part.text, logprobs=told)
-        return [*events, delta] if part.text else events
+            told = self._logprobs(logprobs)
+            text["logprobs"] += told
+            events.append(self._event("response.output_text.delta", **place, logprobs=told))
+        return events
 
     def end(self, choice: int, result: GenerationResult, logprobs: Sequence[TokenLogprob] = ()) -> list[Event]:
         self._answer.result = result
