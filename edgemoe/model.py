@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,8 @@ from edgemoe.loading import load_engine
 from edgemoe.memory import Budget
 from edgemoe.model_files import Progress, resolve
 from edgemoe.options import EngineOptions, LoadOptions, Quality
+from edgemoe.protocols import chat_completions
+from edgemoe.protocols.requests import Reply
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Generation, GenerationResult, Request, Tally, figures
@@ -183,6 +187,33 @@ class Model:
             self._answer(text, form, max_tokens, stop, sampling),
             AnswerSplitter(text, reasoning_format, CallReader(form, use) if form is not None else None),
         )
+
+    def create_chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **fields: Any
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """The answer to a conversation in OpenAI's shapes: a chat completion, or with `stream` an iterator of its
+        chunks.
+
+        fields: those of OpenAI's requests (tools, tool_choice, response_format, max_tokens, stop, n, logprobs,
+        top_logprobs, reasoning_effort, stream_options, ...), and chat_template_kwargs, reasoning_format, quality and
+        all of SamplingOptions. Raises FieldError (an OptionError), which names what is unknown or wrong, and as
+        `chat_parts`.
+        """
+        request = chat_completions.parse_call({"messages": list(messages), "stream": stream, **fields})
+        template = self.tokenizer.chat_template or ""
+        answers: list[Answer] = []
+        for choice in range(request.n):
+            answers.append(self.chat_parts(request.messages, **request.arguments(choice, template)))
+        reply = Reply(
+            id=secrets.token_hex(12),
+            created=int(time.time()),
+            model=request.model or self.path.stem,
+            prompt_tokens=answers[0].result.prompt_tokens,
+            count_tokens=lambda text: len(self.tokenizer.encode(text)),
+        )
+        if request.stream:
+            return chat_completions.chunks(request, reply, answers)
+        return chat_completions.completion(request, reply, answers)
 
     def _chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], use: ToolUse, variables: Mapping[str, Any] | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgemoe.errors import OptionError
@@ -16,8 +16,8 @@ from edgemoe.protocols.requests import (
     ChatRequest,
     Event,
     Gathered,
+    LogprobReader,
     Message,
-    Part,
     Reply,
     TokenLogprob,
     read_json_schema,
@@ -26,8 +26,11 @@ from edgemoe.protocols.requests import (
     read_stop,
     usage_of,
 )
+from edgemoe.serving.answer import Answer
 from edgemoe.serving.generation import GenerationResult
 from edgemoe.text.answer import FORMATS
+from edgemoe.text.parts import Part
+from edgemoe.text.sampling import SamplingOptions
 from edgemoe.text.template import check_variables
 
 DONE = Event("[DONE]")
@@ -76,6 +79,25 @@ def parse(body: object) -> ChatRequest:
         stream=fields.flag("stream"),
         include_usage=options is not None and options.flag("include_usage"),
     )
+
+
+_FIELDS = (
+    *("model", "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort"),
+    *("chat_template_kwargs", "reasoning_format", "max_tokens", "max_completion_tokens", "stop", "n", "logprobs"),
+    *("top_logprobs", "quality", "stream", "stream_options", *SamplingOptions.__dataclass_fields__),
+)
+
+
+def parse_call(arguments: Mapping[str, Any]) -> ChatRequest:
+    """A request made of a function's arguments, among which there must be no unknown ones. Raises FieldError."""
+    unknown = sorted(set(arguments) - set(_FIELDS))
+    if unknown:
+        raise FieldError(unknown[0], f"is not a field of chat completions (known: {', '.join(_FIELDS)})")
+    try:
+        body = json.loads(json.dumps(arguments))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FieldError("", f"cannot be told as JSON: {error}") from None
+    return parse(body)
 
 
 def read_max_tokens(fields: Fields) -> int | None:
@@ -286,6 +308,10 @@ class ChatStream:
         self._reply = reply
         self._answers = [Gathered() for _ in range(request.n)]
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self._request.logprobs is not None
+
     def begin(self) -> list[Event]:
         return [
             self._chunk(choice, {"role": "assistant", "content": "", "refusal": None})
@@ -363,6 +389,41 @@ class ChatStream:
             "prompt_tokens_details": {"cached_tokens": usage.cached},
             "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
         }
+
+
+def chunks(request: ChatRequest, reply: Reply, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
+    """The answers as chunks, as they come, one after the other."""
+    stream = ChatStream(request, reply)
+    try:
+        for event in _told(stream, answers):
+            if isinstance(event.data, dict):
+                yield event.data
+    finally:
+        for answer in answers:
+            answer.close()
+
+
+def completion(request: ChatRequest, reply: Reply, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The answers as one completion, when all of them are complete."""
+    stream = ChatStream(request, reply)
+    try:
+        for _ in _told(stream, answers):
+            pass
+    finally:
+        for answer in answers:
+            answer.close()
+    return stream.response()
+
+
+def _told(stream: ChatStream, answers: Sequence[Answer]) -> Iterator[Event]:
+    yield from stream.begin()
+    for choice, answer in enumerate(answers):
+        news = LogprobReader(stream.wants_logprobs)
+        for part in answer:
+            yield from stream.push(choice, part, news.read(answer.result) if stream.wants_logprobs else ())
+        result = answer.result
+        yield from stream.end(choice, result, news.read(result))
+    yield from stream.close()
 
 
 def _message_of(answer: Gathered) -> dict[str, Any]:

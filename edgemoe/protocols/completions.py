@@ -14,7 +14,6 @@ from edgemoe.protocols.requests import (
     MAX_LOGPROBS,
     Event,
     Gathered,
-    Part,
     Reply,
     TextRequest,
     TokenLogprob,
@@ -25,6 +24,7 @@ from edgemoe.protocols.requests import (
     usage_of,
 )
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.text.parts import Part
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, where a request says nothing."""

@@ -17,7 +17,6 @@ from edgemoe.protocols.requests import (
     Event,
     Gathered,
     Message,
-    Part,
     Reply,
     TokenLogprob,
     read_quality,
@@ -26,6 +25,7 @@ from edgemoe.protocols.requests import (
     usage_of,
 )
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.text.parts import Part
 
 # Claude Code begins its instructions with a line that differs from request to request. Nothing could be reused of what
 # comes after it.

@@ -12,6 +12,7 @@ from edgemoe.errors import OptionError
 from edgemoe.options import QUALITIES
 from edgemoe.protocols.fields import Fields
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.text.parts import Part
 from edgemoe.text.sampling import SamplingOptions
 
 MAX_CHOICES = 32
@@ -21,21 +22,6 @@ MAX_LOGPROBS = 20
 _SEEDS = 1 << 64
 
 Message = dict[str, Any]
-
-
-class Part(Protocol):
-    """A piece of an answer (edgemoe/text/answer.py). index, name, id: of tool calls."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def index(self) -> int | None: ...
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def id(self) -> str | None: ...
 
 
 class TokenLogprob(Protocol):
@@ -49,17 +35,6 @@ class TokenLogprob(Protocol):
     def logprob(self) -> float: ...
     @property
     def top(self) -> Sequence[tuple[int, bytes, float]]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TextPart:
-    """A piece of a text, as a part of an answer is told."""
-
-    text: str
-    kind: str = "content"
-    index: int | None = None
-    name: str | None = None
-    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +247,21 @@ class Gathered:
         return "tool_calls" if self.calls else "stop"
 
 
+class LogprobReader:
+    """The logprobs of an answer's tokens that have come since they were last read; none where they are not wanted."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._known = 0
+
+    def read(self, result: GenerationResult) -> Sequence[TokenLogprob]:
+        if not self._wanted:
+            return ()
+        found: Sequence[TokenLogprob] = getattr(result, "logprobs", ())[self._known :]
+        self._known += len(found)
+        return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """What a response says beside the answer.
@@ -285,8 +275,8 @@ class Reply:
     created: int
     model: str
     prompt_tokens: int
-    defaults: Mapping[str, Any]
     count_tokens: Callable[[str], int]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Event(NamedTuple):

@@ -25,7 +25,6 @@ from edgemoe.protocols.requests import (
     Event,
     Gathered,
     Message,
-    Part,
     Reply,
     TokenLogprob,
     read_quality,
@@ -33,6 +32,7 @@ from edgemoe.protocols.requests import (
     usage_of,
 )
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.text.parts import Part
 
 _LOGPROBS = "message.output_text.logprobs"
 # Items of tools that only their own server can run. Their results are not ours to tell the model.

@@ -14,12 +14,13 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from edgemoe.protocols.problems import Problem, problem_of
-from edgemoe.protocols.requests import AnswerStream, Event, Part, TextPart, TokenLogprob
+from edgemoe.protocols.requests import AnswerStream, Event, LogprobReader, TokenLogprob
 from edgemoe.server.metrics import Metrics
 from edgemoe.server.security import problem_response
 from edgemoe.server.settings import ServerSettings
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.generation import Generation, GenerationResult
+from edgemoe.text.parts import Part
 
 LOG = logging.getLogger("edgemoe.server")
 
@@ -187,7 +188,7 @@ class AnswerResponse:
 
     async def _pump(self, choice: int, answer: Answer | Generation, out: ObjectSendStream[_News]) -> None:
         """Hands on what comes of an answer."""
-        known = 0
+        news = LogprobReader(self._logprobs)
         result: GenerationResult | None = None
         async with out:
             try:
@@ -195,8 +196,7 @@ class AnswerResponse:
                     part, result = await anyio.to_thread.run_sync(
                         _next, answer, self._logprobs, abandon_on_cancel=True, limiter=self._answers.threads
                     )
-                    logprobs = _logprobs(result)[known:] if self._logprobs and result is not None else ()
-                    known += len(logprobs)
+                    logprobs = () if result is None else news.read(result)
                     if part is None:
                         break
                     await out.send(_News(choice, part, logprobs))
@@ -283,13 +283,8 @@ def _tell(told: AnswerStream, item: _News) -> list[Event]:
 def _next(answer: Answer | Generation, logprobs: bool) -> tuple[Part | None, GenerationResult | None]:
     """The next part, None at the end; and the result so far, at the end and where logprobs are wanted."""
     piece: Any = next(answer, None)
-    part = TextPart(piece) if isinstance(piece, str) else piece
+    part = Part("content", piece) if isinstance(piece, str) else piece
     return part, answer.result if part is None or logprobs else None
-
-
-def _logprobs(result: GenerationResult | None) -> Sequence[TokenLogprob]:
-    found: Sequence[TokenLogprob] = getattr(result, "logprobs", ())
-    return found
 
 
 def encode_event(event: Event) -> bytes:

@@ -16,34 +16,24 @@ from edgemoe.server.app import create_app
 from edgemoe.server.service import bind, make_server
 from edgemoe.server.settings import LOOPBACK_NAMES, ServerSettings
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.text.parts import Part
 
 Script = Callable[[dict[str, Any]], Iterable[Any]]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a scripted answer."""
-
-    kind: str
-    text: str
-    index: int | None = None
-    name: str | None = None
-    id: str | None = None
+def content(text: str) -> Part:
+    return Part("content", text)
 
 
-def content(text: str) -> Piece:
-    return Piece("content", text)
+def reasoning(text: str) -> Part:
+    return Part("reasoning", text)
 
 
-def reasoning(text: str) -> Piece:
-    return Piece("reasoning", text)
-
-
-def call(index: int, *pieces: str, name: str = "weather", id: str | None = "") -> list[Piece]:
+def call(index: int, *pieces: str, name: str = "weather", id: str | None = "") -> list[Part]:
     """The parts of a tool call, its arguments in pieces."""
     number = f"call_{index}" if id == "" else id
-    first = Piece("tool_call", pieces[0], index, name, number)
-    return [first, *(Piece("tool_call", text, index) for text in pieces[1:])]
+    first = Part("tool_call", pieces[0], index, name, number)
+    return [first, *(Part("tool_call", text, index) for text in pieces[1:])]
 
 
 def make_result(**changes: Any) -> GenerationResult:

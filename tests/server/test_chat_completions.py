@@ -147,3 +147,200 @@ def test_what_was_cut_says_length_with_calls_too(told: openai.OpenAI, scripted: 
     scripted.finish_reason = "length"
     tools: Any = [{"type": "function", "function": {"name": "weather"}}]
     assert told.chat.completions.create(model="x", messages=[USER], tools=tools).choices[0].finish_reason == "length"
+
+
+def seen(scripted: ScriptedModel) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(messages, arguments) of the answer that was asked for last."""
+    messages, arguments = scripted.asked[-1]
+    return list(messages), arguments
+
+
+def function(name: str, arguments: Any, id: Any = None) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_messages_of_all_kinds_reach_the_model(scripted_http: httpx2.Client, scripted: ScriptedModel) -> None:
+    """Also from clients that leave out ids, or send null for what there is not."""
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "name": "Ann", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "two"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "Hm.",
+            "refusal": None,
+            "tool_calls": [function("a", '{"x": 1}'), function("b", {"y": "ü"}, "own"), function("c", None)],
+        },
+        {"role": "tool", "content": "1", "tool_call_id": None},
+        {"role": "tool", "content": "2", "tool_call_id": "own"},
+        {"role": "tool", "content": [{"type": "text", "text": "3"}]},
+        {"role": "assistant", "content": "", "tool_calls": [function("a", "", "")]},
+        {"role": "assistant", "content": "Done.", "tool_calls": None},
+        {"role": "user", "content": ""},
+    ]
+    assert scripted_http.post("/v1/chat/completions", json={"messages": messages}).status_code == 200
+    assert seen(scripted)[0] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One\ntwo", "name": "Ann"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "Hm.",
+            "tool_calls": [
+                function("a", '{"x": 1}', "call_0"),
+                function("b", '{"y": "ü"}', "own"),
+                function("c", "{}", "call_2"),
+            ],
+        },
+        {"role": "tool", "content": "1", "tool_call_id": "call_0"},
+        {"role": "tool", "content": "2", "tool_call_id": "own"},
+        {"role": "tool", "content": "3", "tool_call_id": "call_2"},
+        {"role": "assistant", "content": None, "tool_calls": [function("a", "{}", "call_0")]},
+        {"role": "assistant", "content": "Done."},
+        {"role": "user", "content": ""},
+    ]
+
+
+def test_everything_that_is_asked_for_is_handed_on(
+    scripted_http: httpx2.Client, scripted: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripted.real.tokenizer, "chat_template", "{{ enable_thinking }} {{ reasoning_effort }}")
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "object"}}}
+    schema = {"type": "object"}
+    asked = {
+        "model": "gpt-5",
+        "messages": [USER],
+        "tools": [tool],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": False,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        "reasoning_effort": "minimal",
+        "chat_template_kwargs": {"enable_thinking": False, "style": "x"},
+        "reasoning_format": "none",
+        "max_tokens": 5,
+        "max_completion_tokens": 7,
+        "stop": "END",
+        "seed": 3,
+        "temperature": 0.5,
+        "top_k": 4.0,
+        "logit_bias": {"5": -100},
+        "quality": "exact",
+        "top_p": None,
+        "store": True,
+        "metadata": {"a": "b"},
+        "user": "u",
+        "nobody_knows_this": [1, 2],
+    }
+    assert scripted_http.post("/v1/chat/completions", json=asked).status_code == 200
+    arguments = seen(scripted)[1]
+    described = {"name": "f", "description": "", "parameters": {"type": "object"}, "strict": True}
+    assert arguments == {
+        "tools": ({"type": "function", "function": described},),
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": False,
+        "response_schema": schema,
+        "reasoning_format": "none",
+        "chat_template_kwargs": {"enable_thinking": False, "reasoning_effort": "low", "style": "x"},
+        "max_tokens": 7,
+        "stop": ("END",),
+        "seed": 3,
+        "temperature": 0.5,
+        "top_k": 4,
+        "logit_bias": {"5": -100},
+        "quality": "exact",
+    }
+
+
+@pytest.mark.parametrize(("form", "schema"), [({"type": "json_object"}, {}), ({"type": "text"}, None)])
+def test_forms_of_answers(
+    scripted_http: httpx2.Client, scripted: ScriptedModel, form: dict[str, Any], schema: Any
+) -> None:
+    scripted_http.post("/v1/chat/completions", json={"messages": [USER], "response_format": form})
+    assert seen(scripted)[1].get("response_schema") == schema
+
+
+def test_json_that_was_cut_says_length(http: httpx2.Client) -> None:
+    schema = {"type": "object", "properties": {"a": {"const": "x" * 50}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked = {"messages": [USER], "response_format": form, "max_tokens": 6}
+    choice = http.post("/v1/chat/completions", json=asked).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].startswith("{")
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": ["Hi"]}, "messages[0]"),
+        ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [function("a", 5)]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": 5}}]}, "tools[0].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "perhaps"}, "tool_choice"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice.function.name",
+        ),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "json_object"}, "json_schema": {}}, "json_schema"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_completion_tokens": 1 << 40}, "max_completion_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 1000}, "n"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 1e400}, "temperature"),
+        ({"top_p": -1}, "top_p"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": ["a"] * 65}, "stop"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
+        ({"reasoning_format": "xml"}, "reasoning_format"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"quality": "best"}, "quality"),
+        ({"model": 5}, "model"),
+    ],
+)
+def test_what_is_wrong_is_named(http: httpx2.Client, changes: dict[str, Any], field: str) -> None:
+    body = json.dumps({"messages": [USER], **changes}).replace("Infinity", "1e400")
+    answer = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    told = answer.json()["error"]
+    assert told["param"] == field
+    assert field in told["message"]
+    assert told["type"] == "invalid_request_error"

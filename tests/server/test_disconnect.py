@@ -86,7 +86,6 @@ def test_an_answer_has_a_limit_of_time(scripted: ScriptedModel) -> None:
             whole = httpx2.post(f"{url}/v1/chat/completions", json=PATHS["/v1/chat/completions"])
             assert whole.status_code == 504
             streamed = httpx2.post(f"{url}/v1/messages", json={**PATHS["/v1/messages"], "stream": True})
-            assert streamed.status_code == 200
             assert "timeout_error" in streamed.text
             assert all(answer.closed.is_set() for answer in scripted.answers)
         finally:

@@ -95,9 +95,8 @@ def test_events_name_their_item(scripted_http: httpx2.Client, scripted: Scripted
     assert [item["type"] for item in done] == ["reasoning", "message", "function_call", "message"]
 
 
-@pytest.mark.parametrize(
-    "asked", [{"input": []}, {"input": ""}, {}, {"input": [], "instructions": "x", "stream": True}]
-)
+@pytest.mark.parametrize("asked", [{"input": []}, {"input": ""}, {}, {"input": [], "instructions": "x"}])
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_probe_without_input_is_answered(
     scripted_http: httpx2.Client, scripted: ScriptedModel, asked: dict[str, Any], stream: bool
 ) -> None:

@@ -1,0 +1,68 @@
+"""What a server tells of itself."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Any
+
+import anthropic
+import httpx2
+import numpy as np
+import pytest
+from scripted import ScriptedModel, serving
+
+import edgemoe
+
+
+def test_metrics_are_prometheus_text(bundled: edgemoe.Model) -> None:
+    with serving(bundled) as url, httpx2.Client(base_url=url, timeout=60) as client:
+        client.post("/v1/completions", json={"prompt": "The sea", "max_tokens": 5, "ignore_eos": True})
+        client.get("/nothing/1")
+        client.get("/nothing/2")
+        answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    values = {}
+    kinds = {}
+    for line in answer.text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name not in kinds
+            kinds[name] = kind
+        elif not line.startswith("#"):
+            sample = re.fullmatch(r'([a-z_]+(?:\{[a-z]+="[^"]*"(?:,[a-z]+="[^"]*")*\})?) (\S+)', line)
+            assert sample is not None, line
+            values[sample[1]] = float(sample[2])
+            assert any(sample[1].startswith(name) for name in kinds)
+    assert values['edgemoe_requests_total{path="/v1/completions",status="200"}'] == 1
+    assert values['edgemoe_requests_total{path="other",status="404"}'] == 2
+    assert values['edgemoe_answers_total{reason="length"}'] == 1
+    assert values["edgemoe_generated_tokens_total"] == 5
+    assert values["edgemoe_ttft_seconds_count"] == values['edgemoe_ttft_seconds_bucket{le="+Inf"}'] == 1
+    assert values["edgemoe_answers_running"] == 0
+    assert values["edgemoe_expert_requests_total"] > 0
+    assert values["edgemoe_memory_limit_bytes"] == bundled.budget.limit
+
+
+def test_the_engine_tells_what_the_page_shows(http: httpx2.Client, bundled: edgemoe.Model) -> None:
+    report = http.get("/engine").json()
+    assert report["layers"] == len(bundled.spec.layers)
+    assert report["experts"] == 32
+    assert report["memory"]["limit"] == bundled.budget.limit
+    assert {"hit_rate", "bytes_read", "stall_ms", "generated_tokens"} <= report["counters"].keys()
+
+
+def test_residency_is_told_as_bytes(scripted: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = np.array([[0, 1, 255], [2, 0, 1]], np.uint8)
+    reads = np.array([[0, 7, 0], [1 << 40, 0, 3]], np.uint64)
+    monkeypatch.setattr(ScriptedModel, "residency", lambda self: (levels, reads), raising=False)
+    with serving(scripted) as url:
+        report: dict[str, Any] = httpx2.get(f"{url}/engine").json()
+    assert base64.b64decode(report["resident"]) == levels.tobytes()
+    counts = np.frombuffer(base64.b64decode(report["reads"]), "<u4").reshape(2, 3)
+    assert counts.tolist() == [[0, 7, 0], [(1 << 32) - 1, 0, 3]]
+
+
+def test_anthropics_client_lists_the_model_too(url: str) -> None:
+    client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
