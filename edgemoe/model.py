@@ -31,7 +31,7 @@ from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Generation, GenerationResult, Request, Tally, figures
 from edgemoe.serving.session import Sequences, Session
 from edgemoe.spec import ModelSpec
-from edgemoe.text.answer import AnswerSplitter, check_format, end_of_thoughts, mark_ids
+from edgemoe.text.answer import AnswerSplitter, check_format, mark_ids
 from edgemoe.text.call_syntax import CallReader
 from edgemoe.text.sampling import Sampler, SamplingOptions
 from edgemoe.text.stream import StopStrings, TextStream
@@ -145,7 +145,7 @@ class Model:
         The other options are those of `generate`. Raises TokenizerError where the model has no chat template.
         """
         text = self._chat_prompt(messages, ToolUse(), chat_template_kwargs)
-        return self._answer(text, None, max_tokens, stop, sampling)
+        return self._answer(text, ToolUse(), None, max_tokens, stop, sampling)
 
     def chat_parts(
         self,
@@ -184,7 +184,7 @@ class Model:
         text = self._chat_prompt(messages, use, chat_template_kwargs)
         form = template_tools(self.tokenizer, self.spec.family).form if use.tools else None
         return Answer(
-            self._answer(text, form, max_tokens, stop, sampling),
+            self._answer(text, use, form, max_tokens, stop, sampling),
             AnswerSplitter(text, reasoning_format, CallReader(form, use) if form is not None else None),
         )
 
@@ -228,6 +228,7 @@ class Model:
     def _answer(
         self,
         prompt: str,
+        use: ToolUse,
         form: ToolFormat | None,
         max_tokens: int | None,
         stop: str | Sequence[str],
@@ -241,7 +242,7 @@ class Model:
             tokens = [*tokens, *rest] if rest and self.tokenizer.is_special(rest[0]) else []
         tokens = tokens or self.tokenizer.encode(prompt, limit=self.context)
         stream = TextStream(self.tokenizer, spelled=mark_ids(self.tokenizer, form))
-        return self._start(tokens, stream, max_tokens, stop, sampling, prompt)
+        return self._start(tokens, stream, max_tokens, stop, sampling, prompt, use, form)
 
     def _start(
         self,
@@ -251,8 +252,11 @@ class Model:
         stop: str | Sequence[str],
         sampling: Mapping[str, Any],
         prompt: str | None = None,
+        use: ToolUse | None = None,
+        form: ToolFormat | None = None,
     ) -> Generation:
-        """tokens: there may be more than these, if there are too many; prompt: of a conversation."""
+        """tokens: there may be more than these, if there are too many; prompt: of a conversation; use, form: its tools,
+        and how the model calls them."""
         # Wrong options are refused here and now, not when the first piece is asked for.
         explicit = {name: value for name, value in sampling.items() if value is not None}
         options = SamplingOptions.merged(explicit, self.generation_defaults)
@@ -267,8 +271,15 @@ class Model:
         for token, _ in options.logit_bias:
             if token >= self.spec.vocab_size:
                 raise OptionError(f"logit_bias: token {token}, but the vocabulary has {self.spec.vocab_size}")
-        # A grammar is for the answer, not for thoughts that the prompt has begun.
-        sampler = Sampler(options, self.tokenizer, self.tokenizer.token_id(end_of_thoughts(prompt or "")))
+        constraint = None
+        if prompt is not None and (form is not None or options.grammar is not None or options.json_schema is not None):
+            from edgemoe.text.answer_grammar import answer_constraint
+
+            # A grammar is for the answer, not for its frame and the thoughts before it.
+            constraint = answer_constraint(
+                prompt, self.tokenizer, use or ToolUse(), form, options.grammar, options.json_schema
+            )
+        sampler = Sampler(options, self.tokenizer, constraint)
 
         def on_step(tally: Tally) -> None:
             self._last = tally

@@ -201,9 +201,9 @@ def check_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     try:
         options = SamplingOptions.merged(given, {})
         if options.grammar is not None or options.json_schema is not None:
-            from edgemoe.text.grammar import check_language
+            from edgemoe.text.grammar import check_language, language
 
-            check_language(options.grammar, options.json_schema)
+            check_language(language(options.grammar, options.json_schema))
     except OptionError as error:
         raise click.UsageError(str(error)) from None
     return given

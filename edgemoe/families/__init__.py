@@ -99,7 +99,7 @@ class ToolFormat:
     loose_begin: what a call may begin with where the model leaves `begin` out.
     name_prefix: what stands before the name and is no part of it. numbered: the name is followed by a colon and the
         call's number, and all of it is the call's id.
-    lines: every mark stands on a line of its own ("json", "tagged").
+    lines: every mark stands on a line of its own ("json", "tagged"). own_lines: every value, too.
     id_length: characters of an id, letters and digits; 0 for any. quotes: marks around texts in arguments.
     """
 
@@ -121,6 +121,7 @@ class ToolFormat:
     name_prefix: str = ""
     numbered: bool = False
     lines: bool = False
+    own_lines: bool = False
     id_length: int = 0
     quotes: tuple[str, ...] = ()
 

@@ -20,6 +20,7 @@ FUNCTION_TAGS = ToolFormat(
     value_end="</parameter>",
     loose_begin="<function=",
     lines=True,
+    own_lines=True,
     signs=("<tool_call>", "<function="),
 )
 

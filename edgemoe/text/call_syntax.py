@@ -278,11 +278,11 @@ class CallReader:
         yield self._more(lead + '"')
         while not mark and not (reader.ended and reader.empty):
             text, mark = yield from reader.until((self.form.value_end,))
-            if self.form.lines and not begun and text:
+            if self.form.own_lines and not begun and text:
                 text, begun = text.removeprefix("\n"), True
             text = held + text
             held = ""
-            if self.form.lines and text.endswith("\n"):  # the line end before the mark is no part of the value
+            if self.form.own_lines and text.endswith("\n"):  # the line end before the mark is no part of the value
                 text, held = text[:-1], "\n"
             if text:
                 yield self._more(json.dumps(text, ensure_ascii=False)[1:-1])
@@ -292,7 +292,7 @@ class CallReader:
         return mark
 
     def _bare(self, value: str) -> str:
-        return value.removeprefix("\n").removesuffix("\n") if self.form.lines else value
+        return value.removeprefix("\n").removesuffix("\n") if self.form.own_lines else value
 
     # -- what is read when all of it is there ---------------------------------------------------------------------
 

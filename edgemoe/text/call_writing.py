@@ -39,21 +39,21 @@ def written(form: ToolFormat, calls: Sequence[Call]) -> str:
 def _call(form: ToolFormat, call: Call) -> str:
     if form.syntax == "json":
         found: dict[str, Any] = {"name": call.name, "arguments": call.arguments}
-        return _json(found | ({"id": call.id} if form.id_length else {}))
+        return _json(found | ({"id": call.id} if form.id_length and call.id else {}))
     if form.syntax == "named":
-        name = call.id if form.numbered and call.id else form.name_prefix + call.name
+        name = (call.id or f"{form.name_prefix}{call.name}:0") if form.numbered else form.name_prefix + call.name
         return form.name_begin + name + form.separator + _json(call.arguments) + form.call_end
     if form.syntax == "python":
         return f"{call.name}({', '.join(f'{key}={_python(value)}' for key, value in call.arguments.items())})"
     if form.syntax == "gemma":
         return f"call:{call.name}{_gemma(call.arguments)}"
-    line = "\n" if form.lines else ""
     pieces = [form.name_begin + call.name + form.name_end]
     for key, value in call.arguments.items():
         text = value if isinstance(value, str) else _json(value)
-        between = line if form.value_begin or form.name_begin.endswith("=") else ""  # MiniMax's values share the line
+        between = "\n" if form.own_lines else ""
+        lead = "\n" if form.value_begin else ""
         pieces.append(
-            form.key_begin + key + form.key_end + form.value_begin + between + text + between + form.value_end
+            form.key_begin + key + form.key_end + lead + form.value_begin + between + text + between + form.value_end
         )
     return "\n".join([*pieces, *filter(None, (form.call_end,))]) + ("" if form.call_end else "\n")
 

@@ -6,9 +6,11 @@ otherwise cuts text into the longest words first, as GBNF does not.
 
 from __future__ import annotations
 
+import json
 import re
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,19 +28,34 @@ _WHITESPACE = r"[ \n]|\n[ \t]{1,20}"
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, LLTokenizer] = weakref.WeakKeyDictionary()
 
 
-class Constraint:
-    """Where a text is in its language. Raises OptionError for a grammar or schema that cannot be used, and for a
-    tokenizer whose tokens have no text of their own."""
+@dataclass(frozen=True, slots=True)
+class Language:
+    """Which texts are allowed, in the library's form: Lark, or a JSON list of grammars. what: how messages call it."""
 
-    def __init__(self, tokenizer: Tokenizer, grammar: str | None, json_schema: str | None) -> None:
+    text: str
+    what: str
+
+    def grammar(self) -> dict[str, Any]:
+        """It as a part of another one."""
+        if not self.text.startswith("{"):
+            return {"lark_grammar": self.text}
+        (grammar,) = json.loads(self.text)["grammars"]
+        assert isinstance(grammar, dict)
+        return grammar
+
+
+class Constraint:
+    """Where a text is in its language. Raises OptionError for one that cannot be used, and for a tokenizer whose tokens
+    have no text of their own."""
+
+    def __init__(self, tokenizer: Tokenizer, language: Language) -> None:
         if not tokenizer.has_pieces:
             raise OptionError(f"{tokenizer.name}: a grammar is not possible with this kind of tokenizer")
-        language, what = _language(grammar, json_schema)
         vocabulary = _vocabulary(tokenizer)
         self._size = vocabulary.vocab_size
-        self._matcher = LLMatcher(vocabulary, language, log_level=0, limits=_LIMITS)
+        self._matcher = LLMatcher(vocabulary, language.text, log_level=0, limits=_LIMITS)
         if self._matcher.is_error():
-            raise OptionError(f"{what}: {_reason(self._matcher.get_error())}")
+            raise OptionError(f"{language.what}: {_reason(self._matcher.get_error())}")
 
     @property
     def finished(self) -> bool:
@@ -70,23 +87,22 @@ class Constraint:
             raise EdgemoeError(f"the grammar failed: {_reason(self._matcher.get_error())}")
 
 
-def check_language(grammar: str | None, json_schema: str | None) -> None:
+def check_language(language: Language) -> None:
     """Refuses a grammar or schema that no tokenizer makes usable with OptionError."""
-    language, what = _language(grammar, json_schema)
-    failed, messages = LLMatcher.validate_grammar_with_warnings(language, limits=_LIMITS)
+    failed, messages = LLMatcher.validate_grammar_with_warnings(language.text, limits=_LIMITS)
     if failed:
-        raise OptionError(f"{what}: {_reason(messages[0])}")
+        raise OptionError(f"{language.what}: {_reason(messages[0])}")
 
 
-def _language(grammar: str | None, json_schema: str | None) -> tuple[str, str]:
-    """(the library's form, what to call it in messages)."""
+def language(grammar: str | None, json_schema: str | None) -> Language:
+    """That of a grammar, or of the JSON of a schema. Raises OptionError for what is no GBNF."""
     if json_schema is not None:
         options: Any = {"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE}
-        return LLMatcher.grammar_from_json_schema(json_schema, overrides=options), "json_schema"
+        return Language(LLMatcher.grammar_from_json_schema(json_schema, overrides=options), "json_schema")
     assert grammar is not None
     if not re.search(r"(?m)^\s*(%llguidance\b|start\s*:(?!:))", grammar):
         grammar = translate_gbnf(grammar)
-    return LLMatcher.grammar_from_lark(grammar), "grammar"
+    return Language(LLMatcher.grammar_from_lark(grammar), "grammar")
 
 
 def _reason(message: str) -> str:

@@ -20,6 +20,7 @@ from edgemoe.text import samplers as steps
 from edgemoe.text.samplers import Candidates
 
 if TYPE_CHECKING:
+    from edgemoe.text.grammar import Constraint
     from edgemoe.text.tokenizer import Tokenizer
 
 SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
@@ -212,16 +213,18 @@ class Sampler:
     """Draws the tokens of one text. The same seed, options, logits and history give the same tokens.
 
     options: how; tokenizer: needed for dry, ignore_eos, grammar and json_schema.
-    grammar_after: the grammar says nothing about the tokens up to and with this one.
+    constraint: what the text may be, in place of the options' grammar or json_schema.
     seed: the seed in use, also where the options asked for a random one.
     Raises OptionError for a grammar that is none, and where the tokenizer does not fit the options.
     """
 
     def __init__(
-        self, options: SamplingOptions, tokenizer: Tokenizer | None = None, grammar_after: int | None = None
+        self,
+        options: SamplingOptions,
+        tokenizer: Tokenizer | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.options = options
-        self._grammar_after = grammar_after
         self.seed = options.seed if options.seed >= 0 else secrets.randbits(32)
         # The raw stream of a bit generator is what NumPy promises to keep; its floating-point methods are not.
         self._bits = Philox(self.seed)
@@ -231,13 +234,13 @@ class Sampler:
             biases |= dict.fromkeys(tokenizer.end_ids, -math.inf)
         self._biased = np.array(list(biases), np.int64)
         self._biases = np.array(list(biases.values()), np.float32)
-        self._constraint = None
-        if options.grammar is not None or options.json_schema is not None:
-            from edgemoe.text.grammar import Constraint
+        if constraint is None and (options.grammar is not None or options.json_schema is not None):
+            from edgemoe.text.grammar import Constraint, language
 
             if tokenizer is None:
                 raise OptionError("a grammar needs a tokenizer")
-            self._constraint = Constraint(tokenizer, options.grammar, options.json_schema)
+            constraint = Constraint(tokenizer, language(options.grammar, options.json_schema))
+        self._constraint = constraint
         self._steps = [] if options.mirostat else self._chain(tokenizer)
 
     @property
@@ -260,10 +263,7 @@ class Sampler:
             logits[self._biased] += self._biases
         before = self._surprise
         token = self._draw(logits, history)
-        if self._grammar_after is not None:
-            if token == self._grammar_after:
-                self._grammar_after = None
-        elif self._constraint is not None:
+        if self._constraint is not None:
             # As llama.cpp does: the grammar is asked about all tokens only where it refuses this one.
             if not self._constraint.allows(token):
                 self._surprise = before

@@ -125,19 +125,25 @@ def test_thoughts(model: edgemoe.Model) -> None:
     parts = list(model.chat_parts(asked, chat_template_kwargs=thinking, logit_bias={close: 100}, **options))
     assert "".join(text for kind, text, *_ in parts if kind == "content") == "yes"
     raw = "".join(model.chat(asked, chat_template_kwargs=thinking, logit_bias={close: 100}, **options))
-    assert raw == "</think>yes"
+    assert raw.startswith("</think>") and raw.split() in (["</think>", "yes"], ["</think>yes"])
     parts = list(model.chat_parts(asked, chat_template_kwargs=thinking, max_tokens=4, seed=1, ignore_eos=True))
     assert parts[0].kind == "reasoning"
     unparsed = model.chat_parts(
         asked, reasoning_format="none", chat_template_kwargs=thinking, logit_bias={close: 100}, **options
     )
-    assert "".join(part.text for part in unparsed) == "</think>yes"
-    assert "".join(part.text for part in model.chat_parts(asked, **options)) == "yes"
+    assert "".join(part.text for part in unparsed) == raw
+    begin = {token(model, "<think>"): -100.0}
+    assert "".join(part.text for part in model.chat_parts(asked, logit_bias=begin, **options)) == "yes"
+    # Thoughts that the model itself begins are free, too.
+    bias = {token(model, "<think>"): 200.0, close: 100.0}
+    raw = "".join(model.chat(asked, logit_bias=bias, **options))
+    assert raw.startswith("<think></think>") and raw.endswith("yes")
+    assert "".join(part.text for part in model.chat_parts(asked, logit_bias=bias, **options)) == "yes"
     with model.chat_parts(asked, max_tokens=50, seed=1, ignore_eos=True) as answer:
         next(answer)
     assert answer.result.finish_reason == "cancelled" and len(list(answer)) <= 1
     answer = model.chat_parts(asked, chat_template_kwargs=thinking, logit_bias={close: 100}, **options)
-    assert {part.kind for part in answer} == {"content"} and answer.result.text == "</think>yes"
+    assert {part.kind for part in answer} == {"content"} and answer.result.text.startswith("</think>")
     with pytest.raises(OptionError, match="reasoning_format"):
         model.chat_parts(asked, reasoning_format="magic")
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgemoe.errors import EdgemoeError, OptionError
-from edgemoe.text.grammar import Constraint, check_language, translate_gbnf
+from edgemoe.text.grammar import Constraint, check_language, language, translate_gbnf
 from edgemoe.text.sampling import Sampler, SamplingOptions
 from edgemoe.text.tokenizer import Tokenizer
 
@@ -16,7 +16,7 @@ from edgemoe.text.tokenizer import Tokenizer
 def accepts(tokenizer: Tokenizer, grammar: str | None, text: str, schema: str | None = None) -> bool:
     """Whether the text, a byte at a time, is all of a text in the language."""
     bytes_ = {tokenizer.spelling(token): token for token in range(tokenizer.vocab_size)}
-    constraint = Constraint(tokenizer, grammar, schema)
+    constraint = Constraint(tokenizer, language(grammar, schema))
     for byte in text.encode():
         token = bytes_[bytes([byte])]
         if not constraint.allows(token):
@@ -61,7 +61,7 @@ ws    ::= [ \\t\\n]*
     ],
 )
 def test_grammars(byte_level: Tokenizer, grammar: str, inside: list[str], outside: list[str]) -> None:
-    check_language(grammar, None)
+    check_language(language(grammar, None))
     for text in inside:
         assert accepts(byte_level, grammar, text), text
     for text in outside:
@@ -95,14 +95,14 @@ def test_grammars(byte_level: Tokenizer, grammar: str, inside: list[str], outsid
 )
 def test_broken_grammars(grammar: str, message: str) -> None:
     with pytest.raises(OptionError, match=f"^grammar: .*{message}") as error:
-        check_language(grammar, None)
+        check_language(language(grammar, None))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("schema", ['{"type": "thing"}', '{"not": {}}', '{"$ref": "#/nowhere"}', '{"type": 5}'])
 def test_broken_schemas(byte_level: Tokenizer, schema: str) -> None:
     with pytest.raises(OptionError, match=r"^json_schema: ") as error:
-        check_language(None, schema)
+        check_language(language(None, schema))
     assert "\n" not in str(error.value)
     with pytest.raises(OptionError, match=r"^json_schema: "):
         Sampler(SamplingOptions(json_schema=schema), byte_level)
@@ -207,17 +207,14 @@ def test_what_a_grammar_cannot_do(byte_level: Tokenizer, wordpiece: Tokenizer) -
         Sampler(options)
 
 
-def test_a_grammar_may_begin_later(byte_level: Tokenizer) -> None:
-    mark, a, b = (byte_level.encode(text)[0] for text in ("<tool>", "a", "b"))
-    sampler = Sampler(SamplingOptions(temperature=0, grammar='root ::= "a"'), byte_level, grammar_after=mark)
+def test_a_constraint_of_ones_own(byte_level: Tokenizer) -> None:
+    a, b = (byte_level.encode(text)[0] for text in "ab")
+    sampler = Sampler(
+        SamplingOptions(temperature=0), byte_level, Constraint(byte_level, language('root ::= "a"', None))
+    )
     logits = np.zeros(byte_level.vocab_size, np.float32)
-    drawn = []
-    for wanted in (b, mark, b):
-        logits[:] = 0
-        logits[wanted] = 1
-        drawn.append(sampler.sample(logits))
-        assert sampler.finished == (len(drawn) == 3)
-    assert drawn == [b, mark, a]
+    logits[b] = 1
+    assert sampler.sample(logits) == a and sampler.finished
 
 
 def test_translation() -> None:

@@ -41,7 +41,7 @@ CALLS = [
     Call("get-time", {}, "functions.get-time:1"),
     Call(
         "mcp.files.read",
-        {"tags": ["a", "b, c"], "more": {"deep": {"er": [1, 2.5, None, False]}}, "units": "C", "note": None},
+        {"units": "C", "tags": ["a", "b, c"], "more": {"deep": {"er": [1, 2.5, None, False]}}, "note": None},
         "functions.mcp.files.read:2",
     ),
 ]
