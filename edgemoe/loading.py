@@ -10,7 +10,15 @@ from edgemoe.errors import OptionError
 from edgemoe.formats.index import ModelIndex
 from edgemoe.memory import Budget, plan_budget
 from edgemoe.model_files import default_cache_dir
-from edgemoe.options import DEFAULT_READERS, EngineOptions, LoadOptions, Quality, context_length
+from edgemoe.options import (
+    DEFAULT_READERS,
+    EXACT,
+    QUALITIES,
+    EngineOptions,
+    LoadOptions,
+    Quality,
+    context_length,
+)
 from edgemoe.processors import usable_processors
 from edgemoe.spec import ModelSpec
 
@@ -22,6 +30,11 @@ class Loaded:
     engine: Engine
     options: EngineOptions
     budget: Budget
+
+    @property
+    def resident(self) -> bool:
+        """Whether every expert has its place in memory."""
+        return self.budget.expert_slots >= self.budget.all_slots
 
 
 def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
@@ -67,20 +80,25 @@ def _check_cache_types(spec: ModelSpec, key_type: str, value_type: str) -> None:
             raise OptionError(f"cache type q8_0 needs heads of a multiple of 32, not {dim}")
 
 
+def quality_of(index: ModelIndex, name: str) -> Quality:
+    """What a mode's name means for a pack. Raises OptionError."""
+    if name not in QUALITIES:
+        raise OptionError(f"quality = {name!r} is not one of {', '.join(QUALITIES)}")
+    if name == "exact":
+        return EXACT
+    if index.level_count == 1:
+        raise OptionError(f"{index.path}: quality {name!r}: all experts are stored at one precision")
+    modes = {} if index.quality is None else index.quality.modes
+    if name not in modes:
+        raise OptionError(f"{index.path}: quality {name!r}: the pack does not say what was measured for this mode")
+    return Quality(thresholds=tuple(modes[name].thresholds))
+
+
 def _thresholds(index: ModelIndex, options: LoadOptions) -> tuple[float, ...]:
     """What a mode's name means for a pack, or the thresholds that were chosen in its place. Raises OptionError."""
     quality, chosen = options.quality, options.thresholds
     if chosen is None:
-        if quality == "exact":
-            return ()
-        if index.level_count == 1:
-            raise OptionError(f"{index.path}: quality {quality!r}: all experts are stored at one precision")
-        modes = {} if index.quality is None else index.quality.modes
-        if quality not in modes:
-            raise OptionError(
-                f"{index.path}: quality {quality!r}: the pack does not say what was measured for this mode"
-            )
-        chosen = modes[quality].thresholds
+        chosen = quality_of(index, quality).thresholds
     elif quality != "exact":
         raise OptionError(f"quality {quality!r} and thresholds exclude each other")
     try:

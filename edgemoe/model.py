@@ -20,7 +20,7 @@ from edgemoe.engine import Count, Engine
 from edgemoe.errors import ContextLengthError, OptionError, TokenizerError
 from edgemoe.families import ToolFormat
 from edgemoe.formats.read import load_tokenizer, read_index
-from edgemoe.loading import load_engine
+from edgemoe.loading import load_engine, quality_of
 from edgemoe.memory import Budget
 from edgemoe.model_files import Progress, resolve
 from edgemoe.options import EngineOptions, LoadOptions, Quality
@@ -28,8 +28,9 @@ from edgemoe.protocols import chat_completions
 from edgemoe.protocols.requests import Reply
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.conversations import Conversations
-from edgemoe.serving.generation import Generation, GenerationResult, Request, Tally, figures
-from edgemoe.serving.session import Sequences, Session
+from edgemoe.serving.generation import Generation, GenerationResult, Tally, TextDrawer, figures
+from edgemoe.serving.scheduler import Scheduler
+from edgemoe.serving.session import Session
 from edgemoe.spec import ModelSpec
 from edgemoe.text.answer import AnswerSplitter, check_format, mark_ids
 from edgemoe.text.call_syntax import CallReader
@@ -39,6 +40,9 @@ from edgemoe.text.tokenizer import Tokenizer, check_vocabulary
 from edgemoe.text.tokens import token_ids
 from edgemoe.text.tool_messages import prepared, template_tools
 from edgemoe.text.tools import ToolUse
+
+MAX_LOGPROBS = 20
+"""As OpenAI's API has it."""
 
 
 def load(
@@ -63,8 +67,8 @@ def load(
 class Model:
     """A model that is ready to generate. Use `load`; close it, or use it in a `with` statement.
 
-    Usable from several threads. Generations that run at the same time take turns, a token each or some; none of them
-    sees the others but in time.
+    Usable from several threads and on event loops. Generations that run at the same time go through the model together;
+    none of them sees the others but in time.
 
     engine: what computes; who changes its sequences does so through `forward`. options: what the engine was given.
     quality: the mode's name. context: positions of a sequence. threads: that compute.
@@ -92,9 +96,10 @@ class Model:
         loaded = load_engine(index, options)
         self.engine, self.options, self.budget = loaded.engine, loaded.options, loaded.budget
         self.quality = options.quality
+        self._index = index
         self.context = self.options.context
         self.threads = self.options.threads
-        self._sequences = Sequences(self.engine, self.options.sequences, self.options.chunk)
+        self._scheduler = Scheduler(self.engine, self.options, loaded.resident, options.max_gap)
         self._conversations = Conversations()
         self._last = Tally(0, Count())  # of the generation that computed last
 
@@ -114,7 +119,9 @@ class Model:
         prompt: text (BOS is added where the model wants it, unless add_special is False) or token ids.
         max_tokens: at most this many; None until the model ends or the context is full.
         stop: strings that end the text and are not part of it.
-        sampling: fields of SamplingOptions (temperature, top_k, ..., ignore_eos, grammar, json_schema, seed).
+        sampling: fields of SamplingOptions (temperature, top_k, ..., ignore_eos, grammar, json_schema, seed), and
+            logprobs: the result tells of each token how likely it was, and which so many tokens were the likeliest;
+            quality: the pack's mode (docs/quantization.md) for this text, in place of the model's.
         The generation's `result` describes the run.
 
         Raises ContextLengthError, OptionError, ReadError.
@@ -259,9 +266,13 @@ class Model:
         and how the model calls them."""
         # Wrong options are refused here and now, not when the first piece is asked for.
         explicit = {name: value for name, value in sampling.items() if value is not None}
+        logprobs, quality = explicit.pop("logprobs", None), explicit.pop("quality", self.quality)
         options = SamplingOptions.merged(explicit, self.generation_defaults)
         if max_tokens is not None and max_tokens < 0:
             raise OptionError(f"max_tokens = {max_tokens} is negative")
+        if logprobs is not None and (isinstance(logprobs, bool) or not 0 <= logprobs <= MAX_LOGPROBS):
+            raise OptionError(f"logprobs = {logprobs!r} is not between 0 and {MAX_LOGPROBS}")
+        own_quality = None if quality == self.quality else quality_of(self._index, quality)
         if not tokens:
             tokens = list(self.tokenizer.bos_ids[:1])
         if not tokens:
@@ -288,20 +299,14 @@ class Model:
             if prompt is not None:
                 self._conversations.remember(prompt + text, tokens)
 
-        return Generation(
-            Request(
-                self._sequences,
-                tokens,
-                sampler,
-                stream,
-                StopStrings(stop),
-                max_tokens,
-                self.tokenizer.end_ids,
-                self.context,
-                on_step,
-                on_text,
-            )
+        drawer = TextDrawer(
+            sampler, self.tokenizer, stream, StopStrings(stop), max_tokens, self.context, logprobs, on_text
         )
+        session = Session(tokens, drawer, own_quality)
+        if max_tokens == 0:
+            session.drawn.append(drawer.finish("length", tokens, 0))
+            session.done = True
+        return Generation(self._scheduler, session, Tally(len(tokens), session.count), on_step)
 
     def _too_long(self, count: str) -> ContextLengthError:
         return ContextLengthError(
@@ -313,7 +318,7 @@ class Model:
     def logits(self, tokens: ArrayLike, first: int = 0) -> NDArray[np.float32]:
         """float32 [tokens - first, vocab]: the logits after each token of a sequence of its own, from `first` on."""
         ids = np.asarray(token_ids(tokens, self.spec.vocab_size, "the text"), np.int32)
-        return self._sequences.all_logits(ids, first)
+        return self._scheduler.all_logits(ids, first)
 
     def forward(
         self,
@@ -333,18 +338,14 @@ class Model:
         ContextLengthError, ReadError, OptionError, ValueError.
         """
         ids = token_ids(tokens, self.spec.vocab_size, "the text")
-        return self._sequences.forward(ids, positions, sequence_ids, wanted, qualities, quality)
+        return self._scheduler.forward(ids, positions, sequence_ids, wanted, qualities, quality)
 
     def next_logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """float32 [vocab]: the logits after `tokens`, of which only what no sequence holds yet is computed."""
         ids = token_ids(tokens, self.spec.vocab_size, "the text", self.context)
         if not 0 < len(ids) <= self.context:
             raise ContextLengthError(f"a text of {len(ids)} tokens: 1 to {self.context} fit into the context")
-        session = Session(ids)
-        try:
-            return self._sequences.next_logits(session)
-        finally:
-            session.done = True
+        return self._scheduler.next_logits(ids)
 
     @contextmanager
     def trace(self, path: str | os.PathLike[str], part: str = "text") -> Iterator[None]:
@@ -358,24 +359,28 @@ class Model:
         layers = self.spec.layers
         experts, top_k = [layer.experts for layer in layers], [layer.top_k for layer in layers]
         with TraceWriter(path, self.path.name, experts, top_k, self.spec.family, predictions=True) as writer:
-            self._sequences.record((writer, part))
+            self._scheduler.record((writer, part))
             try:
                 yield
             finally:
-                self._sequences.record(None)
+                self._scheduler.record(None)
 
     def snapshot(self) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
         """The state of the sequence that was used last, for `restore`: its tokens and an opaque uint8 array."""
-        return self._sequences.snapshot()
+        return self._scheduler.snapshot()
 
     def restore(self, snapshot: tuple[tuple[int, ...], NDArray[np.uint8]]) -> None:
         """Goes back to a state that `snapshot` of a model with the same options gave. Raises ValueError."""
-        self._sequences.restore(*snapshot)
+        self._scheduler.restore(*snapshot)
 
     @property
     def last_stop_reason(self) -> str:
         """Why the generation that computed last has ended (`GenerationResult.finish_reason`)."""
         return self._last.finish_reason
+
+    def status(self) -> dict[str, int]:
+        """running: generations that have a sequence; waiting: that have none yet; sequences: that there are."""
+        return self._scheduler.status()
 
     def counters(self) -> dict[str, float]:
         """Figures of all that the engine has done since it was loaded (docs/architecture.md)."""
@@ -384,7 +389,7 @@ class Model:
     @property
     def last_result(self) -> GenerationResult:
         """The result of the generation that computed last; where several run at once, ask the generation itself."""
-        self._sequences.settle(self._last.count)
+        self._scheduler.settle(self._last.count)
         return self._last.result()
 
     def stats(self, result: GenerationResult | None = None) -> dict[str, float]:
@@ -423,6 +428,7 @@ class Model:
         """Gives the memory back. A pass that is under way elsewhere ends at its next layer; generations that were not
         at their end raise EdgemoeError when they are read on."""
         self.engine.close()
+        self._scheduler.close()
 
     def __enter__(self) -> Model:
         return self

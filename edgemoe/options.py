@@ -19,6 +19,7 @@ EVICTION_POLICIES = ("next_use", "lru", "lfu", "least_stale")
 QUALITIES = ("exact", "high", "balanced", "fast")
 DEFAULT_CONTEXT = 4096
 DEFAULT_READERS = 2
+DEFAULT_MAX_GAP = 5.0
 
 _UNITS = {
     "": 1,
@@ -163,6 +164,9 @@ class LoadOptions:
     )
     thresholds: Sequence[float] | None = _option(Meaning("Of a lossy mode, in place of a quality's."), None)
     level_cap: int | None = _option(Meaning("No expert works above this level.", least=0, automatic="all levels"), None)
+    max_gap: float = _option(
+        Meaning("Seconds that a text may pause at most because others have their turn."), DEFAULT_MAX_GAP
+    )
     chunk: int | None = _as_engine("chunk", None)
     expert_slots: int | None = _as_engine("expert_slots", None)
     readers: int | None = _as_engine("readers", None)

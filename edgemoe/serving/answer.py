@@ -12,7 +12,8 @@ from edgemoe.text.parts import Part
 
 
 class Answer:
-    """An answer in parts (`Part`: thoughts, content, tool calls), as they come. Otherwise as a `Generation`.
+    """An answer in parts (`Part`: thoughts, content, tool calls), as they come: an iterator, and an asynchronous
+    one. Otherwise as a `Generation`.
 
     generation: whose text it takes apart; its result has all of the text, with the marks around the thoughts.
     """
@@ -33,14 +34,32 @@ class Answer:
             raise EdgemoeError(BUSY)
         try:
             while not self._ready and not self._ended:
-                piece = next(self.generation, None)
-                self._ended = piece is None
-                self._ready.extend(self._splitter.finish() if piece is None else self._splitter.push(piece))
+                self._take(next(self.generation, None))
             if not self._ready:
                 raise StopIteration
             return self._ready.popleft()
         finally:
             self._busy.release()
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> Part:
+        """The same on an event loop, as `Generation`."""
+        if not self._busy.acquire(blocking=False):
+            raise EdgemoeError(BUSY)
+        try:
+            while not self._ready and not self._ended:
+                self._take(await anext(self.generation, None))
+            if not self._ready:
+                raise StopAsyncIteration
+            return self._ready.popleft()
+        finally:
+            self._busy.release()
+
+    def _take(self, piece: str | None) -> None:
+        self._ended = piece is None
+        self._ready.extend(self._splitter.finish() if piece is None else self._splitter.push(piece))
 
     @property
     def result(self) -> GenerationResult:

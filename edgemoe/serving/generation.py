@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edgemoe.engine import Cancel, Cancelled, Count, EngineCounters
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.engine import Count, EngineCounters
 from edgemoe.errors import EdgemoeError
-from edgemoe.serving.session import Sequences, Session
+from edgemoe.serving.scheduler import Scheduler
+from edgemoe.serving.session import Drawn, Session, TokenLogprob
 from edgemoe.text.sampling import Sampler
 from edgemoe.text.stream import StopStrings, TextStream
+from edgemoe.text.tokenizer import Tokenizer
 
 BUSY = "another thread is in this generation"
 
@@ -27,7 +34,8 @@ class GenerationResult:
     those of the prompt where a sequence held its beginning. computed_tokens: in all; more than were new where other
     generations took the sequence meanwhile.
     ttft_seconds: from the first call to the first token, None before it. seconds: from the first token to the last.
-    counters: what the engine counted from the begin of this generation's steps on (docs/architecture.md).
+    counters: what the engine counted in this generation's steps (docs/architecture.md), which others may have shared.
+    logprobs: of each of the tokens, where they were asked for. stop_string: the one that ended the text.
     """
 
     text: str
@@ -39,6 +47,8 @@ class GenerationResult:
     ttft_seconds: float | None
     seconds: float
     counters: EngineCounters
+    logprobs: tuple[TokenLogprob, ...] = ()
+    stop_string: str | None = None
 
     @property
     def generated_tokens(self) -> int:
@@ -58,6 +68,8 @@ class Tally:
     computed_tokens: int = 0
     ttft_seconds: float | None = None
     seconds: float = 0.0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    stop_string: str | None = None
 
     def result(self) -> GenerationResult:
         return GenerationResult(
@@ -70,123 +82,111 @@ class Tally:
             self.ttft_seconds,
             self.seconds,
             self.count.counters,
+            tuple(self.logprobs),
+            self.stop_string,
         )
 
 
-class Request:
-    """What a generation needs to run. It does not know its `Generation`, so that nothing but its user holds that.
+class TextDrawer:
+    """Draws the tokens of a text, and makes text of them.
 
-    end_ids: tokens that end the text. context: positions of a sequence. on_step: called with the tally before each
-    token. on_text: called with the text that was generated, and all tokens, unless a stop string ended it.
+    end_ids: tokens that end the text. context: positions of a sequence. logprobs: so many of the likeliest tokens are
+    told with each; None for nothing about it. on_text: called with the text and all tokens when the text has ended,
+    unless a stop string ended it.
     """
 
     def __init__(
         self,
-        sequences: Sequences,
-        tokens: list[int],
         sampler: Sampler,
+        tokenizer: Tokenizer,
         stream: TextStream,
         stops: StopStrings,
         max_tokens: int | None,
-        end_ids: tuple[int, ...],
         context: int,
-        on_step: Callable[[Tally], None],
-        on_text: Callable[[str, list[int]], None],
+        logprobs: int | None,
+        on_text: Callable[[str, list[int]], None] | None,
     ) -> None:
-        self.sequences = sequences
-        self.session = Session(tokens)
-        self.tally = Tally(len(tokens), self.session.count)
-        self.cancel = Cancel()
         self._sampler = sampler
+        self._tokenizer = tokenizer
         self._stream = stream
         self._stops = stops
-        self._max_tokens = max_tokens
-        self._end_ids = end_ids
+        self._left = math.inf if max_tokens is None else max_tokens
         self._context = context
-        self._on_step = on_step
+        self._logprobs = logprobs
         self._on_text = on_text
+        self._pieces: list[str] = []
 
-    def pieces(self) -> Iterator[str]:
-        """The text as it comes."""
-        try:
-            yield from self._run()
-        except (GeneratorExit, KeyboardInterrupt):
-            self.finish("cancelled")
-            raise
-        except BaseException:
-            self.finish("error")
-            raise
+    def draw(self, logits: NDArray[np.float32], tokens: list[int], computed: int) -> Drawn:
+        token = self._sampler.sample(logits, tokens)
+        at = time.perf_counter()
+        logprob = None if self._logprobs is None else self._logprob(logits, token, self._logprobs)
+        self._left -= 1
+        if token in self._tokenizer.end_ids:
+            return self._last("", token, "eos", tokens, computed, at, logprob)
+        tokens.append(token)
+        piece, stopped = self._stops.push(self._stream.push(token))
+        if stopped:
+            return Drawn(piece, token, "stop", computed, at, logprob, self._stops.found)
+        if self._sampler.finished:
+            return self._last(piece, token, "eos", tokens, computed, at, logprob)
+        if self._left <= 0 or len(tokens) > self._context:
+            return self._last(piece, token, "length", tokens, computed, at, logprob)
+        self._pieces.append(piece)
+        return Drawn(piece, token, "", computed, at, logprob)
 
-    def finish(self, reason: str) -> None:
-        """It will not go on; the first reason counts. Waits for nothing: it is also called by the garbage collector."""
-        if not self.tally.finish_reason:
-            self.tally.finish_reason = reason
-        self.session.done = True
+    def finish(self, reason: str, tokens: list[int], computed: int) -> Drawn:
+        return self._last("", None, reason, tokens, computed, time.perf_counter(), None)
 
-    def _end(self, reason: str) -> None:
-        self.finish(reason)
-        self.sequences.wake()
+    def _last(
+        self,
+        piece: str,
+        token: int | None,
+        reason: str,
+        tokens: list[int],
+        computed: int,
+        at: float,
+        logprob: TokenLogprob | None,
+    ) -> Drawn:
+        """The end of the text, with what was held back of it."""
+        rest, stopped = self._stops.push(self._stream.finish())
+        piece += rest
+        if stopped:
+            return Drawn(piece, token, "stop", computed, at, logprob, self._stops.found)
+        piece += self._stops.finish()
+        if self._on_text is not None:
+            self._on_text("".join(self._pieces) + piece, tokens)
+        return Drawn(piece, token, reason, computed, at, logprob)
 
-    def _run(self) -> Iterator[str]:
-        session, tally, stops, sampler = self.session, self.tally, self._stops, self._sampler
-        reason, begin, first = "length", time.perf_counter(), 0.0
-        while self._max_tokens is None or len(tally.tokens) < self._max_tokens:
-            self._on_step(tally)
-            try:
-                logits = self.sequences.next_logits(session, self.cancel)
-            except Cancelled:
-                reason = "cancelled"
-                break
-            token = sampler.sample(logits, session.tokens)
-            now = time.perf_counter()
-            tally.computed_tokens = session.computed
-            if tally.ttft_seconds is None:
-                first = now
-                tally.ttft_seconds = now - begin
-                tally.computed_prompt_tokens = session.computed
-            tally.tokens.append(token)
-            tally.seconds = now - first
-            if token in self._end_ids:
-                reason = "eos"
-                break
-            session.tokens.append(token)
-            piece, stopped = stops.push(self._stream.push(token))
-            if stopped:
-                self._end("stop")
-            if piece:
-                tally.pieces.append(piece)
-                yield piece
-            if stopped:
-                return
-            if sampler.finished:
-                reason = "eos"
-                break
-            if len(session.tokens) > self._context:
-                break
-        piece, stopped = stops.push(self._stream.finish())
-        if not stopped:
-            piece += stops.finish()
-        if piece:
-            tally.pieces.append(piece)
-        self._end("stop" if stopped else reason)
-        if not stopped:
-            self._on_text("".join(tally.pieces), session.tokens)
-        if piece:
-            yield piece
+    def _logprob(self, logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
+        shifted = logits.astype(np.float64) - float(logits.max())
+        shifted -= math.log(np.exp(shifted).sum())
+        likeliest = np.argsort(-shifted, kind="stable")[:count] if count else ()
+        top = tuple((int(i), self._tokenizer.spelling(int(i)), float(shifted[i])) for i in likeliest)
+        return TokenLogprob(token, self._tokenizer.spelling(token), float(shifted[token]), top)
 
 
 class Generation:
-    """The text that continues a prompt, in pieces, as they come.
+    """The text that continues a prompt, in pieces, as they come: an iterator, and an asynchronous one.
 
     It may be used from any thread, though from one at a time, and left at any point: nothing waits for a generation
-    that is not read on. `result` says what it has done so far.
+    that is not read on. `result` says what has been read of it so far.
     """
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._pieces = request.pieces()
+    def __init__(self, scheduler: Scheduler, session: Session, tally: Tally, on_step: Callable[[Tally], None]) -> None:
+        """on_step: called with the tally before something is computed for this generation."""
+        self._scheduler = scheduler
+        self._session = session
+        self._tally = tally
+        self._on_step = on_step
+        self._begun: float | None = None
+        self._first = 0.0
         self._busy = threading.Lock()
         self._closed = False
+
+    def __repr__(self) -> str:
+        tally = self._tally
+        state = tally.finish_reason or ("not begun" if self._begun is None else "running")
+        return f"<edgemoe.Generation: {len(tally.tokens)} tokens after {tally.prompt_tokens}, {state}>"
 
     def __iter__(self) -> Generation:
         return self
@@ -194,53 +194,116 @@ class Generation:
     def __next__(self) -> str:
         """The next piece of text. Raises ReadError, and EdgemoeError when the model is closed or another thread is in
         this generation."""
-        if not self._busy.acquire(blocking=False):
-            raise EdgemoeError(BUSY)
+        self._enter()
         try:
-            if self._closed:
-                raise StopIteration
-            if self._request.tally.finish_reason in ("", "error"):
-                self._request.sequences.check_open()
-            piece = next(self._pieces)
-            if self._closed:  # meanwhile
-                raise StopIteration
-            return piece
+            while self._goes_on():
+                piece = self._read(self._scheduler.next(self._session))
+                if piece:
+                    return piece
+            raise StopIteration
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._failed(error)
+            raise
         finally:
             self._busy.release()
-            if self._closed:
-                self._end()
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> str:
+        """The same on an event loop, which it does not block. A task that is cancelled leaves the generation as it is;
+        `close` ends it."""
+        self._enter()
+        try:
+            while self._goes_on():
+                piece = self._read(await self._scheduler.next_async(self._session))
+                if piece:
+                    return piece
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._failed(error)
+            raise
+        finally:
+            self._busy.release()
+        raise StopAsyncIteration
 
     def stop(self) -> None:
         """Ends the text where it is; what was held back of it still comes. From any thread, at once."""
-        self._request.cancel.set()
+        self._scheduler.cancel(self._session)
 
     def close(self) -> None:
         """Ends the generation; nothing more comes. From any thread, at once; may be called again."""
         self._closed = True
-        self._request.cancel.set()
-        self._end()
-
-    def _end(self) -> None:
-        # Called after `_closed` is set, and by who was in the generation then after leaving it: one of them succeeds.
-        if self._busy.acquire(blocking=False):
-            try:
-                self._pieces = iter(())
-                self._request.finish("cancelled")
-            finally:
-                self._busy.release()
-            self._request.sequences.wake()
+        self._session.done = True
+        self._scheduler.cancel(self._session)
+        self._finish("cancelled")
 
     @property
     def result(self) -> GenerationResult:
-        """What it has done so far; final once `finish_reason` is not empty."""
-        self._request.sequences.settle(self._request.session.count)
-        return self._request.tally.result()
+        """What has been read of it so far; final once `finish_reason` is not empty."""
+        self._scheduler.settle(self._session.count)
+        return self._tally.result()
 
     def __enter__(self) -> Generation:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _enter(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            raise EdgemoeError(BUSY)
+        if self._begun is None:
+            self._begun = time.perf_counter()
+
+    def _goes_on(self) -> bool:
+        """Whether there is more to read. Raises EdgemoeError when the model is closed before the text has ended."""
+        reason = self._tally.finish_reason
+        if self._closed:
+            return False
+        if not reason:
+            if not self._session.drawn:
+                self._on_step(self._tally)
+            return True
+        if reason == "error":
+            self._scheduler.check_open()
+        return False
+
+    def _read(self, drawn: Drawn | None) -> str:
+        if drawn is None or self._closed:  # closed meanwhile, on another thread
+            return ""
+        tally = self._tally
+        tally.computed_tokens = drawn.computed
+        if drawn.token is not None:
+            if tally.ttft_seconds is None:
+                assert self._begun is not None
+                self._first = drawn.at
+                tally.ttft_seconds = drawn.at - self._begun
+                tally.computed_prompt_tokens = drawn.computed
+            tally.tokens.append(drawn.token)
+            tally.seconds = drawn.at - self._first
+            if drawn.logprob is not None:
+                tally.logprobs.append(drawn.logprob)
+        if drawn.piece:
+            tally.pieces.append(drawn.piece)
+        if drawn.reason:
+            tally.stop_string = drawn.stop
+            self._finish(drawn.reason)
+        return drawn.piece
+
+    def _failed(self, error: BaseException) -> None:
+        if self._scheduler.closed and isinstance(error, EdgemoeError):
+            return  # it is said again to who asks again
+        self._session.done = True
+        self._finish("error" if isinstance(error, Exception) else "cancelled")
+
+    def _finish(self, reason: str) -> None:
+        """The first reason counts."""
+        if not self._tally.finish_reason:
+            self._tally.finish_reason = reason
 
 
 def figures(run: EngineCounters) -> dict[str, float]:

@@ -242,6 +242,8 @@ class Sampler:
             constraint = Constraint(tokenizer, language(options.grammar, options.json_schema))
         self._constraint = constraint
         self._steps = [] if options.mirostat else self._chain(tokenizer)
+        # All that is left to do is to take the likeliest token.
+        self._greedy = options.temperature <= 0 and "temperature" in options.samplers and len(self._steps) == 1
 
     @property
     def finished(self) -> bool:
@@ -323,6 +325,8 @@ class Sampler:
     def _draw(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
         if self.options.mirostat:
             return self._mirostat(logits)
+        if self._greedy:
+            return int(np.argmax(_checked(logits)))
         tokens, kept = self.candidates(logits, history)
         return int(tokens[self._pick(np.exp(kept - kept.max()))])
 

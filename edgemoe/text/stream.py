@@ -79,17 +79,18 @@ class StopStrings:
         if not all(self._stops):
             raise OptionError(f"stop = {self._stops!r}: a stop string must not be empty")
         self._held = ""
-        self._stopped = False
+        self.found: str | None = None  # the one that came
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text to print now, whether a stop string came); the stop string and what follows it are dropped."""
-        if self._stopped:
+        if self.found is not None:
             return "", True
         text = self._held + text
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
-            self._held, self._stopped = "", True
-            return text[: min(ends)[1]], True
+            end, at = min(ends)
+            self._held, self.found = "", text[at:end]
+            return text[:at], True
         held = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False

@@ -58,6 +58,7 @@ class Tokenizer:
         self._special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self._special_names = {key: _content(config[key]) for key in config if key.endswith("_token")}
         self._vocab_size: int | None = None
+        self._known_pieces: dict[int, bytes] = {}  # of tokens that were asked for
         self._template: ChatTemplate | None = None
         state = backend.decoder
         self._piece, self._strip = _pieces(json.loads(state.__getstate__()) if state is not None else None)
@@ -235,11 +236,14 @@ class Tokenizer:
 
     def piece(self, token_id: int, skip_special: bool = True) -> bytes:
         """The bytes of one token, which need not be whole characters; requires `has_pieces`."""
-        assert self._piece is not None
         if skip_special and token_id in self._special:
             return b""
-        token = self._backend.id_to_token(token_id)
-        return b"" if token is None else self._piece(token)
+        piece = self._known_pieces.get(token_id)
+        if piece is None:
+            assert self._piece is not None
+            token = self._backend.id_to_token(token_id)
+            self._known_pieces[token_id] = piece = b"" if token is None else self._piece(token)
+        return piece
 
     def spelling(self, token_id: int) -> bytes:
         """The bytes of one token, a special one spelled out; empty for an id without a token."""

@@ -14,7 +14,8 @@ import edgemoe
 from edgemoe.convert import convert
 from edgemoe.errors import EdgemoeError
 from edgemoe.profiling.trace import read_trace
-from edgemoe.serving import session
+from edgemoe.serving import scheduler
+from edgemoe.serving.session import LogitsDrawer, Session
 
 GREEDY: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
 FIRST, SECOND, THIRD = ([start, *range(start, start + 30)] for start in (1, 100, 200))
@@ -57,7 +58,7 @@ def test_running_generations_keep_their_sequences_where_there_are_enough(pack: P
 
 
 def test_a_dropped_generation_has_no_sequence(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "PAUSE", 3600)  # nobody seems to pause
+    monkeypatch.setattr(scheduler, "PAUSE", 3600)  # nobody seems to pause
     with edgemoe.load(pack, parallel=2) as model:
         kept, dropped = model.generate(FIRST, **GREEDY), model.generate(SECOND, **GREEDY)
         next(kept), next(dropped)
@@ -71,28 +72,43 @@ def test_a_dropped_generation_has_no_sequence(pack: Path, monkeypatch: pytest.Mo
         assert kept.result.computed_tokens == 31 + 39
 
 
-def test_turns_are_slices(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two that want the only sequence do not take it from each other at every token."""
-    monkeypatch.setattr(session, "PAUSE", 3600)
-    monkeypatch.setattr(session, "SLICE", 8)
+def test_who_has_a_sequence_keeps_it_while_it_is_read(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that want the only sequence do not take it from each other."""
+    monkeypatch.setattr(scheduler, "PAUSE", 3600)
     with edgemoe.load(pack, threads=1) as model:
         running = [model.generate(prompt, **GREEDY) for prompt in (FIRST, SECOND)]
-        begin = threading.Barrier(2)
-
-        def read(generation: Any) -> None:
-            begin.wait()
-            list(generation)
-
-        threads = [threading.Thread(target=read, args=(generation,)) for generation in running]
+        threads = [threading.Thread(target=list, args=(generation,)) for generation in running]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
             assert not thread.is_alive()
-        for generation in running:
-            assert generation.result.generated_tokens == 40
-            # 40 tokens in slices of at least 8: computed anew 4 times at most, after 8, 16, ... tokens.
-            assert 70 <= generation.result.computed_tokens <= 70 + sum(30 + 8 * turn for turn in range(1, 5))
+        assert [generation.result.computed_tokens for generation in running] == [31 + 39] * 2
+
+
+def test_those_who_read_at_once_share_passes(pack: Path) -> None:
+    with edgemoe.load(pack, threads=1, parallel=3) as model:
+        expected = ["".join(model.generate(prompt, **GREEDY)) for prompt in (FIRST, SECOND, THIRD)]
+        rows: list[int] = []
+        engine: Any = model.engine
+        core = engine._core
+
+        class Noted(Calls):
+            def forward(self, tokens: Any, *arguments: Any) -> Any:
+                rows.append(len(tokens))
+                time.sleep(0.002)  # the others come meanwhile
+                return self._core.forward(tokens, *arguments)
+
+        engine._core = Noted(core)
+        running = [model.generate(prompt, **GREEDY) for prompt in (FIRST, SECOND, THIRD)]
+        threads = [threading.Thread(target=list, args=(generation,)) for generation in running]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert [generation.result.text for generation in running] == expected
+        assert [generation.result.computed_tokens for generation in running] == [1 + 39] * 3
+        assert rows.count(3) > 20
 
 
 def test_memory_is_planned_for_all_sequences(pack: Path) -> None:
@@ -118,7 +134,7 @@ class Calls:
 
 
 def test_a_session_that_goes_on_calls_the_engine_once_a_token(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "COUNTED", 3600)
+    monkeypatch.setattr(scheduler, "COUNTED", 3600)
     with edgemoe.load(pack) as model:
         generation = model.generate(FIRST, **GREEDY)
         next(generation)
@@ -128,18 +144,6 @@ def test_a_session_that_goes_on_calls_the_engine_once_a_token(pack: Path, monkey
         calls.names.clear()
         list(generation)
         assert calls.names == ["forward"] * (40 - begin)
-
-
-def test_a_waiter_that_an_interrupt_left_behind_is_passed_over(pack: Path) -> None:
-    with edgemoe.load(pack, threads=1) as model:
-        left = session.Session(list(FIRST))
-        left.done = True
-        model._sequences._waiting.append(left)
-        texts: list[str] = []
-        thread = threading.Thread(target=lambda: texts.append("".join(model.generate(SECOND, **GREEDY))), daemon=True)
-        thread.start()
-        thread.join(30)
-        assert not thread.is_alive() and texts
 
 
 def test_counts_are_whole_after_close_and_of_no_other_pass(pack: Path) -> None:
@@ -237,8 +241,9 @@ def test_a_session_goes_on_after_others_changed_its_sequence(pack: Path) -> None
 def test_a_session_goes_on_after_its_pass_failed(pack: Path) -> None:
     with edgemoe.load(pack) as model:
         expected = model.next_logits([*FIRST, 5]).tobytes()
-        kept = session.Session(list(FIRST))
-        model._sequences.next_logits(kept)
+        kept = Session(list(FIRST), LogitsDrawer())
+        model._scheduler.next(kept)
+        kept.done = False
         kept.tokens.append(5)
         engine: Any = model.engine
         core = engine._core
@@ -250,9 +255,10 @@ def test_a_session_goes_on_after_its_pass_failed(pack: Path) -> None:
 
         engine._core = Interrupted(core)
         with pytest.raises(KeyboardInterrupt):
-            model._sequences.next_logits(kept)
+            model._scheduler.next(kept)
         engine._core = core
-        assert model._sequences.next_logits(kept).tobytes() == expected
+        drawn = model._scheduler.next(kept)
+        assert drawn is not None and drawn.logits is not None and drawn.logits.tobytes() == expected
 
 
 def test_snapshots_are_of_the_last_sequence_and_go_to_an_idle_one(pack: Path) -> None:

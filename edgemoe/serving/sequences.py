@@ -1,0 +1,86 @@
+"""The engine's sequences: which tokens each holds, and which session has it.
+
+A session gets the sequence that saves it the most work: an idle one that holds its beginning, or the beginning that
+another one holds, whose blocks the engine lets it share. What nobody needs any more stays until its room is wanted; the
+oldest leaves first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgemoe.engine import Engine
+from edgemoe.errors import StateError
+from edgemoe.serving.session import EngineSequence, Session
+
+# A shorter common beginning is computed again rather than shared.
+SHARED = 16
+
+
+class EngineSequences:
+    """All of them. To be used by one thread at a time, with the engine's lock held."""
+
+    def __init__(self, engine: Engine, count: int) -> None:
+        """count: of sequences, which the engine must have room for."""
+        self._engine = engine
+        self.all = [EngineSequence(0), *(EngineSequence(engine.add_sequence()) for _ in range(count - 1))]
+        self._turns = 0
+
+    def touch(self, sequence: EngineSequence) -> None:
+        self._turns += 1
+        sequence.turn = self._turns
+
+    @property
+    def idle(self) -> list[EngineSequence]:
+        """Those that nobody has, the one used least recently first."""
+        return sorted((one for one in self.all if one.holder is None), key=lambda one: one.turn)
+
+    def take(self, session: Session) -> EngineSequence | None:
+        """Gives the session a sequence, and with it what it need not compute; None where all are taken."""
+        idle = self.idle
+        if not idle:
+            return None
+        tokens = session.tokens
+        oldest = idle[0]
+        best, shared = oldest, 0
+        for one in self.all:
+            common = common_prefix(one.tokens, tokens)
+            if common > shared or (common == shared > 0 and one.holder is None):
+                best, shared = one, common
+        chosen = best if best.holder is None else oldest
+        # What the best one holds beyond the common beginning is worth keeping, unless it would be the first to leave.
+        loses = len(best.tokens) > shared
+        if best is not oldest and loses and shared >= SHARED and self._share(best, oldest, shared):
+            chosen = oldest
+        chosen.give(session)
+        return chosen
+
+    def go_back(self, sequence: EngineSequence, length: int) -> None:
+        """Truncates a sequence to the most positions, up to `length`, that its layers can go back to."""
+        engine = self._engine
+        length = min(length, engine.length(sequence.id))
+        marked = engine.marked(sequence.id)
+        for possible in (length, marked if marked < length else 0, 0):
+            try:
+                engine.truncate(sequence.id, possible)
+            except StateError:  # a window has moved on, or a recurrence went over it
+                continue
+            break
+        del sequence.tokens[engine.length(sequence.id) :]
+
+    def empty(self, sequence: EngineSequence) -> None:
+        """Frees what the sequence holds."""
+        sequence.hold([])
+        self._engine.truncate(sequence.id, 0)
+
+    def _share(self, source: EngineSequence, target: EngineSequence, length: int) -> bool:
+        """Puts the first `length` positions of one sequence into another one, if the layers can do that."""
+        return False
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    count = min(len(left), len(right))
+    if left[:count] == right[:count]:
+        return count
+    return next(i for i in range(count) if left[i] != right[i])
