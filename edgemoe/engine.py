@@ -133,7 +133,12 @@ class Engine:
         tokens, positions, sequence_ids: int32 [tokens]; token i stands at positions[i] of sequence sequence_ids[i]; a
         sequence goes on where it ends. A token's experts are computed at qualities[quality[i]], or at qualities[0]
         without `quality`; without both at the engine's own. Raises ContextLengthError, ReadError, ValueError; Cancelled
-        once `cancel` is set.
+        once `cancel` is set; StateError where there is no room for the positions, before anything is computed or
+        changed.
+
+        After an error each sequence goes on at `length`: chunks that were finished are kept, and of an unfinished one
+        nothing. Where the engine has a single sequence and layers with a recurrence or convolution, it goes back to its
+        mark, or to 0.
         """
         arrays = [np.asarray(array, np.int32).reshape(-1) for array in (tokens, positions, sequence_ids, wanted)]
         numbers = None if quality is None else _quality_numbers(quality, len(qualities))
@@ -172,10 +177,33 @@ class Engine:
         with self.lock:
             return self._idle().add_sequence()
 
+    def fork(self, id: int, length: int) -> int:
+        """The id of a new sequence that begins with the first `length` positions of another one.
+
+        Keys and values of whole blocks are shared, and copied when one of the two writes to them; recurrences and
+        convolutions are copied. Raises StateError where there is no room for another sequence, or a layer does not keep
+        its state at that length: a window has moved on, a recurrence is neither at its end nor at its mark.
+        ValueError for a length that the sequence does not have.
+        """
+        with self.lock:
+            return self._idle().fork(id, length)
+
     def remove_sequence(self, id: int) -> None:
         """Its id may be given to a new one."""
         with self.lock:
             self._idle().remove_sequence(id)
+
+    def free_positions(self) -> int:
+        """Positions that can still be written, of all sequences together, a multiple of 64: blocks of that many are
+        taken when the first of their positions is written, or shared ones are written to."""
+        with self.lock:
+            return self._idle().free_positions()
+
+    def held_positions(self, id: int) -> int:
+        """How many more can be written once this sequence is removed or truncated to 0: of blocks that it shares with
+        others, none."""
+        with self.lock:
+            return self._idle().held_positions(id)
 
     def length(self, id: int) -> int:
         """Positions of a sequence."""

@@ -51,6 +51,7 @@ def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
         threads=usable_processors() if options.threads is None else options.threads,
         context=context,
         sequences=options.parallel,
+        positions=options.parallel * context,
         readers=DEFAULT_READERS if options.readers is None else options.readers,
         eviction=options.eviction,
         prefetch=options.prefetch,

@@ -134,13 +134,13 @@ def plan_budget(
     slots = plan.minimum_slots if expert_slots is None else min(expert_slots, plan.experts)
     least = fixed + slots * plan.slot
     if limit < least:
-        count = options.sequences
-        sequences = f"{count} sequences of " if count > 1 else ""
+        count, positions = options.sequences, options.positions or options.context
+        sequences = f" in {count} sequences" if count > 1 else ""
         experts = "one token's experts" if expert_slots is None else f"{slots} experts"
         raise MemoryBudgetError(
             f"{index.path}: {'the memory that is free' if automatic else 'a memory budget'} of {format_size(limit)} is "
             f"too small: {format_size(base)} for the program, {format_size(plan.dense)} dense weights, "
-            f"{format_size(plan.state)} state for {sequences}{options.context} positions, "
+            f"{format_size(plan.state)} state for {positions} positions{sequences}, "
             f"{format_size(plan.scratch)} activations, {format_size(slots * plan.slot)} for {experts}; "
             f"the least that works is {-(-least // 1000**2)}MB"
         )

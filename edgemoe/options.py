@@ -90,6 +90,7 @@ class EngineOptions:
     threads: int = _option(Meaning("Threads that compute.", least=1, most=1024, automatic="one per processor"))
     context: int = _option(Meaning("Positions that a sequence may have.", least=1))
     sequences: int = _option(Meaning("Sequences whose state is kept.", least=1, most=256), 1)
+    positions: int = _option(Meaning("Positions of all sequences together; 0 for those of one.", least=0), 0)
     chunk: int = _option(Meaning("Tokens of a prompt that are computed together.", least=1, most=1 << 20), 512)
     expert_slots: int = _option(Meaning("Memory for so many of the largest experts.", least=1, most=(1 << 31) - 1), 1)
     readers: int = _option(Meaning("Reads that are under way at once.", least=1, most=1024), DEFAULT_READERS)

@@ -121,6 +121,7 @@ def plan_model(
         threads=1,
         context=length,
         sequences=parallel,
+        positions=parallel * length,
         chunk=CHUNKS[0],
         cache_type_k=cache_type,
         cache_type_v=cache_type,

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 
 #include "check.h"
 #include "edgemoe/crc32c.h"
@@ -127,10 +128,16 @@ void test_sequences() {
 // Several sequences in one engine: each has the bits it has alone, whatever becomes of the others.
 void test_several_sequences() {
     const Model model("q4g64", "q4g64", false);
-    EngineOptions options{
-        .threads = 2, .sequences = 3, .context = kContext, .chunk = 16, .store = {.slots = 6}, .isa = ""};
+    EngineOptions options{.threads = 2,
+                          .sequences = 3,
+                          .context = kContext,
+                          .positions = 3 * kContext,
+                          .chunk = 16,
+                          .store = {.slots = 6},
+                          .isa = ""};
     EngineOptions one = options;
     one.sequences = 1;
+    one.positions = 0;
     check(Engine::plan(model.spec, model.index, options).state == 3 * Engine::plan(model.spec, model.index, one).state,
           "three sequences are not planned as three");
     Engine engine(model.spec, model.index, options);
@@ -213,6 +220,153 @@ void test_several_sequences() {
     run(mixed(rows), [] {});
 }
 
+// Sequences that grow together, fork, fail, go back, are put aside and end, in any order and with room for a part of
+// them: every logit is that of the same tokens alone, whatever kinds of layers a model has and however they keep their
+// state.
+void test_forks(const Model& model, KvType kv_type, int rounds) {
+    constexpr int kSequences = 4, kPositions = kContext, kStep = 24;
+    EngineOptions options{.threads = 2,
+                          .sequences = kSequences,
+                          .context = kContext,
+                          .positions = kPositions,
+                          .chunk = kStep,
+                          .store = {.slots = 6},
+                          .key_type = kv_type,
+                          .value_type = kv_type,
+                          .isa = ""};
+    EngineOptions one = options;
+    one.threads = one.sequences = 1;
+    one.positions = 0;
+    one.store.slots = kExperts * kLayerCount;
+    Engine engine(model.spec, model.index, options), alone(model.spec, model.index, one);
+    engine.remove_sequence(0);
+    const int64_t all_free = engine.free_positions();
+    check(all_free >= kPositions && all_free < kPositions + 64 * kSequences, "there is room for other positions");
+    struct Text {
+        int id;
+        std::vector<int32_t> tokens;
+    };
+    std::vector<Text> texts;
+    std::optional<std::pair<std::vector<std::byte>, std::vector<int32_t>>> saved;
+    Random random(11);
+    int full = 0, forks = 0, no_forks = 0, failures = 0;
+    const auto expected = [&](const std::vector<int32_t>& tokens, std::span<const int32_t> wanted) {
+        std::vector<int32_t> positions(tokens.size()), ids(tokens.size(), 0);
+        std::iota(positions.begin(), positions.end(), 0);
+        std::vector<float> result(wanted.size() * kVocabulary);
+        alone.sequence(0).truncate(0);
+        alone.forward({.tokens = tokens, .positions = positions, .sequences = ids, .wanted = wanted}, result.data(),
+                      [] {});
+        return result;
+    };
+    for (int round = 0; round < rounds; ++round) {
+        const int action = pick(random, 0, 99);
+        if (texts.empty() || (texts.size() < kSequences && action < 5)) {
+            texts.push_back({engine.add_sequence(), {}});
+            continue;
+        }
+        Text& text = texts[pick(random, 0, static_cast<int>(texts.size()) - 1)];
+        SequenceState& state = engine.sequence(text.id);
+        if (action < 60) {  // a pass, or two, of some of them
+            std::vector<int32_t> batch, positions, ids, owners;
+            const bool fails = pick(random, 0, 5) == 0;
+            int layers = fails ? pick(random, 1, 2 * kLayerCount) : -1;
+            std::vector<std::vector<int32_t>> after;
+            for (const Text& each : texts) after.push_back(each.tokens);
+            for (int row = 0, count = pick(random, 1, 3 * kStep); row < count; ++row) {
+                const int owner = pick(random, 0, static_cast<int>(texts.size()) - 1);
+                if (after[owner].size() == kContext) continue;
+                positions.push_back(static_cast<int32_t>(after[owner].size()));
+                after[owner].push_back(pick(random, 0, kVocabulary - 1));
+                batch.push_back(after[owner].back());
+                ids.push_back(texts[owner].id);
+                owners.push_back(owner);
+            }
+            std::vector<int32_t> wanted(batch.size());
+            std::iota(wanted.begin(), wanted.end(), 0);
+            std::vector<float> logits(batch.size() * kVocabulary);
+            const int64_t free = engine.free_positions();
+            bool failed = false;
+            try {
+                engine.forward({.tokens = batch, .positions = positions, .sequences = ids, .wanted = wanted},
+                               logits.data(), [&] {
+                                   if (--layers == 0) throw std::runtime_error("given up");
+                               });
+            } catch (const StateError&) {
+                check(engine.free_positions() == free, "a refused pass took blocks");
+                for (const Text& each : texts)
+                    check(engine.sequence(each.id).length() == static_cast<int>(each.tokens.size()),
+                          "a refused pass changed a length");
+                failed = true;
+                ++full;
+            } catch (const std::runtime_error&) {
+                failed = true;
+                ++failures;
+            }
+            for (size_t i = 0; i < texts.size(); ++i) {
+                const size_t length = engine.sequence(texts[i].id).length();
+                check(failed ? length >= texts[i].tokens.size() : length == after[i].size(),
+                      "a pass left another length behind");
+                after[i].resize(length);
+                // What is wrong once stays wrong: a part of them is enough.
+                if (!failed && length > texts[i].tokens.size() && pick(random, 0, 2) == 0) {
+                    std::vector<int32_t> own;
+                    for (size_t row = 0; row < owners.size(); ++row)
+                        if (owners[row] == static_cast<int>(i)) own.push_back(positions[row]);
+                    const std::vector<float> right = expected(after[i], own);
+                    for (size_t row = 0, at = 0; row < owners.size(); ++row)
+                        if (owners[row] == static_cast<int>(i))
+                            check(std::memcmp(&right[kVocabulary * at++], &logits[kVocabulary * row],
+                                              kVocabulary * sizeof(float)) == 0,
+                                  "position " + std::to_string(positions[row]) + " in company, round " +
+                                      std::to_string(round));
+                }
+                texts[i].tokens = after[i];
+            }
+        } else if (action < 75) {
+            const int length = state.length(), at = pick(random, 0, 2)   ? length
+                                                    : pick(random, 0, 1) ? state.marked()
+                                                                         : pick(random, 0, length);
+            try {
+                const int id = engine.fork_sequence(text.id, at);
+                texts.push_back({id, {text.tokens.begin(), text.tokens.begin() + at}});
+                ++forks;
+            } catch (const StateError&) {
+                ++no_forks;
+            }
+        } else if (action < 83) {
+            const int at = pick(random, 0, 1) ? state.marked() : pick(random, 0, state.length());
+            try {
+                state.truncate(at);
+                text.tokens.resize(at);
+            } catch (const StateError&) {
+            }
+        } else if (action < 89) {
+            state.mark();
+        } else if (action < 91) {
+            saved.emplace(std::vector<std::byte>(state.snapshot_bytes()), text.tokens);
+            state.snapshot(saved->first);
+        } else if (action < 93 && saved) {
+            try {
+                state.restore(saved->first);
+                text.tokens = saved->second;
+            } catch (const StateError&) {
+                text.tokens.clear();
+            }
+        } else {
+            engine.remove_sequence(text.id);
+            std::swap(text, texts.back());
+            texts.pop_back();
+        }
+    }
+    for (const int times : {full, forks, no_forks, failures})
+        check(times > 0, "the rounds do not do what they are there for: " + std::to_string(full) + " refusals, " +
+                             std::to_string(forks) + " forks, " + std::to_string(no_forks) + " impossible ones, " +
+                             std::to_string(failures) + " failures");
+    for (const Text& text : texts) engine.remove_sequence(text.id);
+    check(engine.free_positions() == all_free, "blocks are lost");
+}
+
 // What is read ahead for the last layer is what the tokens with logits need, and nothing where there are none. The
 // parts between the two routers add nothing to the stream here, so every prediction for such a token holds.
 void test_predictions_for_the_last_layer() {
@@ -266,6 +420,14 @@ void test_engine() {
     test_damage();
     test_sequences();
     test_several_sequences();
+    constexpr auto kFull = AttentionKind::full, kLatent = AttentionKind::mla, kDelta = AttentionKind::gated_delta,
+                   kShort = AttentionKind::short_conv;
+    const int rounds = 60;
+    test_forks(Model("q4g64", "q4g64", false), KvType::f32, rounds);
+    test_forks(Model("q4g64", "q4g64", false, {kFull, kLatent, kFull}), KvType::f16, rounds);
+    test_forks(Model("q4g64", "q4g64", false, {kFull, kLatent, kFull}), KvType::q8_0, rounds);
+    test_forks(Model("q4g64", "q4g64", false, {kFull, kDelta, kShort}), KvType::f16, rounds);
+    test_forks(Model("q4g64", "q4g64", false, {kDelta, kShort, kFull}), KvType::q8_0, rounds);
     test_predictions_for_the_last_layer();
 }
 

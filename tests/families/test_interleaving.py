@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import slow_except
+from numpy.typing import NDArray
 
 import edgemoe
 from edgemoe.convert import convert
+from edgemoe.engine import Engine
+from edgemoe.errors import StateError
+from edgemoe.formats.pack import Pack
+from edgemoe.formats.read import read_index
 from edgemoe.profiling.trace import read_trace
 
 pytest.importorskip("torch")
@@ -123,3 +130,103 @@ def test_a_read_error_ends_the_generation_that_met_it(packs: Callable[[str], Pat
             list(running[number])
             assert running[number].result.text == alone[number]
         assert "".join(model.generate(prompts()[1], **SAMPLING)) == alone[1]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("state", slow_except(["f32", "f16", "q8_0"], "f16"))
+def test_forked_sequences_are_as_if_alone(packs: Callable[[str], Path], name: str, state: str) -> None:
+    """Sequences that fork, grow in common passes, go back and end, in a pool without room for all of them."""
+    options = {"cache_type_k": state, "cache_type_v": state}
+    try:
+        loaded = load(packs(name), **options)
+    except edgemoe.OptionError as error:
+        pytest.skip(str(error))  # heads that are no multiple of 32
+    with loaded as model:
+        some = replace(model.options, sequences=4, positions=256, chunk=48, threads=2)
+        engine, alone = Engine(read_index(model.path), some), model.engine
+        random = np.random.default_rng(4)
+        texts: dict[int, list[int]] = {0: []}
+        room, seen = engine.free_positions(), {"full": 0, "forks": 0, "refused": 0}
+
+        def check(logits: NDArray[np.float32], ids: NDArray[np.int32]) -> None:
+            for id in set(ids.tolist()):
+                tokens, count = texts[id], int((ids == id).sum())
+                alone.truncate(0, 0)
+                wanted = np.arange(len(tokens) - count, len(tokens))
+                expected = alone.forward(tokens, np.arange(len(tokens)), np.zeros(len(tokens)), wanted)
+                assert expected.tobytes() == logits[ids == id].tobytes()
+
+        for _ in range(80):
+            id = int(random.choice(list(texts)))
+            length, action = engine.length(id), random.random()
+            assert length == len(texts[id])
+            if action < 0.5:
+                ids = random.choice(list(texts), random.integers(1, 90)).astype(np.int32)
+                new = random.integers(1, VOCABULARY, len(ids)).astype(np.int32)
+                positions = np.empty_like(ids)
+                for other in texts:
+                    mine = ids == other
+                    positions[mine] = len(texts[other]) + np.arange(mine.sum())
+                keep = positions < 256
+                ids, new, positions = ids[keep], new[keep], positions[keep]
+                free = engine.free_positions()
+                try:
+                    logits = engine.forward(new, positions, ids, np.arange(len(ids)))
+                except StateError as error:
+                    assert re.search(r"room for \d+ more positions .* plan for more than 256 positions", str(error))
+                    assert engine.free_positions() == free
+                    seen["full"] += 1
+                    continue
+                for other in texts:
+                    texts[other].extend(new[ids == other].tolist())
+                check(logits, ids)
+            elif action < 0.75:
+                at = int(random.choice([length, engine.marked(id), random.integers(0, length + 1)]))
+                try:
+                    texts[engine.fork(id, at)] = texts[id][:at]
+                    seen["forks"] += 1
+                except StateError:
+                    seen["refused"] += 1
+            elif action < 0.85:
+                engine.mark(id)
+            elif len(texts) > 1:
+                held, free = engine.held_positions(id), engine.free_positions()
+                engine.remove_sequence(id)
+                assert engine.free_positions() == free + held
+                del texts[id]
+        for id in texts:
+            engine.remove_sequence(id)
+        assert engine.free_positions() == room and min(seen.values()) > 0, seen
+        engine.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2_moe"])
+def test_a_failed_pass_of_several_sequences_changes_none(
+    packs: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """An expert of the last layer cannot be read when the recurrences before it have gone on."""
+    whole = packs(name).read_bytes()
+    path = tmp_path / "model.emoe"
+    path.write_bytes(whole)
+    pack = Pack.open(path)
+    numbers = np.random.default_rng(2).integers(1, VOCABULARY, 60).astype(np.int32)
+    with load(path, parallel=2, expert_slots=3, prefetch=False) as model:
+        engine = model.engine
+        expected = [model.logits(numbers[part]) for part in (slice(0, 30), slice(30, 60))]
+        ids, positions = np.repeat(np.arange(2), 30), np.tile(np.arange(30), 2)
+        for id in (0, 1):
+            engine.truncate(id, 0)
+        first = positions < 20
+        engine.forward(numbers[first], positions[first], ids[first], [])
+        with path.open("r+b") as file:
+            for sections in pack.index.experts[max(pack.index.experts)].sections:
+                file.seek(pack.index.sections[sections[0]].extents[0].offset)
+                file.write(bytes(64))
+        for _ in range(2):
+            with pytest.raises(edgemoe.ReadError, match="damaged"):
+                engine.forward(numbers[~first], positions[~first], ids[~first], np.arange(20))
+            assert [engine.length(id) for id in (0, 1)] == [20, 20]
+        path.write_bytes(whole)
+        rest = engine.forward(numbers[~first], positions[~first], ids[~first], np.arange(20))
+        for id in (0, 1):
+            assert rest[10 * id : 10 * id + 10].tobytes() == expected[id][20:].tobytes()

@@ -254,7 +254,7 @@ def test_a_recurrence_goes_back_to_its_mark_only(packs: Callable[[str], Path], n
         expected = model.logits(TOKENS)
         engine = model.engine
         model.logits(TOKENS[:60])
-        with pytest.raises(StateError, match=r"60 positions to 40: layer 0 keeps a (recurrence|convolution)"):
+        with pytest.raises(StateError, match=r"no state at 40: layer 0 keeps a (recurrence|convolution)"):
             engine.truncate(0, 40)
         assert engine.length(0) == 60
         engine.truncate(0, 60)

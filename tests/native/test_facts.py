@@ -158,6 +158,7 @@ def test_a_field_of_another_type_is_refused(index: ModelIndex, field: str, value
     ("field", "value", "message"),
     [
         ("threads", 0, "threads, sequences, context, chunk and readers are at least 1"),
+        ("positions", 63, "positions is less than context"),
         ("threads", 1 << 31, "EngineOptions.threads = 2147483648 is not between -2147483648 and 2147483647"),
         ("threads", 1 << 99, "is not between"),
         ("quality", level_cap(-1), "level_cap is negative"),

@@ -117,7 +117,7 @@ def test_memory_is_planned_for_all_sequences(pack: Path) -> None:
         with edgemoe.load(pack, parallel=parallel, context=256) as model:
             budgets.append(model.budget)
     assert budgets[1].state == 3 * budgets[0].state > 0
-    with pytest.raises(edgemoe.MemoryBudgetError, match="state for 200 sequences of 512 positions"):
+    with pytest.raises(edgemoe.MemoryBudgetError, match="state for 102400 positions in 200 sequences"):
         edgemoe.load(pack, parallel=200, memory=budgets[0].base + 20_000_000)
 
 

@@ -32,6 +32,7 @@ struct EngineOptions {
     int threads = 1;
     int sequences = 1;  // there may be at a time
     int context = 0;    // positions a sequence may have
+    int positions = 0;  // positions of all sequences together, at least `context`; 0 for that
     int chunk = 512;    // rows computed together
     StoreOptions store;
     KvType key_type = KvType::f16;
@@ -42,7 +43,7 @@ struct EngineOptions {
 // What an engine with these options takes, in bytes.
 struct MemoryPlan {
     size_t dense = 0;    // weights that are always in memory
-    size_t state = 0;    // all `sequences`, each of `context` positions
+    size_t state = 0;    // all `sequences`, of together `positions` positions
     size_t scratch = 0;  // activations of one chunk
     size_t slot = 0;     // memory of one expert, the largest with all its levels
     int experts = 0;     // slots that hold all experts of the model: more are never used
@@ -73,8 +74,10 @@ class Engine {
     static MemoryPlan plan(const ModelSpec& spec, const PackIndex& index, const EngineOptions& options);
 
     // Computes all rows, chunk by chunk, and writes the logits of the wanted ones to `logits` [wanted, vocab]. `check`
-    // is called between layers and may throw to give up: finished chunks stay in the state. Throws
-    // std::invalid_argument and ContextError for a batch that is refused, before anything is computed.
+    // is called between layers and may throw to give up: finished chunks stay in the state, and each sequence goes on
+    // where they end (but see SequenceState::give_up_writing). Throws std::invalid_argument and ContextError for a
+    // batch that is refused, and StateError where the states have no room for it, before anything is computed or
+    // changed.
     void forward(const Batch& batch, float* logits, const std::function<void()>& check, Observer* observer = nullptr) {
         forward(batch, {0, static_cast<int>(spec_.layers.size())}, logits, check, observer);
     }
@@ -87,8 +90,14 @@ class Engine {
     // Sequence 0 exists from the start; more can be added, up to EngineOptions::sequences at a time: StateError beyond
     // that. An id that was removed is used again. The others refuse ids that are not in use (std::invalid_argument).
     int add_sequence();
+    // A new sequence that begins with the first `length` positions of another one and shares their memory. Throws
+    // StateError, too, where a layer does not keep the state at that length: a window has moved on, or there is neither
+    // the end nor the mark of a recurrence.
+    int fork_sequence(int id, int length);
     void remove_sequence(int id);
     SequenceState& sequence(int id);
+    // Positions that can still be written, of all sequences together; a multiple of kKvBlock.
+    int64_t free_positions() const { return states_->free_positions(); }
 
     const ModelSpec& spec() const { return spec_; }
     std::string_view isa() const { return backend_->name(); }
@@ -98,6 +107,7 @@ class Engine {
 
   private:
     void add_counts(const EngineCounters& more);  // what the store counts left out
+    int place_sequence(std::unique_ptr<SequenceState> state);
     void check_batch(const Batch& batch, LayerRange layers);
 
     ModelSpec spec_;

@@ -7,7 +7,9 @@
 //
 // Keys and values lie in blocks of kKvBlock positions, from one pool for all sequences. Layers that keep the same
 // positions share block numbers, so a sequence has one table for all layers without a window, and one for each size of
-// window. Recurrences and convolutions belong to one sequence each.
+// window. Sequences that begin alike share the blocks of their beginning: a block has as many references as there are
+// tables with it, and who writes into one that others have, too, takes a copy first. Recurrences and convolutions
+// belong to one sequence each.
 #pragma once
 
 #include <cstddef>
@@ -52,6 +54,16 @@ struct StateError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// What there is to be room for.
+struct StateRoom {
+    int sequences = 1;  // at a time
+    int context = 0;    // positions that one of them may have
+    int positions = 0;  // positions of all sequences together, at least `context`; 0 for that
+    int chunk = 1;      // rows of a pass, at most
+};
+
+class SequenceState;
+
 // The memory of all sequences' states. It is charged as positions are written; what is given back is used again before
 // what was never touched.
 class StatePool {
@@ -59,46 +71,81 @@ class StatePool {
     // Layers that share block numbers.
     struct Group {
         int window;
-        int kept;                   // blocks that a sequence has at most
-        std::vector<int32_t> free;  // the next one to take is the last
+        int kept;                         // blocks that a sequence has at most
+        int blocks;                       // that there are
+        std::vector<int32_t> free;        // the next one to take is the last
+        std::vector<int32_t> references;  // [blocks]
     };
 
-    // Room for `sequences` sequences of `context` positions in every layer, written in chunks of at most `chunk`.
-    StatePool(std::vector<KvShape> layers, int sequences, int context, int chunk);
+    // Sequences of together `room.positions` positions always fit: there are blocks for these, and for what the last
+    // blocks of the sequences leave empty.
+    StatePool(std::vector<KvShape> layers, const StateRoom& room);
 
-    static size_t bytes(std::span<const KvShape> layers, int sequences, int context, int chunk);
+    static size_t bytes(std::span<const KvShape> layers, const StateRoom& room);
 
     std::span<const KvShape> layers() const { return layers_; }
     std::span<const Group> groups() const { return groups_; }
     // Of a layer's blocks; -1 where it has none.
     int group(int layer) const { return layer_groups_[layer]; }
-    int context() const { return context_; }
+    int context() const { return room_.context; }
+    // Positions for which blocks are free, a multiple of kKvBlock; StateRoom::positions where every layer has blocks
+    // for all that so many sequences can keep.
+    int64_t free_positions() const;
+    // The group whose blocks are used up first; -1 for none.
+    int scarcest_group() const { return scarcest_; }
+
+    // A sequence and the end of the positions that are to be written to it.
+    struct Writing {
+        SequenceState* sequence;
+        int end;
+    };
+    // Throws StateError where there are not enough free blocks for all of these, in as many passes as it takes. Each
+    // sequence is there once.
+    void require_room(std::span<const Writing> all);
+    // To be called before these positions are written in one pass: takes blocks for them, copies those that would be
+    // written into and are another sequence's, too. Throws StateError as above, and has changed nothing then.
+    void begin_writing(std::span<const Writing> all);
 
     // The keys of a layer's first block: block n begins layers()[layer].block_bytes() * n bytes behind them.
     std::byte* blocks(int layer) { return arena_.data() + begins_[layer]; }
-    // Throws StateError where none is free.
+    // Throws StateError where fewer are free.
+    void require_free(int group, int64_t blocks) const;
+    // One without other references; there must be a free one.
     int32_t take_block(int group);
-    void give_back_block(int group, int32_t block) { groups_[group].free.push_back(block); }
+    void share_block(int group, int32_t block) { ++groups_[group].references[block]; }
+    void give_back_block(int group, int32_t block) {
+        if (--groups_[group].references[block] == 0) groups_[group].free.push_back(block);
+    }
+    bool is_shared(int group, int32_t block) const { return groups_[group].references[block] > 1; }
+    // What all layers of the group keep in a block.
+    void copy_block(int group, int32_t from, int32_t to);
 
-    // Recurrences and convolutions of one sequence: all layers' one after the other, and behind them their copy.
-    std::byte* constants(int place) { return arena_.data() + first_constants_ + 2 * constant_bytes_ * place; }
-    std::byte* constants(int place, int layer) { return constants(place) + constant_begins_[layer]; }
-    size_t constant_bytes() const { return constant_bytes_; }  // of a sequence, without the copy
+    // Recurrences and convolutions of one sequence: all layers' one after the other, several times.
+    std::byte* constants(int place, int copy) { return constants(place, copy, 0); }
+    std::byte* constants(int place, int copy, int layer) {
+        return arena_.data() + first_constants_ + constant_bytes_ * (copies_ * place + copy) + constant_begins_[layer];
+    }
+    size_t constant_bytes() const { return constant_bytes_; }  // of one copy
+    // The constants themselves, what mark() keeps, and, where there are several sequences, those before the last pass:
+    // a pass that fails must not take the states of all its sequences with it.
+    int copies() const { return copies_; }
     // Throws StateError where there are `sequences` already.
     int take_constants();
     void give_back_constants(int place) { free_constants_.push_back(place); }
 
   private:
     std::vector<KvShape> layers_;
-    int sequences_;
-    int context_;
+    StateRoom room_;
     std::vector<Group> groups_;
     std::vector<int> layer_groups_;
     std::vector<size_t> begins_;           // [layers] blocks, from the beginning of the arena
     std::vector<size_t> constant_begins_;  // [layers] from a sequence's first constants
     size_t first_constants_ = 0;
     size_t constant_bytes_ = 0;
+    int copies_;
+    int scarcest_ = -1;
     std::vector<int> free_constants_;
+    std::vector<int32_t> parted_;  // for require_room
     Arena arena_;
 };
 
@@ -108,20 +155,21 @@ class SequenceState {
   public:
     // Throws StateError where the pool has room for no more sequences.
     explicit SequenceState(StatePool& pool);
+    // The first `length` positions of another sequence, whose blocks it shares. Its constants are a copy of those that
+    // the other one has at that length, its mark one of the other's mark if that is not behind `length`, otherwise of
+    // these. Throws StateError where the other one cannot be truncated to that length, std::invalid_argument where it
+    // has not so many positions.
+    SequenceState(const SequenceState& other, int length);
     ~SequenceState();
     SequenceState(const SequenceState&) = delete;
     SequenceState& operator=(const SequenceState&) = delete;
 
     int length() const { return length_; }
-    void set_length(int length) {
-        length_ = length;
-        writing_ = false;
-    }
-    // Before positions up to `end` are written: takes blocks for them. What they overwrite is lost, whether or not the
-    // chunk is finished. Throws StateError where no block is free; give_up_writing() then gives back what was taken.
-    void begin_writing(int end);
-    // A chunk that was begun will not be finished. A state with a recurrence goes back to its mark, or to its
-    // beginning.
+    // All positions up to `length` are written.
+    void set_length(int length);
+    // A pass for which StatePool::begin_writing was called will not be finished: the sequence goes on where it was,
+    // though its windows do not reach back as far as they did. But where the pool keeps no constants of before the
+    // pass, a state with constants goes back to its mark, or to its beginning.
     void give_up_writing();
 
     // Keeps a copy of what truncate() could not get back otherwise, in place of the last one. Nothing to do, and free,
@@ -131,19 +179,28 @@ class SequenceState {
     int marked() const { return marked_; }
     bool has_constants() const { return pool_.constant_bytes() > 0; }
 
-    float* recurrence(int layer) { return reinterpret_cast<float*>(pool_.constants(place_, layer)); }
+    // What a pass advances.
+    float* recurrence(int layer) { return floats(written_copy(), layer); }
     float* convolution(int layer) { return recurrence(layer) + pool_.layers()[layer].recurrence; }
+    // What they are advanced from by the row at length(), if that is not what lies there already: it must be copied
+    // then. Otherwise null.
+    const float* recurrence_before(int layer) { return advances_elsewhere() ? floats(current_, layer) : nullptr; }
+    const float* convolution_before(int layer) {
+        return advances_elsewhere() ? floats(current_, layer) + pool_.layers()[layer].recurrence : nullptr;
+    }
 
     // Where the kernels find a layer's keys and values. Positions that are not kept, or not being written, have no
     // block: their entries in the table are negative.
     KvBlocks blocks(int layer, int kv_head);
 
     // Forgets all positions from `length` on. Throws StateError, and changes nothing, where a layer does not keep what
-    // the next token would see; length 0 is always possible, and with a recurrence only that and marked().
+    // the next token would see; length 0 is always possible, and with a recurrence only that, marked() and length().
     void truncate(int length);
+    // Positions whose blocks are free once this sequence forgets all of them: those that no other sequence has.
+    int64_t held_positions() const;
 
     // What the state up to length() needs to go on, as one piece of memory that restore() takes back. Layout is
-    // private. A restored state cannot be truncated within its windows. Nothing of other sequences is in it.
+    // private. Nothing of other sequences is in it.
     size_t snapshot_bytes() const;
     void snapshot(std::span<std::byte> target) const;
     // Throws std::invalid_argument where `source` is not a snapshot of a state of this shape, and StateError where the
@@ -151,18 +208,30 @@ class SequenceState {
     void restore(std::span<const std::byte> source);
 
   private:
+    friend class StatePool;
+
+    static constexpr int kMark = 1;  // which copy of the constants mark() makes
+
+    // What writing up to `end` takes of a group's blocks, as StatePool::require_room counts: those it takes in any
+    // case. One more for each of those added to `parted` that another sequence keeps.
+    int count_blocks(int group, int end, std::vector<int32_t>& parted) const;
+    void begin_writing(int end);
+    void require_kept(int length) const;
     void go_back(int length);
     void give_back(int first_block);
     size_t used_bytes(int layer, int length) const;
+    float* floats(int copy, int layer) { return reinterpret_cast<float*>(pool_.constants(place_, copy, layer)); }
+    bool advances_elsewhere() const { return writing_ && pool_.copies() > 2; }
+    int written_copy() const { return advances_elsewhere() ? 2 - current_ : current_; }
+    void copy_constants(int to, const SequenceState& from, int copy);
 
     StatePool& pool_;
     std::vector<std::vector<int32_t>> tables_;  // [groups][blocks of the context] -> block of the pool
     int length_ = 0;
-    int written_ = 0;   // end of the positions ever written since the state was empty
-    int restored_ = 0;  // length of the last restored snapshot
     int marked_ = 0;
     bool writing_ = false;
-    int place_;  // of its constants
+    int current_ = 0;  // which copy the constants at length_ are: 0, or 2 where there are three
+    int place_;        // of its constants
 };
 
 }  // namespace edgemoe

@@ -19,12 +19,34 @@ std::vector<KvShape> state_shapes(const ModelSpec& spec, const EngineOptions& op
     return shapes;
 }
 
+StateRoom state_room(const EngineOptions& options) {
+    return {.sequences = options.sequences,
+            .context = options.context,
+            .positions = options.positions,
+            .chunk = options.chunk};
+}
+
+// The sequences of a chunk, or of a batch, and where they end after it: positions of a sequence ascend.
+void find_ends(std::span<SequenceState* const> states, std::span<const int32_t> positions,
+               std::vector<StatePool::Writing>& ends) {
+    ends.clear();
+    for (size_t i = 0; i < states.size(); ++i) {
+        // Rows of one sequence often stand together.
+        auto known = std::find_if(ends.rbegin(), ends.rend(),
+                                  [&](const StatePool::Writing& writing) { return writing.sequence == states[i]; });
+        if (known == ends.rend())
+            ends.push_back({states[i], positions[i] + 1});
+        else
+            known->end = positions[i] + 1;
+    }
+}
+
 }  // namespace
 
 MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const EngineOptions& options) {
     MemoryPlan plan;
     plan.dense = Weights::bytes(index);
-    plan.state = StatePool::bytes(state_shapes(spec, options), options.sequences, options.context, options.chunk);
+    plan.state = StatePool::bytes(state_shapes(spec, options), state_room(options));
     plan.scratch =
         Pass::buffer_bytes(spec, options.chunk) + CpuBackend::workspace_bytes(Pass::backend_sizes(spec, options.chunk));
     const StoreLayout experts(index, options.store.all_levels);
@@ -46,15 +68,19 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options, const Mak
     if (!index_.experts.empty()) store_ = std::make_unique<ExpertStore>(index_, files_, options_.store);
     pass_ = std::make_unique<Pass>(Pass::Setting{spec_, index_, options_.key_type, options_.value_type, options_.chunk},
                                    *weights_, *backend_, store_.get());
-    states_ = std::make_unique<StatePool>(state_shapes(spec_, options_), options_.sequences, options_.context,
-                                          options_.chunk);
+    states_ = std::make_unique<StatePool>(state_shapes(spec_, options_), state_room(options_));
     add_sequence();
 }
 
 Engine::~Engine() = default;
 
-int Engine::add_sequence() {
-    auto state = std::make_unique<SequenceState>(*states_);
+int Engine::add_sequence() { return place_sequence(std::make_unique<SequenceState>(*states_)); }
+
+int Engine::fork_sequence(int id, int length) {
+    return place_sequence(std::make_unique<SequenceState>(sequence(id), length));
+}
+
+int Engine::place_sequence(std::unique_ptr<SequenceState> state) {
     auto place = std::find(sequences_.begin(), sequences_.end(), nullptr);
     if (place == sequences_.end()) place = sequences_.emplace(place);
     *place = std::move(state);
@@ -150,7 +176,11 @@ void Engine::forward(const Batch& batch, LayerRange layers, float* logits, const
     const size_t count = batch.tokens.size();
     size_t first_wanted = 0;
     std::vector<int32_t> wanted;
-    std::vector<SequenceState*> states;
+    std::vector<SequenceState*> all_states;
+    for (const int32_t id : batch.sequences) all_states.push_back(sequences_[id].get());
+    std::vector<StatePool::Writing> ends;
+    find_ends(all_states, batch.positions, ends);
+    states_->require_room(ends);
     std::vector<const Quality*> qualities;
     for (size_t done = 0; done < count; done += options_.chunk) {
         const size_t size = std::min<size_t>(options_.chunk, count - done);
@@ -158,19 +188,21 @@ void Engine::forward(const Batch& batch, LayerRange layers, float* logits, const
         wanted.clear();
         while (end_wanted < batch.wanted.size() && batch.wanted[end_wanted] < static_cast<int64_t>(done + size))
             wanted.push_back(batch.wanted[end_wanted++] - static_cast<int32_t>(done));
-        states.clear();
         qualities.clear();
         for (size_t i = done; i < done + size; ++i) {
-            states.push_back(sequences_[batch.sequences[i]].get());
             const size_t number = batch.quality.empty() ? 0 : batch.quality[i];
             qualities.push_back(batch.qualities.empty() ? &kExact : &batch.qualities[number]);
         }
-        Rows rows{batch.tokens.subspan(done, size), batch.positions.subspan(done, size), states, {}};
+        Rows rows{batch.tokens.subspan(done, size),
+                  batch.positions.subspan(done, size),
+                  std::span(all_states).subspan(done, size),
+                  {}};
         if (!batch.embeddings.empty())
             rows.embeddings = batch.embeddings.subspan(done * spec_.hidden_size, size * spec_.hidden_size);
+        find_ends(rows.states, rows.positions, ends);
         EngineCounters counters;
         try {
-            for (size_t i = 0; i < size; ++i) states[i]->begin_writing(rows.positions[i] + 1);
+            states_->begin_writing(ends);
             pass_->run({rows, wanted, qualities}, layers, observer, counters, logits + first_wanted * spec_.vocab_size,
                        check);
             backend_->wait();  // before the rows go, and anybody looks at the states
@@ -180,11 +212,11 @@ void Engine::forward(const Batch& batch, LayerRange layers, float* logits, const
             } catch (...) {        // the first failure is the one to tell
             }
             add_counts(counters);
-            for (SequenceState* state : states) state->give_up_writing();
+            for (const auto& [sequence, end] : ends) sequence->give_up_writing();
             if (store_) store_->hint(0, {});  // what was expected will not come
             throw;
         }
-        for (size_t i = 0; i < size; ++i) states[i]->set_length(rows.positions[i] + 1);
+        for (const auto& [sequence, end] : ends) sequence->set_length(end);
         first_wanted = end_wanted;
         counters.tokens = size;
         add_counts(counters);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <string>
 #include <utility>
 
@@ -52,6 +51,24 @@ void clear_slots(KvType type, int dim, bool keys, int first, std::byte* block) {
     }
 }
 
+// Blocks of a layer, or of a group of layers. Each of the sequences leaves kKvBlock - 1 positions of its last block
+// empty at most; a window's blocks are as many as those of all positions, or fewer.
+int pool_blocks(const KvShape& shape, const StateRoom& room) {
+    const int64_t kept = int64_t{shape.kept_blocks(room.context, room.chunk)} * room.sequences,
+                  shared = (room.positions + int64_t{kKvBlock - 1} * room.sequences) / kKvBlock;
+    return static_cast<int>(std::min(kept, shared));
+}
+
+StateRoom completed(StateRoom room) {
+    if (room.positions == 0) room.positions = room.context;
+    if (room.positions < room.context)
+        throw std::invalid_argument("there are " + std::to_string(room.positions) +
+                                    " positions for all sequences, and one may have " + std::to_string(room.context));
+    return room;
+}
+
+int constant_copies(const StateRoom& room) { return room.sequences > 1 ? 3 : 2; }
+
 }  // namespace
 
 int KvShape::kept_blocks(int context, int chunk) const {
@@ -60,24 +77,19 @@ int KvShape::kept_blocks(int context, int chunk) const {
     return static_cast<int>(std::min<int64_t>(block_count(context), (int64_t{window} + chunk - 2) / kKvBlock + 2));
 }
 
-size_t StatePool::bytes(std::span<const KvShape> layers, int sequences, int context, int chunk) {
-    size_t total = 2 * all_constant_bytes(layers);
-    for (const KvShape& shape : layers) {
-        const int kept = shape.kept_blocks(context, chunk);
-        if (int64_t{kept} * sequences > std::numeric_limits<int32_t>::max())
-            throw std::invalid_argument(std::to_string(sequences) + " sequences of " + std::to_string(context) +
-                                        " positions have more blocks than can be counted");
-        total += shape.block_bytes() * kept;
-    }
-    return total * sequences;
+size_t StatePool::bytes(std::span<const KvShape> layers, const StateRoom& asked) {
+    const StateRoom room = completed(asked);
+    size_t total = constant_copies(room) * all_constant_bytes(layers) * room.sequences;
+    for (const KvShape& shape : layers) total += shape.block_bytes() * pool_blocks(shape, room);
+    return total;
 }
 
-StatePool::StatePool(std::vector<KvShape> layers, int sequences, int context, int chunk)
+StatePool::StatePool(std::vector<KvShape> layers, const StateRoom& room)
     : layers_(std::move(layers)),
-      sequences_(sequences),
-      context_(context),
+      room_(completed(room)),
       constant_bytes_(all_constant_bytes(layers_)),
-      arena_(bytes(layers_, sequences, context, chunk)) {
+      copies_(constant_copies(room)),
+      arena_(bytes(layers_, room)) {
     size_t constant_begin = 0;
     for (const KvShape& shape : layers_) {
         constant_begins_.push_back(constant_begin);
@@ -87,30 +99,79 @@ StatePool::StatePool(std::vector<KvShape> layers, int sequences, int context, in
         if (shape.block_bytes() == 0) continue;
         const auto found = std::ranges::find(groups_, shape.window, &Group::window);
         layer_groups_.back() = static_cast<int>(found - groups_.begin());
-        const int kept = shape.kept_blocks(context, chunk);
-        if (found == groups_.end()) groups_.push_back({shape.window, kept, {}});
-        first_constants_ += shape.block_bytes() * kept * sequences;
+        const int blocks = pool_blocks(shape, room_);
+        if (found == groups_.end())
+            groups_.push_back({shape.window, shape.kept_blocks(room_.context, room_.chunk), blocks, {}, {}});
+        first_constants_ += shape.block_bytes() * blocks;
     }
     // The first blocks, and places, are taken first.
-    for (Group& group : groups_)
-        for (int block = group.kept * sequences - 1; block >= 0; --block) group.free.push_back(block);
-    for (int place = sequences - 1; place >= 0; --place) free_constants_.push_back(place);
+    for (Group& group : groups_) {
+        group.references.assign(group.blocks, 0);
+        for (int block = group.blocks - 1; block >= 0; --block) group.free.push_back(block);
+    }
+    for (int place = room_.sequences - 1; place >= 0; --place) free_constants_.push_back(place);
+    for (int group = 0; group < static_cast<int>(groups_.size()); ++group) {
+        const Group& of = groups_[group];
+        const bool can_run_out = !of.window || of.blocks < int64_t{of.kept} * room_.sequences;
+        if (can_run_out && (scarcest_ < 0 || of.kept > groups_[scarcest_].kept)) scarcest_ = group;
+    }
+}
+
+int64_t StatePool::free_positions() const {
+    return scarcest_ < 0 ? room_.positions : int64_t{kKvBlock} * static_cast<int64_t>(groups_[scarcest_].free.size());
+}
+
+void StatePool::require_free(int group, int64_t blocks) const {
+    const Group& of = groups_[group];
+    const auto free = static_cast<int64_t>(of.free.size());
+    if (blocks > free)
+        throw StateError("there is room for " + std::to_string(int64_t{kKvBlock} * free) +
+                         " more positions of sequences, and " + std::to_string(int64_t{kKvBlock} * blocks) +
+                         " are needed: truncate or remove a sequence, or plan for more than " +
+                         std::to_string(room_.positions) + " positions");
+}
+
+void StatePool::require_room(std::span<const Writing> all) {
+    for (int group = 0; group < static_cast<int>(groups_.size()); ++group) {
+        int64_t needed = 0;
+        parted_.clear();
+        for (const auto& [sequence, end] : all) needed += sequence->count_blocks(group, end, parted_);
+        // Whoever parts with a block last keeps it.
+        std::ranges::sort(parted_);
+        for (auto first = parted_.begin(); first != parted_.end();) {
+            const auto end = std::upper_bound(first, parted_.end(), *first);
+            needed += end - first - (end - first == groups_[group].references[*first]);
+            first = end;
+        }
+        require_free(group, needed);
+    }
+}
+
+void StatePool::begin_writing(std::span<const Writing> all) {
+    require_room(all);
+    for (const auto& [sequence, end] : all) sequence->begin_writing(end);
 }
 
 int32_t StatePool::take_block(int group) {
-    std::vector<int32_t>& free = groups_[group].free;
-    if (free.empty())
-        throw StateError("all " + std::to_string(groups_[group].kept * sequences_) +
-                         " blocks of the sequences' states are in use");
-    const int32_t block = free.back();
-    free.pop_back();
+    require_free(group, 1);
+    const int32_t block = groups_[group].free.back();
+    groups_[group].free.pop_back();
+    groups_[group].references[block] = 1;
     return block;
+}
+
+void StatePool::copy_block(int group, int32_t from, int32_t to) {
+    for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
+        if (layer_groups_[layer] != group) continue;
+        const size_t bytes = layers_[layer].block_bytes();
+        std::memcpy(blocks(layer) + bytes * to, blocks(layer) + bytes * from, bytes);
+    }
 }
 
 int StatePool::take_constants() {
     if (free_constants_.empty())
-        throw StateError("there is room for " + std::to_string(sequences_) +
-                         (sequences_ == 1 ? " sequence" : " sequences") +
+        throw StateError("there is room for " + std::to_string(room_.sequences) +
+                         (room_.sequences == 1 ? " sequence" : " sequences") +
                          ", and all of it is in use: remove one, or plan for more");
     const int place = free_constants_.back();
     free_constants_.pop_back();
@@ -122,33 +183,79 @@ SequenceState::SequenceState(StatePool& pool)
       tables_(pool.groups().size(), std::vector<int32_t>(block_count(pool.context()), kNoBlock)),
       place_(pool.take_constants()) {}
 
+SequenceState::SequenceState(const SequenceState& other, int length) : SequenceState(other.pool_) {
+    other.require_kept(length);
+    if (length == 0) return;
+    for (size_t group = 0; group < tables_.size(); ++group)
+        for (int number = 0; number < block_count(length); ++number) {
+            const int32_t block = tables_[group][number] = other.tables_[group][number];
+            if (block != kNoBlock) pool_.share_block(static_cast<int>(group), block);
+        }
+    length_ = length;
+    if (!has_constants()) return;
+    const bool marked = other.marked_ > 0 && other.marked_ <= length;
+    copy_constants(current_, other, length == other.length_ ? other.current_ : kMark);
+    copy_constants(kMark, other, marked ? kMark : other.current_);
+    marked_ = marked ? other.marked_ : length;
+}
+
 SequenceState::~SequenceState() {
     give_back(0);
     pool_.give_back_constants(place_);
 }
 
+void SequenceState::copy_constants(int to, const SequenceState& from, int copy) {
+    std::memcpy(pool_.constants(place_, to), pool_.constants(from.place_, copy), pool_.constant_bytes());
+}
+
+void SequenceState::set_length(int length) {
+    current_ = written_copy();
+    length_ = length;
+    writing_ = false;
+}
+
+// As many blocks are kept as a window needs: the oldest one becomes the new one.
+int SequenceState::count_blocks(int group, int end, std::vector<int32_t>& parted) const {
+    const std::vector<int32_t>& table = tables_[group];
+    const int kept = pool_.groups()[group].kept, first = length_ / kKvBlock;
+    int taken = 0;
+    for (int number = first; number < block_count(end); ++number) {
+        const int oldest = number - kept;
+        if (table[number] != kNoBlock)
+            parted.push_back(table[number]);
+        else if (oldest < 0 || (oldest < first && table[oldest] == kNoBlock))
+            ++taken;
+        else if (oldest < first)
+            parted.push_back(table[oldest]);
+    }
+    return taken;
+}
+
 void SequenceState::begin_writing(int end) {
     writing_ = true;
-    const int first = length_ / kKvBlock;
-    for (size_t group = 0; group < tables_.size(); ++group) {
+    for (int group = 0; group < static_cast<int>(tables_.size()); ++group) {
         std::vector<int32_t>& table = tables_[group];
         const int kept = pool_.groups()[group].kept;
-        for (int number = first; number < block_count(end); ++number) {
-            if (table[number] != kNoBlock) continue;
-            // As many blocks are kept as a window needs: the oldest one becomes the new one.
-            if (number >= kept && table[number - kept] != kNoBlock)
-                table[number] = std::exchange(table[number - kept], kNoBlock);
-            else
-                table[number] = pool_.take_block(static_cast<int>(group));
+        for (int number = length_ / kKvBlock; number < block_count(end); ++number) {
+            int32_t& block = table[number];
+            const bool is_new = block == kNoBlock;
+            if (is_new && number >= kept) block = std::exchange(table[number - kept], kNoBlock);
+            if (block != kNoBlock && !pool_.is_shared(group, block)) continue;
+            const int32_t before = std::exchange(block, pool_.take_block(group));
+            if (before == kNoBlock) continue;
+            if (!is_new) pool_.copy_block(group, before, block);
+            pool_.give_back_block(group, before);
         }
     }
-    written_ = std::max(written_, end);
 }
 
 void SequenceState::give_up_writing() {
-    if (!std::exchange(writing_, false)) return;
-    if (!has_constants()) return give_back(block_count(length_));
+    if (!writing_) return;
+    const bool keeps = !has_constants() || advances_elsewhere();
+    writing_ = false;
+    if (keeps) return give_back(block_count(length_));
     try {
+        require_kept(marked_);
         go_back(marked_);
     } catch (const StateError&) {  // a window does not reach back so far
         go_back(0);
@@ -157,7 +264,7 @@ void SequenceState::give_up_writing() {
 
 void SequenceState::mark() {
     if (!has_constants()) return;
-    std::memcpy(pool_.constants(place_) + pool_.constant_bytes(), pool_.constants(place_), pool_.constant_bytes());
+    copy_constants(kMark, *this, current_);
     marked_ = length_;
 }
 
@@ -168,10 +275,15 @@ KvBlocks SequenceState::blocks(int layer, int kv_head) {
 }
 
 void SequenceState::truncate(int length) {
-    if (length < 0 || length > length_)
-        throw std::invalid_argument("cannot truncate a sequence of " + std::to_string(length_) + " positions to " +
-                                    std::to_string(length));
+    require_kept(length);
     if (length < length_ || length == 0) go_back(length);
+}
+
+int64_t SequenceState::held_positions() const {
+    const int group = pool_.scarcest_group();
+    if (group < 0) return 0;
+    const auto own = [&](int32_t block) { return block != kNoBlock && !pool_.is_shared(group, block); };
+    return int64_t{kKvBlock} * std::ranges::count_if(tables_[group], own);
 }
 
 // Gives back the blocks from `first` on. The lowest of them is taken again first.
@@ -184,28 +296,33 @@ void SequenceState::give_back(int first) {
     }
 }
 
-void SequenceState::go_back(int length) {
-    const auto refuse = [&](size_t layer, const std::string& why) {
-        throw StateError("cannot truncate a sequence of " + std::to_string(length_) + " positions to " +
-                         std::to_string(length) + ": layer " + std::to_string(layer) + why);
-    };
-    const std::span<const KvShape> shapes = pool_.layers();
-    for (size_t layer = 0; layer < shapes.size() && length > 0; ++layer) {
-        const KvShape& shape = shapes[layer];
-        if (shape.window && shape.block_bytes()) {
-            const int kept = pool_.groups()[pool_.group(static_cast<int>(layer))].kept;
-            const bool overwritten = shape.first_block(length) + kept < block_count(written_);
-            if (overwritten || length < restored_) refuse(layer, " keeps a window of " + std::to_string(shape.window));
-        }
-        if (shape.constant_bytes() && length != marked_)
-            refuse(layer, std::string(" keeps a ") + (shape.recurrence ? "recurrence" : "convolution") +
-                              ", and a copy of " + std::to_string(marked_) + " positions");
+// Throws unless the state at `length` is there.
+void SequenceState::require_kept(int length) const {
+    const auto sequence = [this] { return "a sequence of " + std::to_string(length_) + " positions"; };
+    if (length < 0 || length > length_)
+        throw std::invalid_argument(sequence() + " has no beginning of " + std::to_string(length));
+    if (length == 0) return;
+    const auto layers = static_cast<int>(pool_.layers().size());
+    for (int layer = 0; layer < layers; ++layer) {
+        const KvShape& shape = pool_.layers()[layer];
+        const int group = pool_.group(layer);
+        const auto refuse = [&](const std::string& why) {
+            throw StateError(sequence() + " has no state at " + std::to_string(length) + ": layer " +
+                             std::to_string(layer) + " keeps a " + why);
+        };
+        for (int number = shape.first_block(length); group >= 0 && number < block_count(length); ++number)
+            if (tables_[group][number] == kNoBlock) refuse("window of " + std::to_string(shape.window));
+        if (shape.constant_bytes() && length != length_ && length != marked_)
+            refuse((shape.recurrence ? "recurrence" : "convolution") + std::string(", and a copy of ") +
+                   std::to_string(marked_) + " positions");
     }
-    if (length > 0 && has_constants())
-        std::memcpy(pool_.constants(place_), pool_.constants(place_) + pool_.constant_bytes(), pool_.constant_bytes());
+}
+
+void SequenceState::go_back(int length) {
+    if (length > 0 && has_constants()) copy_constants(current_, *this, kMark);
     give_back(block_count(length));
     length_ = length;
-    if (length == 0) written_ = restored_ = marked_ = 0;
+    if (length == 0) marked_ = 0;
 }
 
 size_t SequenceState::used_bytes(int layer, int length) const {
@@ -243,7 +360,7 @@ void SequenceState::snapshot(std::span<std::byte> target) const {
             }
             out += shape.block_bytes();
         }
-        std::memcpy(out, pool_.constants(place_, static_cast<int>(layer)), shape.constant_bytes());
+        std::memcpy(out, pool_.constants(place_, current_, static_cast<int>(layer)), shape.constant_bytes());
         out += shape.constant_bytes();
     }
 }
@@ -259,12 +376,15 @@ void SequenceState::restore(std::span<const std::byte> source) {
     for (size_t layer = 0; layer < shapes.size(); ++layer) total += used_bytes(static_cast<int>(layer), length);
     if (total != source.size()) throw std::invalid_argument("a snapshot of a state of another shape");
     go_back(0);
-    for (size_t group = 0; group < tables_.size(); ++group) {
+    const auto first_of = [&](int group) {
         KvShape shape{};
         shape.window = pool_.groups()[group].window;
-        for (int number = shape.first_block(length); number < end; ++number)
-            tables_[group][number] = pool_.take_block(static_cast<int>(group));
-    }
+        return std::min(shape.first_block(length), end);
+    };
+    const auto groups = static_cast<int>(tables_.size());
+    for (int group = 0; group < groups; ++group) pool_.require_free(group, end - first_of(group));
+    for (int group = 0; group < groups; ++group)
+        for (int number = first_of(group); number < end; ++number) tables_[group][number] = pool_.take_block(group);
     const std::byte* in = source.data() + sizeof header;
     for (size_t layer = 0; layer < shapes.size() && length > 0; ++layer) {
         const KvShape& shape = shapes[layer];
@@ -274,10 +394,10 @@ void SequenceState::restore(std::span<const std::byte> source) {
                         shape.block_bytes());
             in += shape.block_bytes();
         }
-        std::memcpy(pool_.constants(place_, static_cast<int>(layer)), in, shape.constant_bytes());
+        std::memcpy(pool_.constants(place_, current_, static_cast<int>(layer)), in, shape.constant_bytes());
         in += shape.constant_bytes();
     }
-    length_ = written_ = restored_ = length;
+    length_ = length;
 }
 
 }  // namespace edgemoe

@@ -289,7 +289,10 @@ void bind_engine(py::module_& module) {
         .def("forward_layer", &forward_layer, py::arg("layer"), py::arg("tokens"), py::arg("residual").noconvert(),
              py::arg("embed"), py::arg("wanted"))
         .def("add_sequence", [](BoundEngine& bound) { return bound.engine.add_sequence(); })
+        .def("fork", [](BoundEngine& bound, int id, int length) { return bound.engine.fork_sequence(id, length); })
         .def("remove_sequence", [](BoundEngine& bound, int id) { bound.engine.remove_sequence(id); })
+        .def("free_positions", [](BoundEngine& bound) { return bound.engine.free_positions(); })
+        .def("held_positions", [](BoundEngine& engine, int id) { return engine.sequence(id).held_positions(); })
         .def("length", [](BoundEngine& engine, int id) { return engine.sequence(id).length(); })
         .def("truncate", [](BoundEngine& engine, int id, int length) { engine.sequence(id).truncate(length); })
         .def("mark", [](BoundEngine& engine, int id) { engine.sequence(id).mark(); })

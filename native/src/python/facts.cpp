@@ -245,6 +245,7 @@ Options read_options(const py::handle& options) {
         found.threads = fields.get<int>("threads");
         found.sequences = fields.get<int>("sequences");
         found.context = fields.get<int>("context");
+        found.positions = fields.get<int>("positions");
         found.chunk = fields.get<int>("chunk");
         found.store.slots = fields.get<int>("expert_slots");
         found.store.readers = fields.get<int>("readers");
@@ -258,6 +259,7 @@ Options read_options(const py::handle& options) {
         require(found.threads >= 1 && found.sequences >= 1 && found.context >= 1 && found.chunk >= 1 &&
                     found.store.readers >= 1,
                 "threads, sequences, context, chunk and readers are at least 1");
+        require(found.positions == 0 || found.positions >= found.context, "positions is less than context");
         return options;
     });
 }

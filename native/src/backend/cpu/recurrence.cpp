@@ -18,8 +18,17 @@ void CpuBackend::convolve(const Matrix& weights, int layer, ConstFloats in, bool
         const size_t begin = size_t(first) * kRowBlock, size = std::min(size_t(last) * kRowBlock, channels) - begin;
         std::vector<const float*> inputs(taps);
         for (int t = 0; t < count; ++t) {
-            float* kept = rows_.states[t]->convolution(layer);
+            SequenceState& sequence = *rows_.states[t];
+            float* kept = sequence.convolution(layer);
             const int position = rows_.positions[t];
+            const float* before = sequence.convolution_before(layer);
+            for (int tap = 0; tap < taps; ++tap) {
+                float* row = kept + tap * channels + begin;
+                if (position == 0)
+                    std::fill_n(row, size, 0.0f);
+                else if (before && position == sequence.length())
+                    std::copy_n(before + tap * channels + begin, size, row);
+            }
             std::copy_n(in.address() + t * channels + begin, size, kept + position % taps * channels + begin);
             for (int tap = 0; tap < taps; ++tap) {
                 const int earlier = position - (taps - 1) + tap;
@@ -61,8 +70,14 @@ void CpuBackend::gated_delta(const DeltaHeads& a, int layer, const DeltaBuffers&
     pool_.run(heads, [&](int h) {
         const int key_head = a.tiled_heads ? h % a.kv_heads : h / shared;
         for (int t = 0; t < count; ++t) {
-            float* state = rows_.states[t]->recurrence(layer) + h * key_dim * value_dim;
-            if (rows_.positions[t] == 0) std::fill_n(state, key_dim * value_dim, 0.0f);
+            SequenceState& sequence = *rows_.states[t];
+            const size_t place = h * key_dim * value_dim;
+            float* state = sequence.recurrence(layer) + place;
+            const float* before = sequence.recurrence_before(layer);
+            if (rows_.positions[t] == 0)
+                std::fill_n(state, key_dim * value_dim, 0.0f);
+            else if (before && rows_.positions[t] == sequence.length())
+                std::copy_n(before + place, key_dim * value_dim, state);
             const size_t fused = 2 * (size_t(t) * heads + h / shared * shared) + h % shared,
                          apart = size_t(t) * heads + h;
             const float rate = b.beta.address()[a.fused_beta_alpha ? fused : apart];
