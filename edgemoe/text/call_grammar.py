@@ -206,9 +206,10 @@ class CallRules:
 
     def _gemma(self, schema: Mapping[str, Any]) -> str:
         quote = self._form.quotes[0]
-        values = _texts(schema)
-        if values:
-            return f"({' | '.join(self._rules.mark(quote + value + quote) for value in values)})"
+        values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        if isinstance(values, list) and values and not any(isinstance(value, (list, dict)) for value in values):
+            texts = (quote + value + quote if isinstance(value, str) else json.dumps(value) for value in values)
+            return f"({' | '.join(map(self._rules.mark, texts))})"
         text = f"{self._rules.mark(quote)} {self._rules.until(quote)}"
         if schema.get("type") == "string":
             return text
