@@ -136,7 +136,7 @@ def _tools(fields: Fields) -> tuple[tuple[dict[str, Any], ...], str | dict[str, 
         return tools, named_function(chosen, tools)
     if kind == "allowed_tools":
         mode = chosen.text("mode", ("auto", "required")) or "auto"
-        names = {tool.need_text("name") for tool in chosen.objects("tools") if tool.text("type") == "function"}
+        names = {tool.need_text("name") for tool in chosen.objects("tools") if tool.need_text("type") == "function"}
         allowed = tuple(tool for tool in tools if tool["function"]["name"] in names)
         if mode == "required" and not allowed:
             chosen.fail("tools", "has none of the function tools")
