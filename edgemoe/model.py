@@ -219,8 +219,8 @@ class Model:
             count_tokens=lambda text: len(self.tokenizer.encode(text)),
         )
         if request.stream:
-            return chat_completions.chunks(request, reply, answers)
-        return chat_completions.completion(request, reply, answers)
+            return chat_completions.chunks(request, reply, answers, self.tokenizer.end_ids)
+        return chat_completions.completion(request, reply, answers, self.tokenizer.end_ids)
 
     def _chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], use: ToolUse, variables: Mapping[str, Any] | None

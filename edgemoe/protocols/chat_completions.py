@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from edgemoe.errors import OptionError
@@ -19,7 +19,6 @@ from edgemoe.protocols.requests import (
     LogprobReader,
     Message,
     Reply,
-    TokenLogprob,
     read_json_schema,
     read_quality,
     read_sampling,
@@ -28,6 +27,7 @@ from edgemoe.protocols.requests import (
 )
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.answer import FORMATS
 from edgemoe.text.parts import Part
 from edgemoe.text.sampling import SamplingOptions
@@ -391,11 +391,13 @@ class ChatStream:
         }
 
 
-def chunks(request: ChatRequest, reply: Reply, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
-    """The answers as chunks, as they come, one after the other."""
+def chunks(
+    request: ChatRequest, reply: Reply, answers: Sequence[Answer], hidden: Collection[int]
+) -> Iterator[dict[str, Any]]:
+    """The answers as chunks, as they come, one after the other. hidden: tokens without logprobs."""
     stream = ChatStream(request, reply)
     try:
-        for event in _told(stream, answers):
+        for event in _told(stream, answers, hidden):
             if isinstance(event.data, dict):
                 yield event.data
     finally:
@@ -403,11 +405,13 @@ def chunks(request: ChatRequest, reply: Reply, answers: Sequence[Answer]) -> Ite
             answer.close()
 
 
-def completion(request: ChatRequest, reply: Reply, answers: Sequence[Answer]) -> dict[str, Any]:
+def completion(
+    request: ChatRequest, reply: Reply, answers: Sequence[Answer], hidden: Collection[int]
+) -> dict[str, Any]:
     """The answers as one completion, when all of them are complete."""
     stream = ChatStream(request, reply)
     try:
-        for _ in _told(stream, answers):
+        for _ in _told(stream, answers, hidden):
             pass
     finally:
         for answer in answers:
@@ -415,14 +419,14 @@ def completion(request: ChatRequest, reply: Reply, answers: Sequence[Answer]) ->
     return stream.response()
 
 
-def _told(stream: ChatStream, answers: Sequence[Answer]) -> Iterator[Event]:
+def _told(stream: ChatStream, answers: Sequence[Answer], hidden: Collection[int]) -> Iterator[Event]:
     yield from stream.begin()
     for choice, answer in enumerate(answers):
-        news = LogprobReader(stream.wants_logprobs)
+        news = LogprobReader(hidden)
         for part in answer:
             yield from stream.push(choice, part, news.read(answer.result) if stream.wants_logprobs else ())
         result = answer.result
-        yield from stream.end(choice, result, news.read(result))
+        yield from stream.end(choice, result, news.read(result) if stream.wants_logprobs else ())
     yield from stream.close()
 
 

@@ -16,7 +16,6 @@ from edgemoe.protocols.requests import (
     Gathered,
     Reply,
     TextRequest,
-    TokenLogprob,
     read_json_schema,
     read_quality,
     read_sampling,
@@ -24,6 +23,7 @@ from edgemoe.protocols.requests import (
     usage_of,
 )
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.parts import Part
 
 DEFAULT_MAX_TOKENS = 16

@@ -18,13 +18,13 @@ from edgemoe.protocols.requests import (
     Gathered,
     Message,
     Reply,
-    TokenLogprob,
     read_quality,
     read_sampling,
     read_stop,
     usage_of,
 )
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.parts import Part
 
 # Claude Code begins its instructions with a line that differs from request to request. Nothing could be reused of what
@@ -288,8 +288,8 @@ class MessageStream:
         return {"tool_calls": "tool_use", "length": "max_tokens", "stop": "end_turn"}[self._answer.reason]
 
     def _stop_sequence(self) -> str | None:
-        found: str | None = getattr(self._answer.result, "stop_string", None)
-        return found if self._stop_reason() == "stop_sequence" else None
+        result = self._answer.result
+        return result.stop_string if result is not None and self._stop_reason() == "stop_sequence" else None
 
     def _usage(self) -> dict[str, Any]:
         usage = usage_of([self._answer], self._reply)

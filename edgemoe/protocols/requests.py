@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +12,7 @@ from edgemoe.errors import OptionError
 from edgemoe.options import QUALITIES
 from edgemoe.protocols.fields import Fields
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.parts import Part
 from edgemoe.text.sampling import SamplingOptions
 
@@ -22,19 +23,6 @@ MAX_LOGPROBS = 20
 _SEEDS = 1 << 64
 
 Message = dict[str, Any]
-
-
-class TokenLogprob(Protocol):
-    """A token of an answer. top: (id, bytes, logprob) of the likeliest ones."""
-
-    @property
-    def token(self) -> int: ...
-    @property
-    def text(self) -> bytes: ...
-    @property
-    def logprob(self) -> float: ...
-    @property
-    def top(self) -> Sequence[tuple[int, bytes, float]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,18 +236,17 @@ class Gathered:
 
 
 class LogprobReader:
-    """The logprobs of an answer's tokens that have come since they were last read; none where they are not wanted."""
+    """The logprobs of an answer's tokens that have come since they were last read. hidden: tokens that are not part of
+    its text, those that end it."""
 
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
+    def __init__(self, hidden: Collection[int]) -> None:
+        self._hidden = hidden
         self._known = 0
 
-    def read(self, result: GenerationResult) -> Sequence[TokenLogprob]:
-        if not self._wanted:
-            return ()
-        found: Sequence[TokenLogprob] = getattr(result, "logprobs", ())[self._known :]
+    def read(self, result: GenerationResult) -> list[TokenLogprob]:
+        found = result.logprobs[self._known :]
         self._known += len(found)
-        return found
+        return [entry for entry in found if entry.token not in self._hidden]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,12 +26,12 @@ from edgemoe.protocols.requests import (
     Gathered,
     Message,
     Reply,
-    TokenLogprob,
     read_quality,
     read_sampling,
     usage_of,
 )
 from edgemoe.serving.generation import GenerationResult
+from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.parts import Part
 
 _LOGPROBS = "message.output_text.logprobs"

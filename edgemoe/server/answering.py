@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import anyio
@@ -14,18 +14,19 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from edgemoe.protocols.problems import Problem, problem_of
-from edgemoe.protocols.requests import AnswerStream, Event, LogprobReader, TokenLogprob
+from edgemoe.protocols.requests import AnswerStream, Event, LogprobReader
 from edgemoe.server.metrics import Metrics
 from edgemoe.server.security import problem_response
 from edgemoe.server.settings import ServerSettings
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.generation import Generation, GenerationResult
+from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.parts import Part
 
 LOG = logging.getLogger("edgemoe.server")
 
-# Threads that wait for the next part of an answer; the scheduler's queue is full long before.
-_THREADS = 1024
+# Where texts become tokens, beside the event loop.
+_THREADS = 16
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -72,6 +73,7 @@ class Answers:
 
 
 _GOING_DOWN = Problem(503, "the server is shutting down", "shutting_down", retry_after=5)
+_STOPPED = Problem(503, "the answer was stopped", "stopped")
 _OUT_OF_TIME = Problem(504, "the answer took longer than the server allows (--timeout)", "timeout")
 
 
@@ -90,6 +92,7 @@ class AnswerResponse:
         tell: Callable[[int], AnswerStream],
         stream: bool,
         logprobs: bool,
+        hidden: Collection[int],
     ) -> None:
         self._answers = answers
         self._path = path
@@ -97,6 +100,7 @@ class AnswerResponse:
         self._tell = tell
         self._stream = stream
         self._logprobs = logprobs
+        self._hidden = hidden
         self._begun: list[Answer | Generation] = []
         self._counted: set[int] = set()
         self._told: AnswerStream | None = None
@@ -188,30 +192,24 @@ class AnswerResponse:
 
     async def _pump(self, choice: int, answer: Answer | Generation, out: ObjectSendStream[_News]) -> None:
         """Hands on what comes of an answer."""
-        news = LogprobReader(self._logprobs)
-        result: GenerationResult | None = None
+        news = LogprobReader(self._hidden)
         async with out:
             try:
-                while True:
-                    part, result = await anyio.to_thread.run_sync(
-                        _next, answer, self._logprobs, abandon_on_cancel=True, limiter=self._answers.threads
-                    )
-                    logprobs = () if result is None else news.read(result)
-                    if part is None:
-                        break
-                    await out.send(_News(choice, part, logprobs))
-                assert result is not None
+                async for piece in answer:
+                    part = Part("content", piece) if isinstance(piece, str) else piece
+                    await out.send(_News(choice, part, news.read(answer.result) if self._logprobs else ()))
+                result = answer.result
                 if result.finish_reason == "cancelled":
-                    await out.send(_News(choice, _GOING_DOWN))
+                    await out.send(_News(choice, _STOPPED))
                 else:
-                    await out.send(_News(choice, result, logprobs))
+                    await out.send(_News(choice, result, news.read(result) if self._logprobs else ()))
             except Exception as error:
                 problem = problem_of(error)
                 if problem.status == 500:
                     LOG.error("%s: %s", self._path, problem.message, exc_info=error)
                 await out.send(_News(choice, problem))
             finally:
-                self._answers.metrics.count_answer(result if result is not None and part is None else answer.result)
+                self._answers.metrics.count_answer(answer.result)
                 self._counted.add(choice)
 
     async def _gather(self, told: AnswerStream, news: ObjectReceiveStream[_News]) -> Problem | None:
@@ -278,13 +276,6 @@ def _tell(told: AnswerStream, item: _News) -> list[Event]:
     if isinstance(item.what, GenerationResult):
         return told.end(item.choice, item.what, item.logprobs)
     return told.push(item.choice, item.what, item.logprobs)
-
-
-def _next(answer: Answer | Generation, logprobs: bool) -> tuple[Part | None, GenerationResult | None]:
-    """The next part, None at the end; and the result so far, at the end and where logprobs are wanted."""
-    piece: Any = next(answer, None)
-    part = Part("content", piece) if isinstance(piece, str) else piece
-    return part, answer.result if part is None or logprobs else None
 
 
 def encode_event(event: Event) -> bytes:

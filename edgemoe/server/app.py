@@ -151,8 +151,8 @@ class _Server:
                 )
             )
 
-        wanted = asked.logprobs is not None
-        return AnswerResponse(self.answers, request.url.path, starts, told, asked.stream, wanted)
+        wanted, hidden = asked.logprobs is not None, self.model.tokenizer.end_ids
+        return AnswerResponse(self.answers, request.url.path, starts, told, asked.stream, wanted, hidden)
 
     # -- tokens -------------------------------------------------------------------------------------------------
 
@@ -268,8 +268,7 @@ class _Server:
 
     def status(self) -> dict[str, int]:
         """Of the scheduler."""
-        status = getattr(self.model, "status", None)
-        return {} if status is None else dict(status())
+        return self.model.status()
 
     def memory(self) -> dict[str, int]:
         """In bytes: the limit, the process's peak so far, what is set aside for experts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,22 +38,10 @@ def call(index: int, *pieces: str, name: str = "weather", id: str | None = "") -
 
 def make_result(**changes: Any) -> GenerationResult:
     """A result of 3 tokens after a prompt of 5, of which 2 were known."""
-    known: dict[str, Any] = {
-        "text": "",
-        "tokens": (1, 2, 3),
-        "finish_reason": "eos",
-        "prompt_tokens": 5,
-        "computed_prompt_tokens": 3,
-        "computed_tokens": 6,
-        "ttft_seconds": 0.1,
-        "seconds": 0.2,
-        "counters": None,
-        **changes,
-    }
-    result = GenerationResult.__new__(GenerationResult)
-    for name in (known_field.name for known_field in dataclasses.fields(GenerationResult)):
-        object.__setattr__(result, name, known.pop(name, None))
-    return result
+    counts = {"prompt_tokens": 5, "computed_prompt_tokens": 3, "computed_tokens": 6}
+    counters: Any = None
+    times = {"ttft_seconds": 0.1, "seconds": 0.2, "counters": counters}
+    return GenerationResult(**{"text": "", "tokens": (1, 2, 3), "finish_reason": "eos", **counts, **times, **changes})
 
 
 class ScriptedAnswer:
@@ -77,6 +65,15 @@ class ScriptedAnswer:
         except StopIteration:
             self._ended = self._reason
             raise
+
+    def __aiter__(self) -> ScriptedAnswer:
+        return self
+
+    async def __anext__(self) -> Any:
+        part = await asyncio.to_thread(next, self, None)
+        if part is None:
+            raise StopAsyncIteration
+        return part
 
     @property
     def result(self) -> GenerationResult:
@@ -123,7 +120,7 @@ class ScriptedModel:
         return answer
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("status", "residency"):
+        if name == "residency":
             raise AttributeError(name)
         return getattr(self.real, name)
 
