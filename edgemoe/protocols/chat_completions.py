@@ -435,6 +435,7 @@ def _message_of(answer: Gathered) -> dict[str, Any]:
         "role": "assistant",
         "content": answer.content if answer.content or not answer.calls else None,
         "refusal": None,
+        "annotations": [],
     }
     if answer.reasoning:
         message["reasoning_content"] = answer.reasoning

@@ -211,8 +211,8 @@ class MessageStream:
         self._kind: tuple[str, int] | None = None  # of the block that is open, and of which call it is
 
     def begin(self) -> list[Event]:
-        message = {**self._head(), "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage()}
-        return [_event("message_start", message=message)]
+        stop = {"stop_reason": None, "stop_sequence": None, "stop_details": None}
+        return [_event("message_start", message={**self._head(), "content": [], **stop, "usage": self._usage()})]
 
     def push(self, choice: int, part: Part, logprobs: Sequence[TokenLogprob] = ()) -> list[Event]:
         self._answer.add(part, logprobs)
@@ -237,8 +237,7 @@ class MessageStream:
     def end(self, choice: int, result: GenerationResult, logprobs: Sequence[TokenLogprob] = ()) -> list[Event]:
         self._answer.result = result
         events = self._close_block()
-        delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence()}
-        return [*events, _event("message_delta", delta=delta, usage=self._usage())]
+        return [*events, _event("message_delta", delta=self._stop(), usage=self._usage())]
 
     def close(self) -> list[Event]:
         return [_event("message_stop")]
@@ -247,15 +246,14 @@ class MessageStream:
         return [Event(anthropic_error(problem), "error")]
 
     def response(self) -> dict[str, Any]:
-        stop = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence()}
-        return {**self._head(), "content": self._blocks, **stop, "usage": self._usage()}
+        return {**self._head(), "content": self._blocks, **self._stop(), "usage": self._usage()}
 
     def _open_block(self, kind: tuple[str, int]) -> Event:
         self._kind = kind
         block: dict[str, Any]
         if kind[0] == "tool_call":
             call = self._answer.calls[kind[1]]
-            block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+            block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}, "caller": {"type": "direct"}}
         elif kind[0] == "reasoning":
             block = {"type": "thinking", "thinking": "", "signature": ""}
         else:
@@ -278,7 +276,11 @@ class MessageStream:
         return [*events, _event("content_block_stop", index=index)]
 
     def _head(self) -> dict[str, Any]:
-        return {"id": f"msg_{self._reply.id}", "type": "message", "role": "assistant", "model": self._reply.model}
+        head = {"id": f"msg_{self._reply.id}", "type": "message", "role": "assistant", "model": self._reply.model}
+        return {**head, "container": None}
+
+    def _stop(self) -> dict[str, Any]:
+        return {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence(), "stop_details": None}
 
     def _stop_reason(self) -> str:
         result = self._answer.result
@@ -298,6 +300,12 @@ class MessageStream:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": usage.cached,
             "output_tokens": usage.completion,
+            "output_tokens_details": {"thinking_tokens": usage.reasoning},
+            # Required by Anthropic's schema, and meaningless here.
+            "cache_creation": None,
+            "inference_geo": None,
+            "server_tool_use": None,
+            "service_tier": None,
         }
 
 

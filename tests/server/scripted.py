@@ -126,10 +126,10 @@ class ScriptedModel:
 
 
 @contextmanager
-def serving(model: Any, **changes: Any) -> Iterator[str]:
-    """The URL of a server, which runs in this process on a free port."""
+def serving(model: Any, port: int = 0, **changes: Any) -> Iterator[str]:
+    """The URL of a server, which runs in this process; on a free port, if none is given."""
     changes = {"model_name": "tiny", "allowed_hosts": LOOPBACK_NAMES, **changes}
-    with bind("127.0.0.1", 0) as bound:
+    with bind("127.0.0.1", port) as bound:
         app = create_app(model, ServerSettings(**changes))
         server = make_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
