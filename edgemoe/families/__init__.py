@@ -101,6 +101,7 @@ class ToolFormat:
         call's number, and all of it is the call's id.
     lines: every mark stands on a line of its own ("json", "tagged"). own_lines: every value, too.
     id_length: characters of an id, letters and digits; 0 for any. quotes: marks around texts in arguments.
+    result_role: of messages with results, where templates write any role as it is.
     """
 
     syntax: str
@@ -124,6 +125,7 @@ class ToolFormat:
     own_lines: bool = False
     id_length: int = 0
     quotes: tuple[str, ...] = ()
+    result_role: str = ""
 
     def tokens(self) -> tuple[str, ...]:
         """What of its marks may be tokens of their own."""

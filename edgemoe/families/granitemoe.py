@@ -47,7 +47,9 @@ _GGUF = GgufNames(
     },
 )
 GGUF_ARCHITECTURE = _GGUF.architecture
-TOOL_FORMATS = (ToolFormat("json", "<|tool_call|>", together=True, signs=("<|tool_call|>",)),)
+TOOL_FORMATS = (
+    ToolFormat("json", "<|tool_call|>", together=True, signs=("<|tool_call|>",), result_role="tool_response"),
+)
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:

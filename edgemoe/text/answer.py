@@ -26,11 +26,9 @@ _FRAME = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>",
 _HEADER_BEGINS = ("<|start|>", "<|channel|>", "<|message|>")
 _BODY_ENDS = ("<|end|>", "<|start|>", "<|return|>", "<|call|>")
 _MAX_HEADER = 512
-_HEADER = re.compile(
-    r"(?:<\|start\|>\s*[\w.-]*)?"
-    r"(?:\s*to=(?P<to>[\w.:/-]*))?\s*"
-    r"(?:<\|channel\|>\s*(?P<channel>\w*)(?:\s+to=(?P<late>[\w.:/-]*))?\s*(?:<\|constrain\|>)?\s*[\w/.-]*\s*)?"
-)
+_CHANNEL = r"(?:<\|channel\|>\s*(?P<channel>\w*)(?:\s+to=(?P<late>[\w.:/-]*))?\s*(?:<\|constrain\|>)?\s*[\w/.-]*\s*)?"
+_HEADER = re.compile(r"(?:<\|start\|>\s*[\w.-]*)?(?:\s*to=(?P<to>[\w.:/-]*))?\s*" + _CHANNEL)
+_BEGUN_HEADER = re.compile(r"(?:<\|start\|>\s*[\w.-]*)?(?:\s*t(?:o(?:=[\w.:/-]*)?)?)?\s*" + _CHANNEL)
 _MARKS = (*(mark for pair in THOUGHTS for mark in pair), "<|channel>", *_FRAME)
 
 FORMATS = ("auto", "deepseek", "none")
@@ -158,8 +156,8 @@ class AnswerSplitter:
                 self._reader.take(len(mark))
                 lost = ""
                 try:
-                    yield from self._calls.read(self._reader, mark)
-                    blank, fresh = "", True
+                    closed = yield from self._calls.read(self._reader, mark)
+                    blank, fresh, lost = "", True, "" if closed else self._calls.form.end
                 except NoCallError:
                     text = self._reader.kept()
                     self._reader.forget()
@@ -207,7 +205,7 @@ class AnswerSplitter:
                 return found["channel"] or "", found["to"] or found["late"] or ""
             certain = text[: len(text) - max(overlap(text, mark) for mark in _FRAME)]
             lead = certain.lstrip()
-            is_header = _HEADER.fullmatch(certain) is not None and (
+            is_header = _BEGUN_HEADER.fullmatch(certain) is not None and (
                 not lead or lead.startswith((*_HEADER_BEGINS, "to="))
             )
             if not is_header and not "to=".startswith(lead):

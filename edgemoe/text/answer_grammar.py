@@ -26,34 +26,23 @@ def answer_constraint(
     grammar: str | None = None,
     json_schema: str | None = None,
 ) -> Constraint | None:
-    """Keeps an answer within `answer_language`, whose arguments these are."""
-    made = answer_language(prompt, tokenizer, use, form, grammar, json_schema)
-    return None if made is None else Constraint(tokenizer, made)
-
-
-def answer_language(
-    prompt: str,
-    tokenizer: Tokenizer,
-    use: ToolUse,
-    form: ToolFormat | None,
-    grammar: str | None = None,
-    json_schema: str | None = None,
-) -> Language | None:
-    """What an answer to this prompt may be; None for any text.
+    """Keeps an answer to this prompt within what was asked for; None where any text will do.
 
     use, form: tools, and how the model calls them; their calls are in the grammar where one is required, where a
     tool is strict, and where there may be one only. grammar, json_schema: of the content, as in `SamplingOptions`.
-    Raises OptionError for what cannot be a grammar, which names the tool.
+    Raises OptionError for what cannot be a grammar, which names the tool. Parameters of tools that are not strict may
+    be such that there is no grammar for them: any object is allowed then.
     """
     content = language(grammar, json_schema) if grammar is not None or json_schema is not None else None
     calls = form is not None and (
         use.choice == "required"
-        or content is not None
+        or (content is not None and use.tools)
         or any(tool.strict for tool in use.callable)
-        or (not use.parallel and form.parallel)
+        or (use.tools and not use.parallel and form.parallel)
     )
     if form is None or not calls:
-        return None if content is None else _Answer(prompt, tokenizer, content).language()
+        made = None if content is None else _Answer(prompt, tokenizer, content).language()
+        return None if made is None else Constraint(tokenizer, made)
     schemas: dict[str, dict[str, str]] = {}
     size = 0
     for tool in use.callable:
@@ -62,15 +51,12 @@ def answer_language(
             if tool.strict:
                 raise OptionError(f"tool {tool.name!r}: the schemas of the tools are too large for a grammar")
             schemas[tool.name] = _ANY_OBJECT
-    answer = _Answer(prompt, tokenizer, content)
-    made = answer.language(use, form, schemas)
     try:
-        check_language(made)
+        return Constraint(tokenizer, _Answer(prompt, tokenizer, content).language(use, form, schemas))
     except OptionError:
         for tool in use.callable:
             _check(tool, schemas)
-        made = _Answer(prompt, tokenizer, content).language(use, form, schemas)
-    return made
+    return Constraint(tokenizer, _Answer(prompt, tokenizer, content).language(use, form, schemas))
 
 
 def _check(tool: Tool, schemas: dict[str, dict[str, str]]) -> None:

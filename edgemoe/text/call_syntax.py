@@ -39,17 +39,18 @@ class CallReader:
         self._open = False  # whether one has begun that is not
         self._name = ""
 
-    def read(self, reader: Reader, mark: str) -> Steps[None]:
-        """The calls behind this mark, which was taken, up to the mark at their end. `reader.keep()` says where they
-        began; raises NoCallError where they are none, with `reader.kept()` what is not told as a part of a call."""
+    def read(self, reader: Reader, mark: str) -> Steps[bool]:
+        """The calls behind this mark, which was taken, up to the mark at their end; whether that came. `reader.keep()`
+        says where they began; raises NoCallError where they are none, with `reader.kept()` what is not told as a part
+        of a call."""
         try:
             yield from self._calls(reader, mark)
         except NoCallError:
             self._end_call()
             raise
-        if self.form.end:
-            yield from reader.mark((self.form.end,), spaced=True)
+        closed = not self.form.end or bool((yield from reader.mark((self.form.end,), spaced=True)))
         reader.forget()
+        return closed
 
     def _calls(self, reader: Reader, mark: str) -> Steps[None]:
         syntax = self.form.syntax
@@ -297,10 +298,11 @@ class CallReader:
     # -- what is read when all of it is there ---------------------------------------------------------------------
 
     def _at_once(self, reader: Reader, parse: Callable[[str], list[tuple[str, str]] | None]) -> Steps[None]:
-        text, _ = (yield from reader.all_until((self.form.end,), _MAX_HELD)) or ("", "")
+        text, mark = (yield from reader.all_until((self.form.end,), _MAX_HELD)) or ("", "")
         calls = parse(text)
         if not calls:
             raise NoCallError
+        reader.unread(mark)
         reader.forget()
         for name, arguments in calls:
             yield self._whole(name, arguments)

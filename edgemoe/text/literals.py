@@ -10,8 +10,8 @@ from typing import Any
 _MAX_DEPTH = 64
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
-_NAME = re.compile(r"[^\W\d][\w.:/-]*")
-_KEY = re.compile(r"[^\W\d]\w*")
+_NAME = re.compile(r"[\w.:/-]+")
+_KEY = re.compile(r"[^\s=(),'\"]+")
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "0": "\0", "\n": ""}
 _HEX = {"x": 2, "u": 4, "U": 8}
 _GEMMA_QUOTE = '<|"|>'

@@ -24,6 +24,7 @@ LONGEST_PIECE = 1 << 20
 # Tokens that end an answer by their text, whether or not the model's configuration names them.
 _ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|call|>"),
+    *("<|observation|>", "<|tool_response>"),  # what a result begins with, after a call
     *("<|calls|>", "<|flush|>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>"),
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )

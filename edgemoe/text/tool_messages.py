@@ -43,7 +43,8 @@ class TemplateTools:
     form: how its model writes calls. tools: it tells the model about them. system: it knows system messages.
     calls: it writes calls in an assistant's message, whose arguments it wants as "text" or as an "object"; "" where it
     does not. empty: the content of such a message must be None. both: such a message may have content.
-    results: it knows messages of the role "tool". responses: it wants results within the message with the calls.
+    results: the role of messages with results that it knows, "" for none. responses: it wants results within the
+    message with the calls.
     """
 
     form: ToolFormat
@@ -52,7 +53,7 @@ class TemplateTools:
     calls: str
     empty: bool
     both: bool
-    results: bool
+    results: str
     responses: bool
 
 
@@ -130,11 +131,14 @@ def _explore(tokenizer: Tokenizer, source: str, family: str) -> TemplateTools:
                 break
         if calls:
             break
-    results = responses = False
-    if calls:
-        result = {"role": "tool", "content": "needle-result", "name": "needle_tool", "tool_call_id": entry["id"]}
-        results = "needle-result" in render(asked, message, result, tools=tools)
-        responses = "tool_responses" in source and not re.search(r"['\"]tool['\"]", source)
+    results, asking = "", message if calls else {"role": "assistant", "content": "needle-content"}
+    for role in ("tool", form.result_role):
+        # Where a template writes any role as it is, "tool" need not be one that its model has learnt.
+        if not results and role and (calls or role != "tool" or re.search(r"['\"]tool['\"]", source)):
+            result = {"role": role, "content": "needle-result", "name": "needle_tool", "tool_call_id": entry["id"]}
+            made = render(asked, asking, result, tools=tools)
+            results = role if "needle-result" in made and (role == "tool" or role in made) else ""
+    responses = "tool_responses" in source and not re.search(r"['\"]tool['\"]", source)
     system = "needle-system" in render({"role": "system", "content": "needle-system"}, asked)
     return TemplateTools(form, knows_tools, system, calls, empty, both, results, responses)
 
@@ -284,9 +288,9 @@ def _add_result(told: list[dict[str, Any]], result: dict[str, Any], template: Te
             if calls is None and told[at]["role"] != "tool":
                 break
             if calls and not template.form.parallel and calls[0]["id"] == result["tool_call_id"]:
-                told.insert(at + 1, result)
+                told.insert(at + 1, {**result, "role": template.results})
                 return
-        told.append(result)
+        told.append({**result, "role": template.results})
         return
     text = f"<tool_response>\n{result['content']}\n</tool_response>"
     if told and told[-1]["role"] == "user" and str(told[-1]["content"]).startswith("<tool_response>"):

@@ -13,9 +13,9 @@ from tokenizers import AddedToken
 from edgemoe.errors import OptionError
 from edgemoe.families import ToolFormat
 from edgemoe.families._tools import JSON_IN_TAGS
-from edgemoe.text.answer_grammar import answer_language
+from edgemoe.text.answer_grammar import answer_constraint
 from edgemoe.text.call_writing import Call, written
-from edgemoe.text.grammar import Constraint, Language
+from edgemoe.text.grammar import Constraint
 from edgemoe.text.tokenizer import Tokenizer
 from edgemoe.text.tools import ToolUse
 
@@ -45,10 +45,10 @@ def weather(strict: bool = True, **parameters: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def follow(tokens: Tokenizer, language: Language | None, text: str) -> str:
+def follow(tokens: Tokenizer, constraint: Constraint | None, text: str) -> str:
     """How far a text may go: "ends" (nothing can follow), "may end", "goes on", or what was not refused of it."""
-    assert language is not None
-    constraint = Constraint(tokens, language)
+    assert constraint is not None
+    constraint._matcher.reset()
     said = b""
     for token in tokens.encode(text):
         if not constraint.allows(token):
@@ -67,21 +67,21 @@ def test_a_required_call(name: str, special: bool) -> None:
     marks = sorted({*form.tokens(), *(FRAME if form.syntax == "harmony" else [])})
     tokens = tokenizer(marks if special else [], [] if special else marks)
     prompt = "<|start|>assistant" if form.syntax == "harmony" else ""
-    language = answer_language(prompt, tokens, use(tool_choice="required"), form)
+    constraint = answer_constraint(prompt, tokens, use(tool_choice="required"), form)
     calls = [call._replace(id="abcdefghi") if form.id_length else call for call in CALLS]
     for some in (calls, calls[:1], calls[1:2], calls[2:]):
         text = written(form, some if form.parallel else some[:1])
         text = text.removeprefix("<|start|>assistant").removesuffix("<|call|>")
-        assert follow(tokens, language, text) in ("ends", "may end"), text
-    assert follow(tokens, language, "Hello") == ""
+        assert follow(tokens, constraint, text) in ("ends", "may end"), text
+    assert follow(tokens, constraint, "Hello") == ""
     unknown = written(form, [Call("nothing", {})]).removeprefix("<|start|>assistant").removesuffix("<|call|>")
-    assert follow(tokens, language, unknown) not in ("ends", "may end", "goes on")
-    one = answer_language(prompt, tokens, use(tool_choice="required", parallel=False), form)
+    assert follow(tokens, constraint, unknown) not in ("ends", "may end", "goes on")
+    one = answer_constraint(prompt, tokens, use(tool_choice="required", parallel=False), form)
     text = written(form, calls[:1]).removeprefix("<|start|>assistant").removesuffix("<|call|>")
     assert follow(tokens, one, text) == "ends"
     assert follow(tokens, one, written(form, calls)) not in ("ends", "may end", "goes on")
     chosen = {"type": "function", "function": {"name": "get-time"}}
-    named = answer_language(prompt, tokens, use(tool_choice=chosen, parallel=False), form)
+    named = answer_constraint(prompt, tokens, use(tool_choice=chosen, parallel=False), form)
     assert follow(tokens, named, text) not in ("ends", "may end", "goes on")
     text = written(form, calls[1:2]).removeprefix("<|start|>assistant").removesuffix("<|call|>")
     assert follow(tokens, named, text) == "ends"
@@ -92,11 +92,11 @@ def test_arguments_are_of_their_schema() -> None:
         if form.syntax == "harmony":
             continue
         tokens = tokenizer(sorted(form.tokens()))
-        language = answer_language("", tokens, use([weather()], tool_choice="required"), form)
+        constraint = answer_constraint("", tokens, use([weather()], tool_choice="required"), form)
         good, bad = (written(form, [Call("weather", {"days": days})]) for days in (3, "many"))
-        assert follow(tokens, language, good) in ("ends", "may end"), name
-        assert follow(tokens, language, bad) not in ("ends", "may end", "goes on"), name
-        assert follow(tokens, language, written(form, [Call("weather", {})])) not in ("ends", "may end"), name
+        assert follow(tokens, constraint, good) in ("ends", "may end"), name
+        assert follow(tokens, constraint, bad) not in ("ends", "may end", "goes on"), name
+        assert follow(tokens, constraint, written(form, [Call("weather", {})])) not in ("ends", "may end"), name
 
 
 def test_content_after_thoughts() -> None:
@@ -107,28 +107,28 @@ def test_content_after_thoughts() -> None:
         ("<think>\n", "A cat? </think>\n"),
         ("<think>\n\n</think>\n\n", ""),
     ):
-        language = answer_language(prompt, THINKING, NONE, None, json_schema=SCHEMA)
-        assert follow(THINKING, language, before + '{"a": 1}') == "ends", (prompt, before)
-        assert follow(THINKING, language, before + '{"b": 1}') == before + '{"'
-        language = answer_language(prompt, THINKING, NONE, None, grammar='root ::= "yes" | "no"')
-        assert follow(THINKING, language, before + "no") == "ends"
-        assert follow(THINKING, language, before + "yes.") == before + "yes"
-    language = answer_language("<think>\n\n</think>", THINKING, NONE, None, json_schema=SCHEMA)
-    assert follow(THINKING, language, "<think>") == ""
-    language = answer_language("", PLAIN, NONE, None, json_schema=SCHEMA)
-    assert follow(PLAIN, language, "<think>") == ""  # a model without such a token does not think
-    assert answer_language("", PLAIN, NONE, None) is None
+        constraint = answer_constraint(prompt, THINKING, NONE, None, json_schema=SCHEMA)
+        assert follow(THINKING, constraint, before + '{"a": 1}') == "ends", (prompt, before)
+        assert follow(THINKING, constraint, before + '{"b": 1}') == before + '{"'
+        constraint = answer_constraint(prompt, THINKING, NONE, None, grammar='root ::= "yes" | "no"')
+        assert follow(THINKING, constraint, before + "no") == "ends"
+        assert follow(THINKING, constraint, before + "yes.") == before + "yes"
+    constraint = answer_constraint("<think>\n\n</think>", THINKING, NONE, None, json_schema=SCHEMA)
+    assert follow(THINKING, constraint, "<think>") == ""
+    constraint = answer_constraint("", PLAIN, NONE, None, json_schema=SCHEMA)
+    assert follow(PLAIN, constraint, "<think>") == ""  # a model without such a token does not think
+    assert answer_constraint("", PLAIN, NONE, None) is None
 
 
 def test_content_in_a_frame() -> None:
     final = "<|channel|>final<|message|>"
-    language = answer_language("<|start|>assistant", FRAMED, NONE, None, json_schema=SCHEMA)
+    constraint = answer_constraint("<|start|>assistant", FRAMED, NONE, None, json_schema=SCHEMA)
     thoughts = "<|channel|>analysis<|message|>Let me see: {}<|end|><|start|>assistant"
     for before in (final, "<|channel|>final <|constrain|>json<|message|>", thoughts + final, thoughts * 2 + final):
-        assert follow(FRAMED, language, before + '{"a": 1}') == "ends", before
-        assert follow(FRAMED, language, before + '{"b": 1}') == before + '{"'
-    assert follow(FRAMED, language, '{"a": 1}') == ""
-    strict = answer_language("<|start|>assistant", FRAMED, use([weather()]), FORMS["gpt_oss-0"])
+        assert follow(FRAMED, constraint, before + '{"a": 1}') == "ends", before
+        assert follow(FRAMED, constraint, before + '{"b": 1}') == before + '{"'
+    assert follow(FRAMED, constraint, '{"a": 1}') == ""
+    strict = answer_constraint("<|start|>assistant", FRAMED, use([weather()]), FORMS["gpt_oss-0"])
     call = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
     early = " to=functions.weather<|channel|>commentary json<|message|>"
     for before in (call, early, thoughts + call):
@@ -142,25 +142,25 @@ def test_strict_tools_leave_the_rest_free() -> None:
         if form.syntax == "harmony":
             continue
         tokens = tokenizer(sorted(form.tokens()))
-        assert answer_language("", tokens, use([weather(strict=False)]), form) is None
-        language = answer_language("", tokens, use([weather()]), form)
+        assert answer_constraint("", tokens, use([weather(strict=False)]), form) is None
+        constraint = answer_constraint("", tokens, use([weather()]), form)
         call, wrong = (written(form, [Call("weather", {"days": days})]) for days in (3, "many"))
-        assert follow(tokens, language, "It is <b>warm</b> {[today]}.") == "may end", name
-        assert follow(tokens, language, "I look.\n" + call) == "may end", name
-        assert follow(tokens, language, call + "\n" + call + "\nThat is it.") == "may end", name
+        assert follow(tokens, constraint, "It is <b>warm</b> {[today]}.") == "may end", name
+        assert follow(tokens, constraint, "I look.\n" + call) == "may end", name
+        assert follow(tokens, constraint, call + "\n" + call + "\nThat is it.") == "may end", name
         for text in (wrong, "I look.\n" + wrong, call + wrong):
-            assert follow(tokens, language, text) not in ("ends", "may end", "goes on"), name
-        one = answer_language("", tokens, use([weather(strict=False)], parallel=False), form)
+            assert follow(tokens, constraint, text) not in ("ends", "may end", "goes on"), name
+        one = answer_constraint("", tokens, use([weather(strict=False)], parallel=False), form)
         assert follow(tokens, one, "I look.\n" + call) == "ends", name
         assert follow(tokens, one, "I look.") == "may end", name
 
 
 def test_a_schema_or_a_call() -> None:
     call = written(JSON_IN_TAGS, [Call("weather", {"days": 1})])
-    language = answer_language("", PLAIN, use([weather(strict=False)]), JSON_IN_TAGS, json_schema=SCHEMA)
-    assert follow(PLAIN, language, '{"a": 1}') == "ends"
-    assert follow(PLAIN, language, call) == "may end"
-    assert follow(PLAIN, language, "Hello") == ""
+    constraint = answer_constraint("", PLAIN, use([weather(strict=False)]), JSON_IN_TAGS, json_schema=SCHEMA)
+    assert follow(PLAIN, constraint, '{"a": 1}') == "ends"
+    assert follow(PLAIN, constraint, call) == "may end"
+    assert follow(PLAIN, constraint, "Hello") == ""
 
 
 RECURSIVE = {
@@ -174,20 +174,20 @@ RECURSIVE = {
 def test_schemas_that_refer_to_themselves(name: str) -> None:
     form: ToolFormat = FORMS[name]
     tokens = tokenizer(sorted(form.tokens()))
-    language = answer_language("", tokens, use([weather(**RECURSIVE)], tool_choice="required"), form)
+    constraint = answer_constraint("", tokens, use([weather(**RECURSIVE)], tool_choice="required"), form)
     text = written(form, [Call("weather", {"tree": {"inner": {"inner": {}}}})])
-    assert follow(tokens, language, text) in ("ends", "may end")
+    assert follow(tokens, constraint, text) in ("ends", "may end")
 
 
 def test_large_schemas() -> None:
     large = {"required": [], "properties": {f"p{number}": {"enum": ["x" * 200]} for number in range(1000)}}
     tools = [weather(False, **large), {"type": "function", "function": {"name": "other", "parameters": large}}]
-    language = answer_language("", PLAIN, use(tools, tool_choice="required"), JSON_IN_TAGS)
+    constraint = answer_constraint("", PLAIN, use(tools, tool_choice="required"), JSON_IN_TAGS)
     for name in ("weather", "other"):
-        assert follow(PLAIN, language, written(JSON_IN_TAGS, [Call(name, {"p7": "x" * 200})])) == "may end"
+        assert follow(PLAIN, constraint, written(JSON_IN_TAGS, [Call(name, {"p7": "x" * 200})])) == "may end"
     tools[1]["function"]["strict"] = True
     with pytest.raises(OptionError, match="tool 'other': the schemas of the tools are too large"):
-        answer_language("", PLAIN, use(tools, tool_choice="required"), JSON_IN_TAGS)
+        answer_constraint("", PLAIN, use(tools, tool_choice="required"), JSON_IN_TAGS)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,6 @@ def test_large_schemas() -> None:
 )
 def test_schemas_that_cannot_be_kept(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        answer_language("", PLAIN, use([weather(**parameters)], tool_choice="required"), JSON_IN_TAGS)
-    loose = answer_language("", PLAIN, use([weather(False, **parameters)], tool_choice="required"), JSON_IN_TAGS)
+        answer_constraint("", PLAIN, use([weather(**parameters)], tool_choice="required"), JSON_IN_TAGS)
+    loose = answer_constraint("", PLAIN, use([weather(False, **parameters)], tool_choice="required"), JSON_IN_TAGS)
     assert follow(PLAIN, loose, written(JSON_IN_TAGS, [Call("weather", {"b": [1]})])) == "may end"

@@ -8,6 +8,8 @@ import random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgemoe.families import ToolFormat, family_names, tool_formats
 from edgemoe.text.answer import AnswerSplitter
@@ -103,3 +105,196 @@ def test_calls_of_every_form(name: str) -> None:
                 found = split(form, text, cuts)
                 found = [(*part[:2], json.loads(part[2])) if part[0] == "call" else part for part in found]
                 assert found == expected, (cuts, text)
+
+
+FRAGMENTS = [
+    *sorted({token for form in FORMS.values() for token in form.tokens()}),
+    *("<think>", "</think>", "<|start|>", "assistant", "<|channel|>", "final", "analysis", "commentary", "<|message|>"),
+    *(
+        "<|end|>",
+        "<|call|>",
+        "<|return|>",
+        " to=functions.",
+        "get_weather",
+        '{"name": "',
+        '", "arguments": ',
+        "{}",
+        "}",
+        "{",
+    ),
+    *(
+        '"',
+        "[",
+        "]",
+        "(",
+        ")",
+        ", ",
+        ": ",
+        "=",
+        "\n",
+        " ",
+        "\\",
+        "\\n",
+        "call:",
+        "<function=",
+        "<parameter=",
+        "days",
+        "city",
+    ),
+    *(
+        ">",
+        "</",
+        "<",
+        "|",
+        "```json\n",
+        "```",
+        "'",
+        "3",
+        "WORD",
+        "Ä",
+        "TEXT with spaces",
+        "true",
+        "null",
+        "functions.",
+        ":0",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_text_in_any_pieces(name: str, data: st.DataObject) -> None:
+    """Whatever a model writes, the parts do not depend on the cuts, and no words are lost."""
+    form = FORMS[name]
+    text = "".join(data.draw(st.lists(st.sampled_from(FRAGMENTS), max_size=30)))
+    if data.draw(st.booleans()):
+        text = written(form, CALLS[:1])[: data.draw(st.integers(0, 200))] + text
+    prompt = data.draw(st.sampled_from(["", "<|start|>assistant", "<think>\n"]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=10)))
+    whole = split(form, text, [], prompt)
+    assert split(form, text, cuts, prompt) == whole
+    assert split(form, text, 1, prompt) == whole
+    parts = " ".join(piece for part in whole for piece in part[1:])
+    for word in ("WORD", "TEXT"):
+        assert parts.count(word) == text.count(word), (text, whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        # What is no call is content, all of it.
+        ("qwen3_moe-1", "Use <tool_call> here.", [("content", "Use <tool_call> here.")]),
+        ("qwen3_moe-1", "<tool_call>\n[1, 2]\n</tool_call>", [("content", "<tool_call>\n[1, 2]\n</tool_call>")]),
+        ("qwen3_moe-1", '<tool_call>\n{"name": "get_we', [("content", '<tool_call>\n{"name": "get_we')]),
+        (
+            "qwen3_moe-1",
+            '<tool_call>{"name": 5, "arguments": {}}',
+            [("content", '<tool_call>{"name": 5, "arguments": {}}')],
+        ),
+        ("lfm2_moe-0", "<|tool_call_start|>[f(x=)]", [("content", "<|tool_call_start|>[f(x=)]")]),
+        ("gemma4-0", "<|tool_call>call:f{a", [("content", "<|tool_call>call:f{a")]),
+        ("glm4_moe-0", "<tool_call></tool_call>x", [("content", "<tool_call></tool_call>x")]),
+        # What has begun as a call has what there was for arguments.
+        ("qwen3_moe-1", '<tool_call>{"name": "f", "arguments": {"a": "b', [("call", "f", '{"a": "b')]),
+        ("qwen3_moe-0", "<tool_call><function=f><parameter=a>b", [("call", "f", '{"a": "b"')]),
+        ("qwen3_moe-0", "<tool_call><function=get_weather><parameter=city>b", [("call", "get_weather", '{"city": "b')]),
+        (
+            "qwen3_moe-1",
+            '<tool_call>{"name": "f", "arguments": {}}}</tool_call>Yes.',
+            [("call", "f", "{}"), ("content", "}"), ("content", "Yes.")],
+        ),
+        # What models get wrong.
+        ("qwen3_moe-1", '<tool_call>{"arguments": {"a": 1}, "name": "f"}', [("call", "f", '{"a": 1}')]),
+        ("qwen3_moe-1", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}', [("call", "f", '{"a": 1}')]),
+        ("qwen3_moe-1", '<tool_call>{"name": "f"}</tool_call>', [("call", "f", "{}")]),
+        ("qwen3_moe-1", '<tool_call>{"name": "f", "arguments": null}</tool_call>', [("call", "f", "{}")]),
+        (
+            "qwen3_moe-1",
+            '<tool_call>{"name": "f", "arguments": {"a": "x\ny"}}\n{"name": "g", "arguments": {}}</tool_call>',
+            [("call", "f", '{"a": "x\\ny"}'), ("call", "g", "{}")],
+        ),
+        (
+            "qwen3_moe-0",
+            '<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+            [("call", "f", "{}")],
+        ),
+        ("qwen3_moe-0", "<function=get-time>\n</function>\n</tool_call>", [("call", "get-time", "{}")]),
+        (
+            "qwen3_moe-0",
+            "<tool_call><function=get_weather><parameter=days>many</parameter><parameter=exact>True</parameter>"
+            "<parameter=note>null</parameter><parameter=more>{'a': (1, None)}</parameter><parameter=x>1.50</parameter>"
+            "</function></tool_call>",
+            [
+                (
+                    "call",
+                    "get_weather",
+                    '{"days": "many", "exact": true, "note": null, "more": {"a": [1, null]}, "x": 1.50}',
+                )
+            ],
+        ),
+        ("glm4_moe-0", "<tool_call>get-time</tool_call>", [("call", "get-time", "{}")]),
+        (
+            "glm4_moe-0",
+            "<tool_call>get_weather<arg_key>city</arg_key><arg_value>a</arg_value></tool_call>",
+            [("call", "get_weather", '{"city": "a"}')],
+        ),
+        ("granitemoe-0", '<|tool_call|>{"name": "f", "arguments": {}}', [("call", "f", "{}")]),
+        ("mixtral-0", '[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "abc"}]', [("call", "f", "{}")]),
+        (
+            "lfm2_moe-0",
+            '<|tool_call_start|>[f(s=\'it\'s\', t="""a\n"b" """, n=-1.5e3, u=\'\\u00e9\\ud83d\\ude42\', '
+            "l=(1,), d={'a': {}})]",
+            [
+                (
+                    "call",
+                    "f",
+                    '{"s": "it\'s", "t": "a\\n\\"b\\" ", "n": -1.5e3, "u": "é🙂", "l": [1], "d": {"a": {}}}',
+                )
+            ],
+        ),
+        ("lfm2_moe-0", '<|tool_call_start|>[{"name": "f", "arguments": {"a": 1}}]', [("call", "f", '{"a": 1}')]),
+        ("lfm2_moe-0", "<|tool_call_start|>[f(x=" + "[" * 5000, [("content", "<|tool_call_start|>[f(x=" + "[" * 5000)]),
+        (
+            "lfm2_moe-0",
+            "<|tool_call_start|>[f(x=__import__('os'))]",
+            [("content", "<|tool_call_start|>[f(x=__import__('os'))]")],
+        ),
+        (
+            "gemma4-0",
+            '<|tool_call>call:f{a:<|"|>{x},<|"|>,b:[1,{c:two words}]}',
+            [("call", "f", '{"a": "{x},", "b": [1, {"c": "two words"}]}')],
+        ),
+        ("gemma4-0", "<|tool_call>call:f{a:" + "[" * 5000, [("content", "<|tool_call>call:f{a:" + "[" * 5000)]),
+        ("gpt_oss-0", "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant", [("reasoning", "Hm")]),
+        (
+            "gpt_oss-0",
+            '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>',
+            [("call", "f", '{"a": 1}')],
+        ),
+        ("gpt_oss-0", "<|start|>assistant to=functions.f<|channel|>commentary json<|message|>", [("call", "f", "{}")]),
+    ],
+)
+def test_calls_that_are_not_as_they_should_be(name: str, text: str, expected: list[Any]) -> None:
+    joined: list[Any] = []
+    for part in expected:
+        if joined and part[0] == joined[-1][0] == "content":
+            joined[-1] = ("content", joined[-1][1] + part[1])
+        else:
+            joined.append(part)
+    for cuts in (1, 3, len(text)):
+        assert split(FORMS[name], text, cuts) == joined
+
+
+def test_ids() -> None:
+    def ids(name: str, text: str) -> list[str]:
+        parts = AnswerSplitter("", "auto", CallReader(FORMS[name], use())).split([text])
+        return [part.id or "" for part in parts if part.name is not None]
+
+    # An id that stands behind the arguments comes too late: they are told as they are written.
+    assert ids("mixtral-0", '[TOOL_CALLS][{"name": "f", "id": "abcdefghi", "arguments": {}}]') == ["abcdefghi"]
+    (made,) = ids("mixtral-0", '[TOOL_CALLS][{"name": "f", "arguments": {}}]')
+    assert len(made) == 9 and made.isalnum()
+    (made,) = ids("qwen3_moe-1", '<tool_call>{"name": "f", "arguments": {}}</tool_call>')
+    assert made.startswith("call_") and len(made) == 29
+    assert ids("deepseek_v3-2", written(FORMS["deepseek_v3-2"], CALLS)) == [call.id for call in CALLS]

@@ -203,18 +203,18 @@ def test_forms_by_template_and_family(model: Callable[[str], edgemoe.Model]) -> 
         tools = template_tools(model(name).tokenizer, family)
         found[name] = (tools.form.syntax, tools.tools, tools.calls, tools.results)
     assert found == {
-        "qwen3": ("json", True, "text", True),
-        "qwen3-coder": ("tagged", True, "object", True),
-        "gpt-oss": ("harmony", True, "object", True),
-        "deepseek-v3.1": ("named", False, "text", True),
-        "deepseek-v3": ("named", False, "text", True),
-        "glm": ("tagged", True, "object", True),
-        "granite": ("json", True, "", False),
-        "lfm2": ("python", True, "", False),
-        "gemma": ("gemma", True, "object", True),
-        "minimax": ("tagged", True, "object", True),
-        "mixtral": ("json", True, "object", True),
-        "chatml": ("json", False, "", False),
+        "qwen3": ("json", True, "text", "tool"),
+        "qwen3-coder": ("tagged", True, "object", "tool"),
+        "gpt-oss": ("harmony", True, "object", "tool"),
+        "deepseek-v3.1": ("named", False, "text", "tool"),
+        "deepseek-v3": ("named", False, "text", "tool"),
+        "glm": ("tagged", True, "object", "tool"),
+        "granite": ("json", True, "", "tool_response"),
+        "lfm2": ("python", True, "", "tool"),
+        "gemma": ("gemma", True, "object", "tool"),
+        "minimax": ("tagged", True, "object", "tool"),
+        "mixtral": ("json", True, "object", "tool"),
+        "chatml": ("json", False, "", ""),
     }
 
 
