@@ -67,7 +67,8 @@ def _named(index: ModelIndex) -> Iterator[None]:
 class Engine:
     """An engine of the core, whose calls must not run at the same time.
 
-    lock: held during every call; reentrant. Who needs several calls to be one step holds it around them.
+    lock: held during every call but `residency`; reentrant. Who needs several calls to be one step holds it around
+    them.
     isa: the instruction set in use. direct_io: whether weights are read past the page cache.
     After `close` every call but `counters` raises EdgemoeError.
     """
@@ -258,6 +259,18 @@ class Engine:
             if self.running:
                 self.check_idle()
             return self._core.counters()
+
+    def residency(self) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
+        """What is in memory of each expert now, and how often it was read: two arrays [layers, experts].
+
+        The first: levels in memory, 0 for none of them, 255 where the layer has no such expert. The second: reads so
+        far, each of one level or of several at once. Waits for no pass, so it may be asked for at any time, some times
+        a second. Raises EdgemoeError.
+        """
+        core = self._core
+        if self._closed or core is None:
+            raise EdgemoeError("the model is closed")
+        return core.residency()
 
     def _idle(self) -> _core.Engine:
         self.check_idle()

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -185,6 +187,43 @@ def test_sequences_come_and_go(make_pack: Callable[..., Path]) -> None:
             engine.forward([5], [0], [ids[0]], [0])
         assert engine.add_sequence() == ids[0] and engine.length(ids[0]) == 0
         assert (engine.length(0), engine.length(ids[1])) == (20, 20)
+
+
+def test_residency_is_what_was_read_and_not_evicted(make_pack: Callable[..., Path]) -> None:
+    with load_divided(make_pack(), slots=5, prefetch=False) as model:
+        engine = model.engine
+        spec = Pack.open(model.path).index.spec
+        levels, reads = engine.residency()
+        assert levels.shape == reads.shape == (len(spec.layers), spec.layers[0].experts)
+        assert (levels.dtype, reads.dtype) == (np.uint8, np.uint64)
+        assert not levels.any() and not reads.any()
+        seen: list[tuple[int, bool]] = []
+
+        def watch() -> None:
+            while not stop.is_set():
+                some = engine.residency()[0]
+                seen.append((int(some.sum()), engine.running))
+                time.sleep(0.0002)
+
+        stop, watcher = threading.Event(), threading.Thread(target=watch)
+        stop.clear()
+        watcher.start()
+        engine.record_routing(True)
+        model.logits(TOKENS)
+        stop.set()
+        watcher.join()
+        assert max(count for count, _ in seen) <= 5
+        assert any(running and count for count, running in seen)  # it does not wait for the end of a pass
+        levels, reads = engine.residency()
+        counters = engine.counters()
+        assert levels.max() == 1 and levels.sum() == 5 == counters.sections_read - counters.evictions
+        assert reads.sum() == counters.sections_read
+        picks = engine.take_routing().picks.reshape(len(TOKENS), len(spec.layers), -1)
+        for layer in range(len(spec.layers)):
+            assert set(np.flatnonzero(reads[layer])) == set(picks[:, layer].reshape(-1).tolist())
+            assert not levels[layer][reads[layer] == 0].any()
+    with pytest.raises(edgemoe.EdgemoeError, match="closed"):
+        engine.residency()
 
 
 def test_snapshots_of_another_model_are_refused(make_pack: Callable[..., Path]) -> None:

@@ -260,6 +260,20 @@ def test_counters_add_up(pack: Path) -> None:
     assert c.bytes_read % BLOCK == 0 and c.sections_read > c.evictions
 
 
+def test_residency_counts_levels(mixed: Path) -> None:
+    """Of experts with 1, 2 or 3 levels, read as far as they were needed."""
+    most = np.add.outer(np.arange(LAYERS), np.arange(EXPERTS)) % 3 + 1
+    for options, allowed in (({}, {0, 1, 2, 3}), ({"level_cap": 0}, {0, 1})):
+        with edgemoe.load(mixed, memory="2GB", expert_slots=LAYERS * EXPERTS, prefetch=False, **options) as model:
+            model.logits(TOKENS)
+            levels, reads = model.engine.residency()
+            sections = model.engine.counters().sections_read
+        assert set(np.unique(levels).tolist()) <= allowed and levels.sum() == sections
+        assert np.array_equal(levels > 0, reads > 0)
+        if not options:
+            np.testing.assert_array_equal(levels[levels > 0], most[levels > 0])
+
+
 def test_memory_holds_more_coarse_experts_than_whole_ones(pack: Path, tmp_path: Path) -> None:
     evictions = {}
     for cap in (0, 2):

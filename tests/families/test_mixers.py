@@ -344,6 +344,17 @@ def test_memory_counts_each_kind_of_state(packs: Callable[[str], Path]) -> None:
     assert state("lfm2_moe", 64) == 2 * 2 * 16 * 64 * 2 + 2 * 2 * 4 * 3 * 64
 
 
+def test_a_dense_layer_has_no_experts_in_memory(packs: Callable[[str], Path]) -> None:
+    with load(packs("deepseek_v3")) as model:
+        model.logits(TOKENS)
+        layers = Pack.open(model.path).index.spec.layers
+        levels, reads = model.engine.residency()
+        for layer, spec in enumerate(layers):
+            assert set(levels[layer, spec.experts :].tolist()) <= {255} and 255 not in levels[layer, : spec.experts]
+            assert bool(reads[layer].any()) == (spec.experts > 0)
+        assert {spec.experts > 0 for spec in layers} == {False, True}
+
+
 # -- files ----------------------------------------------------------------------------------------------------------
 
 

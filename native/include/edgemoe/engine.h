@@ -58,6 +58,15 @@ struct EngineCounters {
     StoreCounters store;
 };
 
+// Which experts are in memory, and how often each was read: [layers, experts] of the layer that has most of them.
+struct Residency {
+    static constexpr uint8_t kNone = 255;  // the layer has no such expert
+
+    int layers = 0, experts = 0;
+    std::vector<uint8_t> levels;  // in memory, 0 for none of them
+    std::vector<uint64_t> reads;  // so far, of one level or of several at once
+};
+
 class ExpertStore;
 class Pass;
 class Weights;
@@ -102,8 +111,10 @@ class Engine {
     const ModelSpec& spec() const { return spec_; }
     std::string_view isa() const { return backend_->name(); }
     bool direct_io() const;
-    // Of what has been computed so far. May be called from any thread at any time, unlike all else.
+    // Of what has been computed so far. From any thread at any time, unlike all else but residency().
     EngineCounters counters() const;
+    // As it is now.
+    Residency residency() const;
 
   private:
     void add_counts(const EngineCounters& more);  // what the store counts left out

@@ -112,6 +112,20 @@ EngineCounters Engine::counters() const {
     return counters;
 }
 
+Residency Engine::residency() const {
+    Residency found;
+    found.layers = static_cast<int>(spec_.layers.size());
+    for (const LayerSpec& layer : spec_.layers) found.experts = std::max(found.experts, layer.experts);
+    const size_t row = found.experts;
+    found.levels.assign(row * found.layers, Residency::kNone);
+    found.reads.assign(row * found.layers, 0);
+    for (int layer = 0; layer < found.layers; ++layer)
+        if (const size_t count = spec_.layers[layer].experts)
+            store_->residency(layer, std::span(found.levels).subspan(layer * row, count),
+                              std::span(found.reads).subspan(layer * row, count));
+    return found;
+}
+
 void Engine::add_counts(const EngineCounters& more) {
     const std::lock_guard lock(counters_mutex_);
     counters_.tokens += more.tokens;

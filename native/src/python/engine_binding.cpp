@@ -230,6 +230,14 @@ py::array_t<uint8_t> snapshot(BoundEngine& engine, int id) {
     return target;
 }
 
+// (levels, reads), each [layers, experts].
+py::tuple residency(const BoundEngine& bound) {
+    const edgemoe::Residency found = bound.engine.residency();
+    const std::vector<py::ssize_t> shape{found.layers, found.experts};
+    return py::make_tuple(py::array_t<uint8_t>(shape, found.levels.data()),
+                          py::array_t<uint64_t>(shape, found.reads.data()));
+}
+
 void restore(BoundEngine& engine, int id, const py::buffer& source) {
     const py::buffer_info info = source.request();
     engine.sequence(id).restore(bytes_of(info));
@@ -303,6 +311,7 @@ void bind_engine(py::module_& module) {
         .def("record_routing", &record_routing)
         .def("take_routing", &take_routing)
         .def("counters", [](const BoundEngine& bound) { return bound.engine.counters(); })
+        .def("residency", &residency)
         .def_property_readonly("isa", [](const BoundEngine& bound) { return std::string(bound.engine.isa()); })
         .def_property_readonly("direct_io", [](const BoundEngine& bound) { return bound.engine.direct_io(); });
 }

@@ -25,6 +25,7 @@ ExpertStore::ExpertStore(const PackIndex& index, const std::vector<std::unique_p
                          StoreOptions options)
     : options_(options),
       layout_(index, options.all_levels),
+      reads_(static_cast<size_t>(layout_.experts()), 0),
       memory_(layout_, options.slots, options.eviction, counters_),
       queue_(layout_, memory_),
       predictions_(layout_, memory_, options.readers, counters_),
@@ -40,6 +41,18 @@ StoreCounters ExpertStore::counters() const {
     StoreCounters counters = counters_;
     counters.read_seconds = readers_.seconds();
     return counters;
+}
+
+void ExpertStore::residency(int layer, std::span<uint8_t> levels, std::span<uint64_t> reads) const {
+    const std::lock_guard lock(mutex_);
+    const int first = layout_.first_expert(layer);
+    for (int expert = first; expert < layout_.end_expert(layer); ++expert) {
+        uint64_t present = 0;
+        for (int piece = layout_.first_piece(expert); piece < layout_.end_piece(expert); ++piece)
+            if (memory_.state(piece) == PieceState::present) present += layout_.piece(piece).sections();
+        levels[expert - first] = static_cast<uint8_t>(present);
+        reads[expert - first] = reads_[expert];
+    }
 }
 
 bool ExpertStore::wants_hints() const { return options_.prefetch && memory_.is_short(); }
@@ -171,6 +184,7 @@ void ExpertStore::done(const ReadRequest& request, const std::exception_ptr& err
     if (!error) {
         counters_.sections_read += sections;
         counters_.bytes_read += bytes;
+        ++reads_[request.expert];
         if (!request.speculative) predictions_.observe_read(seconds, bytes);
     } else {
         error_ = error;

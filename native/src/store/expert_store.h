@@ -60,6 +60,10 @@ class ExpertStore {
 
     StoreCounters counters() const;
 
+    // Of each expert of a layer: its levels that are in memory, and how many reads have brought some of them so far.
+    // Both spans have an element for each of the layer's experts. From any thread, as counters().
+    void residency(int layer, std::span<uint8_t> levels, std::span<uint64_t> reads) const;
+
     // What follows is for ExpertStream. Its calls are made with the lock held, which they take as a proof.
     using Lock = std::unique_lock<std::mutex>;
     Lock lock() const { return Lock(mutex_); }
@@ -95,6 +99,7 @@ class ExpertStore {
     mutable std::mutex mutex_;
     std::condition_variable arrived_;
     StoreCounters counters_;
+    std::vector<uint64_t> reads_;  // [experts]
     MemoryTier memory_;
     ReadQueue queue_;
     Predictions predictions_;
