@@ -60,6 +60,7 @@ _PARAGRAPHS = """\
     help="Keys, one in a line; # begins a comment.",
 )
 @load_option("parallel", "-np", "--parallel", metavar="N")
+@load_option("max_gap", "--max-gap", metavar="SECONDS", type=float, show_default=True)
 @context_option
 @click.option(
     "-n",
@@ -117,6 +118,7 @@ def command(
     api_keys: tuple[str, ...],
     api_key_file: str | None,
     parallel: int,
+    max_gap: float,
     context: int | None,
     max_tokens: int | None,
     memory: int | None,
@@ -167,6 +169,7 @@ def command(
             threads=threads,
             context=context,
             parallel=parallel,
+            max_gap=max_gap,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
             quality=quality,
