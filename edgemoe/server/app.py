@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
+from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -245,12 +247,7 @@ class _Server:
     def engine_report(self, generated_tokens: int) -> dict[str, Any]:
         """What the page shows beside the conversation. generated_tokens: of all answers, those under way included."""
         layers = self.model.spec.layers
-        resident = reads = None
-        residency = getattr(self.model, "residency", None)
-        if residency is not None:
-            levels, counts = residency()
-            resident = base64.b64encode(levels.astype("u1").tobytes()).decode()
-            reads = base64.b64encode(counts.clip(max=(1 << 32) - 1).astype("<u4").tobytes()).decode()
+        levels, reads = self.model.engine.residency()
         return {
             "status": {"answers": self.metrics.running, **self.status()},
             "counters": {
@@ -261,8 +258,8 @@ class _Server:
             "memory": self.memory(),
             "layers": len(layers),
             "experts": max((layer.experts for layer in layers), default=0),
-            "resident": resident,
-            "reads": reads,
+            "resident": _base64(levels.astype("u1")),
+            "reads": _base64(reads.clip(max=_MOST_READS).astype("<u4")),
             "model": {"name": self.settings.model_name, "context": self.model.context, "quality": self.model.quality},
         }
 
@@ -284,6 +281,7 @@ class _Server:
         return Response(body, headers=headers)
 
 
+_MOST_READS = np.uint64((1 << 32) - 1)
 _OPENAPI = Path(__file__).with_name("openapi.json")
 
 
@@ -322,6 +320,10 @@ def _piece(data: bytes) -> str | list[int]:
         return data.decode()
     except UnicodeDecodeError:
         return list(data)
+
+
+def _base64(values: NDArray[Any]) -> str:
+    return base64.b64encode(values.tobytes()).decode()
 
 
 def _date(seconds: int) -> str:

@@ -120,8 +120,6 @@ class ScriptedModel:
         return answer
 
     def __getattr__(self, name: str) -> Any:
-        if name == "residency":
-            raise AttributeError(name)
         return getattr(self.real, name)
 
 

@@ -10,7 +10,7 @@ import anthropic
 import httpx2
 import numpy as np
 import pytest
-from scripted import ScriptedModel, serving
+from scripted import serving
 
 import edgemoe
 
@@ -52,15 +52,23 @@ def test_the_engine_tells_what_the_page_shows(http: httpx2.Client, bundled: edge
     assert {"hit_rate", "bytes_read", "stall_ms", "generated_tokens"} <= report["counters"].keys()
 
 
-def test_residency_is_told_as_bytes(scripted: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residency_is_told_as_bytes(
+    http: httpx2.Client, bundled: edgemoe.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http.post("/v1/completions", json={"prompt": "The sea", "max_tokens": 2})
+    report: dict[str, Any] = http.get("/engine").json()
+    shape = (report["layers"], report["experts"])
+    resident = np.frombuffer(base64.b64decode(report["resident"]), "u1").reshape(shape)
+    reads = np.frombuffer(base64.b64decode(report["reads"]), "<u4").reshape(shape)
+    assert resident.any()
+    assert (reads[resident > 0] > 0).all()
     levels = np.array([[0, 1, 255], [2, 0, 1]], np.uint8)
-    reads = np.array([[0, 7, 0], [1 << 40, 0, 3]], np.uint64)
-    monkeypatch.setattr(ScriptedModel, "residency", lambda self: (levels, reads), raising=False)
-    with serving(scripted) as url:
-        report: dict[str, Any] = httpx2.get(f"{url}/engine").json()
+    counts = np.array([[0, 7, 0], [1 << 40, 0, 3]], np.uint64)
+    monkeypatch.setattr(bundled.engine, "residency", lambda: (levels, counts))
+    report = http.get("/engine").json()
     assert base64.b64decode(report["resident"]) == levels.tobytes()
-    counts = np.frombuffer(base64.b64decode(report["reads"]), "<u4").reshape(2, 3)
-    assert counts.tolist() == [[0, 7, 0], [(1 << 32) - 1, 0, 3]]
+    told = np.frombuffer(base64.b64decode(report["reads"]), "<u4").reshape(2, 3)
+    assert told.tolist() == [[0, 7, 0], [(1 << 32) - 1, 0, 3]]
 
 
 def test_anthropics_client_lists_the_model_too(url: str) -> None:
