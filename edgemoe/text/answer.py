@@ -25,10 +25,15 @@ THOUGHTS = (
 _FRAME = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 _HEADER_BEGINS = ("<|start|>", "<|channel|>", "<|message|>")
 _BODY_ENDS = ("<|end|>", "<|start|>", "<|return|>", "<|call|>")
+_CHANNELS = ("analysis", "commentary", "final")
 _MAX_HEADER = 512
-_CHANNEL = r"(?:<\|channel\|>\s*(?P<channel>\w*)(?:\s+to=(?P<late>[\w.:/-]*))?\s*(?:<\|constrain\|>)?\s*[\w/.-]*\s*)?"
-_HEADER = re.compile(r"(?:<\|start\|>\s*[\w.-]*)?(?:\s*to=(?P<to>[\w.:/-]*))?\s*" + _CHANNEL)
-_BEGUN_HEADER = re.compile(r"(?:<\|start\|>\s*[\w.-]*)?(?:\s*t(?:o(?:=[\w.:/-]*)?)?)?\s*" + _CHANNEL)
+_START = r"(?:<\|start\|>\s{0,2}[\w.-]*)?"
+_CHANNEL = (
+    r"\s{0,2}(?:<\|channel\|>\s{0,2}(?P<channel>\w*)(?:\s{1,2}to=(?P<late>[\w.:/-]*))?"
+    r"\s{0,2}(?:<\|constrain\|>)?\s{0,2}[\w/.-]*\s{0,2})?"
+)
+_HEADER = re.compile(_START + r"(?:\s{0,2}to=(?P<to>[\w.:/-]*))?" + _CHANNEL)
+_BEGUN_HEADER = re.compile(_START + r"(?:\s{0,2}t(?:o(?:=[\w.:/-]*)?)?)?" + _CHANNEL)
 _MARKS = (*(mark for pair in THOUGHTS for mark in pair), "<|channel>", *_FRAME)
 
 FORMATS = ("auto", "deepseek", "none")
@@ -98,18 +103,17 @@ class AnswerSplitter:
 
     def _answer(self, prompt: str, apart: bool) -> Steps[None]:
         harmony = self._calls is not None and self._calls.form.syntax == "harmony"
-        if not apart and not harmony:
+        close, framed = end_of_thoughts(prompt), is_framed(prompt)
+        if not apart and not (harmony and framed):
             yield from self._content()
             return
-        close = end_of_thoughts(prompt)
-        framed = is_framed(prompt)
         if not close and not framed:
             begin = yield from self._reader.mark((*(begin for begin, _ in THOUGHTS), *_HEADER_BEGINS[:2]), spaced=True)
             close = dict(THOUGHTS).get(begin, "")
             framed = begin in _HEADER_BEGINS
             self._reader.unread(begin if framed else "")
         if framed:
-            yield from self._messages()
+            yield from self._messages(apart)
             return
         if close:
             yield from self._body("reasoning", (close,))
@@ -171,7 +175,7 @@ class AnswerSplitter:
 
     # -- messages with headers ------------------------------------------------------------------------------------
 
-    def _messages(self) -> Steps[None]:
+    def _messages(self, apart: bool) -> Steps[None]:
         while True:
             header = yield from self._header()
             if header is None:
@@ -185,7 +189,11 @@ class AnswerSplitter:
                 self._reader.unread(mark if mark in _HEADER_BEGINS else "")
                 continue
             channel, recipient = header
-            if recipient and self._calls is not None:
+            if not apart and channel == "analysis":
+                yield Part("content", "<|channel|>analysis<|message|>")
+                mark = yield from self._body("content", _BODY_ENDS)
+                yield Part("content", mark if mark != "<|start|>" else "<|end|>")
+            elif recipient and self._calls is not None:
                 mark = yield from self._calls.message(self._reader, recipient, _BODY_ENDS)
             else:
                 mark = yield from self._body("reasoning" if channel == "analysis" else "content", _BODY_ENDS)
@@ -205,13 +213,14 @@ class AnswerSplitter:
                 return found["channel"] or "", found["to"] or found["late"] or ""
             certain = text[: len(text) - max(overlap(text, mark) for mark in _FRAME)]
             lead = certain.lstrip()
-            is_header = _BEGUN_HEADER.fullmatch(certain) is not None and (
-                not lead or lead.startswith((*_HEADER_BEGINS, "to="))
-            )
-            if not is_header and not "to=".startswith(lead):
+            begun = _BEGUN_HEADER.fullmatch(certain)
+            may_be = begun is not None and lead.startswith((*_HEADER_BEGINS, "to="))
+            if not may_be and not "to=".startswith(lead):
                 return None
             if self._reader.ended:
-                if lead.startswith(_HEADER_BEGINS) or certain != text:  # a frame without anything in it
+                channel = begun["channel"] or "" if begun is not None else ""
+                framed = lead.startswith(_HEADER_BEGINS) or certain != text
+                if framed and any(name.startswith(channel) for name in _CHANNELS):  # a frame without anything in it
                     self._reader.rest()
                 return None
             if len(text) > _MAX_HEADER:

@@ -102,7 +102,8 @@ class _Answer:
                 start = f"({body} | {begin} {calls.calls(several)})"
             else:
                 call = calls.calls(several=False)
-                until, free = rules.until(form.begin), rules.without(form.begin)
+                until = rules.until(form.begin, [form.loose_begin])
+                free = rules.without([form.begin, form.loose_begin])
                 start = f"({until} {call})* {free}" if several else f"(({until} {call}) | {free})"
         return Language(rules.language(f"{thoughts} {start}"), what)
 

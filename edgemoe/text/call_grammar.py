@@ -65,22 +65,26 @@ class Rules:
         pieces += [_literal(literal)] if literal else []
         return " ".join(pieces)
 
-    def until(self, mark: str) -> str:
-        """Any text up to this mark, and the mark."""
+    def until(self, mark: str, never: Sequence[str] = ()) -> str:
+        """Any text up to this mark, and the mark; none of the others is in it."""
         pieces = _TOKEN.split(mark)
         for number, piece in enumerate(pieces):
             if self._special(piece) is not None:  # which is no text; what stands before it is
-                return f"{self.rule(_ANY_TEXT)} {self.mark(''.join(pieces[number:]))}"
-        return self.rule(_ANY_TEXT, f"[suffix={_literal(mark)}]")
+                return f"{self._without(never)} {self.mark(''.join(pieces[number:]))}"
+        return self.rule(self._without(never), f"[suffix={_literal(mark)}]")
 
-    def without(self, mark: str) -> str:
-        """Any text in which this mark is not."""
-        if self._special(mark) is not None:
-            return self.rule(_ANY_TEXT)
-        inner = re.sub(r"([^A-Za-z0-9_ ])", r"\\\1", mark)
+    def without(self, marks: Sequence[str]) -> str:
+        """Any text, also none, in which these marks are not."""
+        return self.rule(f'{self._without(marks)} | ""')
+
+    def _without(self, marks: Sequence[str]) -> str:
+        literals = [mark for mark in marks if mark and self._special(mark) is None]
+        if not literals:
+            return _ANY_TEXT
         name = f"T{len(self._rules)}"
-        self._rules.append(f"{name}: /(?s:.+)/ & ~/(?s:.*){inner}(?s:.*)/")
-        return self.rule(f'{name} | ""')
+        inner = "|".join("".join(f"[\\u{{{ord(character):X}}}]" for character in mark) for mark in literals)
+        self._rules.append(f"{name}: {_ANY_TEXT} & ~/(?s:.*)({inner})(?s:.*)/")
+        return name
 
     def _special(self, text: str) -> int | None:
         token = self._tokenizer.token_id(text)

@@ -165,6 +165,8 @@ def _form(source: str, family: str, knows_tools: bool) -> ToolFormat:
 
 def _plain(message: Mapping[str, Any], number: int, source: str) -> dict[str, Any]:
     """A message with what templates take for granted; its calls checked."""
+    if not isinstance(message, Mapping):
+        raise OptionError(f"messages[{number}] is {quote(message)}, not an object with role and content")
     plain = dict(message)
     if not isinstance(plain.get("role"), str):
         raise TokenizerError(f"message {number} has no role")

@@ -44,6 +44,21 @@ def together(parts: list[Part]) -> list[tuple[str, str]]:
         ("...<|start|>assistant", HARMONY, None),
         ("", HARMONY, None),
         ("...<|start|>assistant", "<|channel|>final<|message|>Yes.<|return|>", [("content", "Yes.")]),
+        # What is in no frame is content, too.
+        ("...<|start|>assistant", '{"a": 1}', [("content", '{"a": 1}')]),
+        ("...<|start|>assistant", "Hello", [("content", "Hello")]),
+        ("...<|start|>assistant", " to", [("content", " to")]),
+        ("...<|start|>assistant", " to=f", [("content", " to=f")]),
+        ("...<|start|>assistant", "<|channel|>Hello you", [("content", "<|channel|>Hello you")]),
+        (
+            "...<|start|>assistant",
+            "Yes.<|end|><|start|>assistant<|channel|>final<|message|>No.",
+            [("content", "Yes.No.")],
+        ),
+        ("...<|start|>assistant", "<|channel|>" + "x" * 600, [("content", "<|channel|>" + "x" * 600)]),
+        ("...<|start|>assistant", "<|channel|>fin", []),
+        ("...<|start|>assistant", "<|channel|>final<|mess", []),
+        ("...<|start|>assistant", "<|message|>Yes.", [("content", "Yes.")]),
     ],
 )
 def test_thoughts_and_answers(prompt: str, answer: str, expected: list[tuple[str, str]] | None) -> None:

@@ -148,7 +148,9 @@ def test_strict_tools_leave_the_rest_free() -> None:
         assert follow(tokens, constraint, "It is <b>warm</b> {[today]}.") == "may end", name
         assert follow(tokens, constraint, "I look.\n" + call) == "may end", name
         assert follow(tokens, constraint, call + "\n" + call + "\nThat is it.") == "may end", name
-        for text in (wrong, "I look.\n" + wrong, call + wrong):
+        # A call without the mark that it should begin with would escape.
+        loose = [wrong[wrong.index(form.loose_begin) :]] if form.loose_begin else []
+        for text in (wrong, "I look.\n" + wrong, call + wrong, *loose, *("I look. " + text for text in loose)):
             assert follow(tokens, constraint, text) not in ("ends", "may end", "goes on"), name
         one = answer_constraint("", tokens, use([weather(strict=False)], parallel=False), form)
         assert follow(tokens, one, "I look.\n" + call) == "ends", name

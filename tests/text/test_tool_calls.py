@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemoe.families import ToolFormat, family_names, tool_formats
+from edgemoe.families._tools import JSON_IN_TAGS
 from edgemoe.text.answer import AnswerSplitter
 from edgemoe.text.call_syntax import CallReader
 from edgemoe.text.call_writing import Call, written
@@ -284,6 +285,19 @@ def test_calls_that_are_not_as_they_should_be(name: str, text: str, expected: li
             joined.append(part)
     for cuts in (1, 3, len(text)):
         assert split(FORMS[name], text, cuts) == joined
+
+
+def test_thoughts_left_in() -> None:
+    def content(name: str, prompt: str, text: str) -> list[Any]:
+        splitter = AnswerSplitter(prompt, "none", CallReader(FORMS[name], use()))
+        parts = list(splitter.split([text]))
+        return ["".join(part.text for part in parts if part.kind == kind) for kind in ("content", "tool_call")]
+
+    text = "<think>Hm</think>\n" + written(JSON_IN_TAGS, CALLS[1:2])
+    assert content("qwen3_moe-1", "", text) == ["<think>Hm</think>", "{}"]
+    thoughts = "<|channel|>analysis<|message|>Hm<|end|>"
+    text = f"{thoughts}<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{{}}<|call|>"
+    assert content("gpt_oss-0", "<|start|>assistant", text) == [thoughts, "{}"]
 
 
 def test_ids() -> None:

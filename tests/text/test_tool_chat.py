@@ -263,6 +263,8 @@ def test_deep_definitions(model: Callable[[str], edgemoe.Model]) -> None:
         ({"tool_calls": [{"function": {"name": "a", "arguments": 5}}]}, r"the arguments of tool_calls\[0\] are 5"),
     ],
 )
-def test_wrong_messages(model: Callable[[str], edgemoe.Model], message: dict[str, Any], expected: str) -> None:
+def test_wrong_calls(model: Callable[[str], edgemoe.Model], message: dict[str, Any], expected: str) -> None:
     with pytest.raises(OptionError, match=expected):
         model("qwen3").chat_parts([{"role": "assistant", "content": "", **message}])
+    with pytest.raises(OptionError, match=r"messages\[1\] is 5, not an object"):
+        model("qwen3").chat_parts([*ASKED, 5])  # type: ignore[list-item]
