@@ -66,6 +66,7 @@ class Scheduler:
         self._marks = engine.has_constants(0)
         self._resident = resident
         self._pace = Pace(max_gap)
+        self._paced = False  # whether it chose who is in the step that is being made
         self._lock = threading.RLock()  # of what is below; held for moments only
         self._gate = threading.Condition(self._lock)  # told after every step, and when something ends
         self._waiters = 0  # at the gate, without the scheduler's own thread
@@ -356,6 +357,7 @@ class Scheduler:
                 if sequence is not None and sequence.known and sequence.holder is session:
                     new = session.tokens[len(sequence.tokens) :]
                     if len(new) == 1:  # as below, in less time
+                        self._paced = False
                         return [_Part(session, sequence, new, True)]
         sessions = [session for reference in self._sessions if (session := reference()) is not None]
         if any(session.done for session in sessions) or len(sessions) < len(self._sessions):
@@ -429,7 +431,8 @@ class Scheduler:
                 self._sequences.go_back(sequence, min(common, len(session.tokens) - 1))
                 sequence.known = True
             (streams if len(session.tokens) - len(sequence.tokens) == 1 else prompts).append(session)
-        if len(streams) > 1 and not prompts and not self._resident:
+        self._paced = len(streams) > 1 and not prompts and not self._resident
+        if self._paced:
             streams = self._pace.choose(streams)
         for session in streams[: self._chunk]:
             parts.append(self._part(session, 1))
@@ -499,7 +502,7 @@ class Scheduler:
         if len(tokens) >= LEAST_ROWS:
             row = seconds / len(tokens)
             self._row_seconds = row if not self._row_seconds else 0.5 * (self._row_seconds + row)
-        if len(tokens) == len(parts):
+        if self._paced:
             self._pace.measured(len(parts), seconds)
         return logits
 
