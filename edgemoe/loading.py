@@ -8,7 +8,7 @@ from edgemoe.disk import reading_threads
 from edgemoe.engine import Engine
 from edgemoe.errors import OptionError
 from edgemoe.formats.index import ModelIndex
-from edgemoe.memory import Budget, plan_budget
+from edgemoe.memory import Budget, automatic_sequences, plan_budget
 from edgemoe.model_files import default_cache_dir
 from edgemoe.options import (
     DEFAULT_READERS,
@@ -50,8 +50,8 @@ def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
     chosen = EngineOptions(
         threads=usable_processors() if options.threads is None else options.threads,
         context=context,
-        sequences=options.parallel,
-        positions=options.parallel * context,
+        sequences=options.parallel or 1,
+        positions=context,
         readers=DEFAULT_READERS if options.readers is None else options.readers,
         eviction=options.eviction,
         prefetch=options.prefetch,
@@ -61,6 +61,8 @@ def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
         arrival_jitter_us=options.arrival_jitter_us,
     )
     index = replace(index, spec=index.spec.for_context(context))
+    if options.parallel is None:
+        chosen = replace(chosen, sequences=automatic_sequences(options.memory_bytes, index, chosen))
     budget = plan_budget(options.memory_bytes, index, chosen, chunk=options.chunk, expert_slots=options.expert_slots)
     chosen = replace(chosen, chunk=budget.chunk, expert_slots=budget.expert_slots)
     if options.readers is None and budget.expert_slots < budget.all_slots:

@@ -83,6 +83,12 @@ def automatic_budget() -> int:
     return used_now() + available - min(MARGIN, available // 4)
 
 
+SEQUENCES = 4
+"""Where the user does not say how many."""
+SEQUENCES_SHARE = 0.02
+"""Of the budget, that all sequences but the first may take."""
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """How the memory is divided, in bytes.
@@ -106,6 +112,17 @@ class Budget:
     @property
     def cache_bytes(self) -> int:
         return self.expert_slots * self.slot_bytes
+
+
+def automatic_sequences(limit: int | None, index: ModelIndex, options: EngineOptions) -> int:
+    """As many sequences as take little memory beside what one takes: what grows with the text they share."""
+    limit = automatic_budget() if limit is None else limit
+    states = [
+        plan_memory(index, replace(options, chunk=CHUNKS[-1], expert_slots=1, sequences=count)).state
+        for count in (1, SEQUENCES)
+    ]
+    each = (states[1] - states[0]) // (SEQUENCES - 1)
+    return max(min(1 + int(SEQUENCES_SHARE * limit) // max(each, 1), SEQUENCES), 1)
 
 
 def plan_budget(

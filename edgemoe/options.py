@@ -126,8 +126,10 @@ class LoadOptions:
     memory: bytes, "8GB" (10^9), "6GiB" or "auto": what the process may take in all. threads: None for the processors
         that this process may use.
     context: positions of a sequence; None for 4096, or what the model was made for if that is less; 0 for all that.
-    parallel: sequences whose state is kept; each takes memory for the whole context. Any number of generations may run,
-        but where there are more of them than sequences, what one has computed is computed again when it goes on.
+    parallel: texts that are computed at once, on one pool of as many positions as `context` says; any one of them may
+        use all of it. Further ones wait; where the pool is full, the text that began last waits, too, and what was
+        computed for it is computed again. None for 4, or fewer where their windows or recurrences take memory.
+    max_gap: seconds that a text may pause at most because others have their turn.
     cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
     eviction: which expert leaves memory first, one of EVICTION_POLICIES. prefetch: read the experts that the next layer
         will probably want while the disk is idle. Neither changes a bit of the result.
@@ -151,7 +153,10 @@ class LoadOptions:
         ),
         None,
     )
-    parallel: int = _as_engine("sequences")
+    parallel: int | None = _option(
+        Meaning("Texts that are computed at once.", least=1, most=256, automatic="4, fewer where they take memory"),
+        None,
+    )
     cache_type_k: str = _as_engine("cache_type_k")
     cache_type_v: str = _as_engine("cache_type_v")
     eviction: str = _as_engine("eviction")

@@ -18,7 +18,15 @@ from edgemoe.formats.layouts import tensor_size
 from edgemoe.formats.pack import ALIGNMENT, align, consecutive_sections
 from edgemoe.formats.read import read_index
 from edgemoe.formats.safetensors import read_json
-from edgemoe.memory import CHUNKS, RESERVE, Budget, automatic_budget, plan_budget, used_now
+from edgemoe.memory import (
+    CHUNKS,
+    RESERVE,
+    Budget,
+    automatic_budget,
+    automatic_sequences,
+    plan_budget,
+    used_now,
+)
 from edgemoe.options import QUALITIES, EngineOptions, Quality, context_length
 from edgemoe.spec import FLOAT_TENSORS, ModelSpec
 
@@ -63,7 +71,7 @@ class Plan:
     """What a model asks of a machine. Sizes in bytes.
 
     dense: weights always in memory. experts: all routed experts as stored. active: weights that one token works with.
-    state: of `parallel` sequences, each of `context` positions. least: the smallest budget that runs; sensible: one
+    state: of `parallel` sequences of together `context` positions. least: the smallest budget that runs; sensible: one
     that holds twice the experts of one token, or everything where that is less; everything: with no reads left.
     source: where the hit rates come from. qualities: the same budgets in each lossy mode that the pack has measured.
     """
@@ -93,7 +101,7 @@ def plan_model(
     *,
     memory: int | None = None,
     context: int | None = None,
-    parallel: int = 1,
+    parallel: int | None = None,
     bits: int = 8,
     cache_type: str = "f16",
     trace: Trace | None = None,
@@ -102,7 +110,8 @@ def plan_model(
 ) -> Plan:
     """Plans a pack, a GGUF file, or a Hugging Face folder as converted at `bits`: its config.json is enough.
 
-    memory: bytes, None for what is free. parallel: sequences whose state is kept. disk, bandwidth: bytes per second of
+    memory: bytes, None for what is free. parallel: sequences whose state is kept, None for as
+    many as `load` takes. disk, bandwidth: bytes per second of
     the disk and of the memory. trace: of this model, for hit rates; without one they are a published range.
 
     A lossy mode is taken to read, keep and compute the share of an expert that its mean bits are of exact mode's.
@@ -120,12 +129,16 @@ def plan_model(
     options = EngineOptions(
         threads=1,
         context=length,
-        sequences=parallel,
-        positions=parallel * length,
+        sequences=parallel or 1,
+        positions=length,
         chunk=CHUNKS[0],
         cache_type_k=cache_type,
         cache_type_v=cache_type,
     )
+
+    if parallel is None:
+        parallel = automatic_sequences(memory, index, options)
+        options = replace(options, sequences=parallel)
 
     def budget(limit: int) -> Budget:
         return plan_budget(limit, index, options)

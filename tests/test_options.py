@@ -20,7 +20,6 @@ from edgemoe.options import EngineOptions, LoadOptions, context_length
         ("threads", 2.0, "threads = 2.0 is not a whole number"),
         ("threads", True, "threads = True is not a whole number"),
         ("context", -1, "context = -1 is not at least 0"),
-        ("parallel", None, "parallel = None is not a whole number"),
         ("parallel", 257, "parallel = 257 is not between 1 and 256"),
         ("cache_type_k", "q4_0", "cache_type_k = 'q4_0' is not one of f32, f16, q8_0"),
         ("eviction", None, "eviction = None is not one of next_use, lru, lfu, least_stale"),

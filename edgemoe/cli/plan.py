@@ -44,7 +44,7 @@ def command(
     model: Path | None,
     memory: int | None,
     context: int | None,
-    parallel: int,
+    parallel: int | None,
     bits: str,
     trace: Path | None,
     disk: str | None,
@@ -104,7 +104,7 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
     from edgemoe.memory import format_count, format_size
     from edgemoe.printable import printable
 
-    sequences = f"{plan.parallel} sequences of " if plan.parallel > 1 else ""
+    sequences = f"{plan.parallel} sequences of together " if plan.parallel > 1 else ""
     console = Console()
     # Piped into a file or a pager, tables keep their columns.
     console.width = max(console.width, 100) if not console.is_terminal else console.width

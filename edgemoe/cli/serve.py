@@ -117,7 +117,7 @@ def command(
     port: int,
     api_keys: tuple[str, ...],
     api_key_file: str | None,
-    parallel: int,
+    parallel: int | None,
     max_gap: float,
     context: int | None,
     max_tokens: int | None,

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe.engine import Cancel, Cancelled, Count, Engine, EngineCounters
-from edgemoe.errors import EdgemoeError
+from edgemoe.errors import EdgemoeError, StateError
 from edgemoe.options import EngineOptions, Quality
 from edgemoe.serving.pace import Pace
 from edgemoe.serving.sequences import EngineSequences, common_prefix
@@ -40,6 +40,8 @@ COUNTED = 0.01
 # so many go together.
 INTERVAL = 0.1
 LEAST_ROWS = 32
+# So many positions must be free for each session when another one begins, so that it need not leave again at once.
+MARGIN = 128
 # How far a session may be drawn ahead of who reads it on an event loop.
 AHEAD = 64
 
@@ -63,6 +65,7 @@ class Scheduler:
         self._sequences = EngineSequences(engine, options.sequences)
         self._chunk = options.chunk
         self._quality = options.quality  # of rows that have none of their own
+        self._positions = options.positions or options.context
         self._marks = engine.has_constants(0)
         self._resident = resident
         self._pace = Pace(max_gap)
@@ -152,10 +155,17 @@ class Scheduler:
                 session.wake()
 
     def status(self) -> dict[str, int]:
-        """running: sessions that have a sequence; waiting: that have none yet; sequences: that there are."""
+        """running: sessions that have a sequence; waiting: that have none yet; sequences: that there are; positions:
+        that all of them together may have; positions_used: that they hold, shared ones counted more than once."""
         sessions = [session for reference in list(self._sessions) if (session := reference()) and not session.done]
         running = sum(session.sequence is not None and session.sequence.holder is session for session in sessions)
-        return {"running": running, "waiting": len(sessions) - running, "sequences": len(self._sequences.all)}
+        return {
+            "running": running,
+            "waiting": len(sessions) - running,
+            "sequences": len(self._sequences.all),
+            "positions": self._positions,
+            "positions_used": sum(len(sequence.tokens) for sequence in self._sequences.all),
+        }
 
     # -- for who wants the engine itself ------------------------------------------------------------------------
 
@@ -179,9 +189,14 @@ class Scheduler:
             self._count([])
             wanted = np.arange(first, len(tokens), dtype=np.int32)
             positions = np.arange(len(tokens), dtype=np.int32)
+            ids = np.full(len(tokens), sequence.id, np.int32)
             try:
-                ids = np.full(len(tokens), sequence.id, np.int32)
-                return self._engine.forward(tokens, positions, ids, wanted)
+                while True:
+                    try:
+                        return self._engine.forward(tokens, positions, ids, wanted)
+                    except StateError:  # before anything was computed
+                        if not self._make_room(None):
+                            raise
             finally:
                 sequence.hold(tokens.tolist()[: self._engine.length(sequence.id)] if not self._engine.closed else [])
                 self._sequences.touch(sequence)
@@ -307,8 +322,8 @@ class Scheduler:
         parts = self._parts
         rows = sum(len(part.tokens) for part in parts)
         left = sum(len(part.tokens) for part in parts if not part.session.cancelled)
-        # What the others lose is less than what they would wait for; but a recurrence would go back to its mark.
-        if parts and (left == 0 or (not self._marks and 2 * left < rows and rows >= LEAST_ROWS)):
+        # What the others lose is less than what they would wait for.
+        if parts and (left == 0 or (2 * left < rows and rows >= LEAST_ROWS)):
             self._cancel.set()
 
     # -- steps, by the driver -----------------------------------------------------------------------------------
@@ -376,7 +391,7 @@ class Scheduler:
                 sequence = session.sequence
                 (held if sequence is not None and sequence.holder is session else queue).append(session)
         for session in queue:  # nobody overtakes who waits longer
-            if not self._admit(session):
+            if not self._admit(session, held):
                 break
             held.append(session)
         if not held:
@@ -393,8 +408,12 @@ class Scheduler:
                 return session
         return held[0]
 
-    def _admit(self, session: Session) -> bool:
-        """Gives the session a sequence, if one is to be had."""
+    def _admit(self, session: Session, held: list[Session]) -> bool:
+        """Gives the session a sequence, if one is to be had, and room for its tokens beside those of `held`."""
+        if held:
+            promised = sum(len(other.tokens) - len(other.sequence.tokens) for other in held if other.sequence)
+            if promised + len(session.tokens) + MARGIN * (len(held) + 1) > self._sequences.room():
+                return False
         if self._sequences.take(session) is not None:
             return True
         now = time.monotonic()
@@ -412,12 +431,28 @@ class Scheduler:
 
     def _free_sequence(self) -> EngineSequence:
         """A sequence that no session has; the session that came last may lose its own."""
-        idle = self._sequences.idle
-        if idle:
-            return idle[0]
-        newest = max(self._sequences.all, key=lambda sequence: ((holder := sequence.holder) and holder.number) or 0)
+        if not self._sequences.idle:
+            self._take_from_newest(None)
+        return self._sequences.idle[0]
+
+    def _make_room(self, oldest: Session | None) -> bool:
+        """Frees blocks: of what nobody needs now, otherwise of the session that came last, which is computed again when
+        there is room; false if only `oldest` is left."""
+        return self._sequences.make_room() or self._take_from_newest(oldest)
+
+    def _take_from_newest(self, oldest: Session | None) -> bool:
+        """Takes the sequence away from the session that came last, though not from `oldest`."""
+        holders = [
+            (holder.number, sequence)
+            for sequence in self._sequences.all
+            if (holder := sequence.holder) is not None and holder is not oldest
+        ]
+        if not holders:
+            return False
+        newest = max(holders, key=lambda pair: pair[0])[1]
         newest.take_away()
-        return newest
+        self._sequences.empty(newest)
+        return True
 
     def _rows(self, sessions: list[Session]) -> list[_Part]:
         parts: list[_Part] = []
@@ -484,6 +519,13 @@ class Scheduler:
             logits = self._engine.forward(
                 tokens, positions, ids, wanted, self._cancel, qualities=qualities, quality=numbers
             )
+        except StateError as error:  # before anything was computed
+            for part in parts:
+                part.sequence.known = True
+            oldest = min((part.session for part in parts), key=lambda session: session.number)
+            if not self._make_room(oldest):
+                oldest.fail(error)
+            return None
         except BaseException as error:
             self._failed(parts, error)
             if isinstance(error, Exception):
@@ -523,8 +565,12 @@ class Scheduler:
             part.sequence.hold(tokens[:length])
         if isinstance(error, Cancelled) or not isinstance(error, Exception) or self._engine.closed:
             return
+        for part in parts:
+            part.session.fetched = 0.0  # who is not waited for is not drawn ahead any more
         if len(parts) == 1:
-            parts[0].session.fail(error)
+            session = parts[0].session
+            if session.waiting or session.eager:
+                session.fail(error)
         else:  # which of them it was of is found by trying
             self._apart += [weakref.ref(part.session) for part in parts]
 

@@ -40,18 +40,17 @@ class EngineSequences:
         idle = self.idle
         if not idle:
             return None
-        tokens = session.tokens
-        oldest = idle[0]
-        best, shared = oldest, 0
+        tokens, oldest = session.tokens, idle[0]
+        best, shared = oldest, common_prefix(oldest.tokens, tokens)
         for one in self.all:
             common = common_prefix(one.tokens, tokens)
-            if common > shared or (common == shared > 0 and one.holder is None):
+            if common > shared or (common == shared > 0 and one.holder is None and best.holder is not None):
                 best, shared = one, common
-        chosen = best if best.holder is None else oldest
-        # What the best one holds beyond the common beginning is worth keeping, unless it would be the first to leave.
-        loses = len(best.tokens) > shared
-        if best is not oldest and loses and shared >= SHARED and self._share(best, oldest, shared):
-            chosen = oldest
+        chosen = best
+        # What another one holds beyond the common beginning is worth keeping: it may be gone back to.
+        if best.holder is not None or (best is not oldest and len(best.tokens) > shared):
+            shares = shared >= SHARED and self._share(best, oldest, min(shared, len(tokens) - 1))
+            chosen = oldest if shares or best.holder is not None else best
         chosen.give(session)
         return chosen
 
@@ -73,8 +72,35 @@ class EngineSequences:
         sequence.hold([])
         self._engine.truncate(sequence.id, 0)
 
+    def make_room(self) -> bool:
+        """Frees what the idle sequence holds that was used least recently; false if none holds anything."""
+        for sequence in self.idle:
+            if sequence.tokens:
+                self.empty(sequence)
+                return True
+        return False
+
+    def room(self) -> int:
+        """Positions that can be written without a session's losing its sequence."""
+        held = sum(self._engine.held_positions(sequence.id) for sequence in self.idle)
+        return self._engine.free_positions() + held
+
     def _share(self, source: EngineSequence, target: EngineSequence, length: int) -> bool:
-        """Puts the first `length` positions of one sequence into another one, if the layers can do that."""
+        """Puts the first `length` positions of one sequence in place of what another one holds, or as many as the
+        layers can share; false if that is none."""
+        engine = self._engine
+        self.empty(target)
+        engine.remove_sequence(target.id)
+        marked = engine.marked(source.id)
+        for possible in (length, marked):
+            if 0 < possible <= length:
+                try:
+                    target.id = engine.fork(source.id, possible)
+                except StateError:  # a window has moved on, or a recurrence went over it
+                    continue
+                target.tokens = source.tokens[:possible]
+                return True
+        target.id = engine.add_sequence()
         return False
 
 

@@ -44,7 +44,7 @@ def test_a_request_takes_the_sequence_with_its_beginning(pack: Path) -> None:
         assert computed_prompt(model, [*SECOND, 6]) == 1
         assert computed_prompt(model, [*THIRD, 6]) == 1
         assert computed_prompt(model, FIRST) == 31
-    with edgemoe.load(pack) as model:
+    with edgemoe.load(pack, parallel=1) as model:
         assert [computed_prompt(model, prompt) for prompt in (FIRST, [*FIRST, 5], SECOND, FIRST)] == [31, 1, 31, 31]
 
 
@@ -111,14 +111,50 @@ def test_those_who_read_at_once_share_passes(pack: Path) -> None:
         assert rows.count(3) > 20
 
 
+def test_a_beginning_is_shared(pack: Path) -> None:
+    """Also with one that runs; what follows it in the other's text stays."""
+    begin = [*FIRST, *SECOND]
+    with edgemoe.load(pack, parallel=2) as model:
+        running = model.generate([*begin, 7], **GREEDY)
+        next(running)
+        assert computed_prompt(model, [*begin, 8, 9]) == 2
+        list(running)
+        assert running.result.computed_tokens == 63 + 39
+        # Two conversations by turns cost their new tokens only.
+        one, other = [*begin, 10, 11], [*begin, 20, 21]
+        assert [computed_prompt(model, one), computed_prompt(model, other)] == [2, 2]
+        for word in range(3):
+            one.append(word), other.append(word)
+            assert [computed_prompt(model, one), computed_prompt(model, other)] == [1, 1]
+
+
+def test_a_full_pool_pauses_the_text_that_began_last(pack: Path) -> None:
+    """Nothing is cut off, and the tokens are the same."""
+    options: dict[str, Any] = {**GREEDY, "max_tokens": 90}
+    with edgemoe.load(pack, context=128) as model:
+        expected = ["".join(model.generate(prompt, **options)) for prompt in (FIRST, SECOND, THIRD)]
+    with edgemoe.load(pack, context=128, parallel=3) as model:
+        running = [model.generate(prompt, **options) for prompt in (FIRST, SECOND, THIRD)]
+        threads = [threading.Thread(target=list, args=(generation,)) for generation in running]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        assert [generation.result.text for generation in running] == expected
+        assert [generation.result.finish_reason for generation in running] == ["length"] * 3
+
+
 def test_memory_is_planned_for_all_sequences(pack: Path) -> None:
     budgets = []
     for parallel in (1, 3):
         with edgemoe.load(pack, parallel=parallel, context=256) as model:
+            assert model.status()["sequences"] == parallel and model.status()["positions"] == 256
             budgets.append(model.budget)
-    assert budgets[1].state == 3 * budgets[0].state > 0
-    with pytest.raises(edgemoe.MemoryBudgetError, match="state for 102400 positions in 200 sequences"):
-        edgemoe.load(pack, parallel=200, memory=budgets[0].base + 20_000_000)
+    # The same positions, and a block that is not full for each further sequence.
+    assert budgets[1].state == budgets[0].state * (4 + 2) // 4 > 0
+    with pytest.raises(edgemoe.MemoryBudgetError, match="state for 512 positions in 200 sequences"):
+        edgemoe.load(pack, parallel=200, memory=budgets[0].base + 4 * budgets[0].state)
 
 
 class Calls:
