@@ -51,6 +51,10 @@ class _ProblemError(Exception):
         self.problem = problem
 
 
+class _UnreadError(Exception):
+    """The client is there, but takes nothing."""
+
+
 class Answers:
     """The answers of a server that are under way."""
 
@@ -150,6 +154,8 @@ class AnswerResponse:
                 problem = self._problem
         except _ProblemError as error:
             problem = error.problem
+        except _UnreadError:
+            LOG.warning("%s: the client does not read its answer", self._path)
         except Exception as error:
             problem = problem_of(error)
             if problem.status == 500:
@@ -268,7 +274,10 @@ class AnswerResponse:
             await self._send_bytes(data)
 
     async def _send_bytes(self, data: bytes, more: bool = True) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        with anyio.move_on_after(self._answers.settings.send_seconds) as waiting:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        if waiting.cancelled_caught:
+            raise _UnreadError
 
 
 def _tell(told: AnswerStream, item: _News) -> list[Event]:

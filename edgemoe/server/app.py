@@ -232,17 +232,22 @@ class _Server:
         return JSONResponse({"status": "ok"})
 
     async def metrics_text(self, request: Request) -> Response:
-        text = await self.in_thread(lambda: self.metrics.text(self.model.counters(), self.status(), self.memory()))
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        generated = self.generated()
+
+        def text() -> str:
+            return self.metrics.text(self.model.counters(), self.status(), self.memory(), generated())
+
+        return PlainTextResponse(await self.in_thread(text), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def engine(self, request: Request) -> Response:
+        generated = self.generated()
+        return JSONResponse(await self.in_thread(lambda: self.engine_report(generated())))
+
+    def generated(self) -> Callable[[], int]:
+        """What counts the tokens of all answers so far, those under way included; it may be called on a thread."""
         # Both at once, on the event loop: an answer is either among the counted ones or under way.
         counted, under_way = self.metrics.generated_tokens, self.answers.under_way()
-        return JSONResponse(
-            await self.in_thread(
-                lambda: self.engine_report(counted + sum(answer.result.generated_tokens for answer in under_way))
-            )
-        )
+        return lambda: counted + sum(answer.result.generated_tokens for answer in under_way)
 
     def engine_report(self, generated_tokens: int) -> dict[str, Any]:
         """What the page shows beside the conversation. generated_tokens: of all answers, those under way included."""

@@ -62,8 +62,15 @@ class Metrics:
         if result.generated_tokens > 1 and result.seconds > 0:
             self._speed.add((result.generated_tokens - 1) / result.seconds)
 
-    def text(self, counters: Mapping[str, float], status: Mapping[str, int], memory: Mapping[str, int]) -> str:
-        """counters: `Model.counters()`. status: `Model.status()`. memory: limit, peak and cache in bytes."""
+    def text(
+        self,
+        counters: Mapping[str, float],
+        status: Mapping[str, int],
+        memory: Mapping[str, int],
+        generated_tokens: int,
+    ) -> str:
+        """counters: `Model.counters()`. status: `Model.status()`. memory: limit, peak and cache in bytes.
+        generated_tokens: with those of answers that are not at their end."""
         lines: list[str] = []
 
         def add(name: str, kind: str, text: str, *samples: str) -> None:
@@ -84,7 +91,7 @@ class Metrics:
             value(f"scheduler_{name}", "gauge", f"The scheduler's {name.replace('_', ' ')}.", number)
         value("prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens)
         value("computed_prompt_tokens_total", "counter", "Those that were not known yet.", self.computed_prompt_tokens)
-        value("generated_tokens_total", "counter", "Tokens of answers.", self.generated_tokens)
+        value("generated_tokens_total", "counter", "Tokens of answers.", generated_tokens)
         add("ttft_seconds", "histogram", "Time to an answer's first token.", *self._ttft.lines("edgemoe_ttft_seconds"))
         speed = self._speed.lines("edgemoe_answer_tokens_per_second")
         add("answer_tokens_per_second", "histogram", "An answer's tokens after its first, per second.", *speed)

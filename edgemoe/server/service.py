@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import signal
 import socket
 from collections.abc import Callable, Generator
 
 import uvicorn
+import uvicorn.config
 from starlette.applications import Starlette
 
 from edgemoe.errors import OptionError
@@ -76,9 +78,12 @@ def serve(
 
 
 def make_server(app: Starlette, access_log: bool = False) -> uvicorn.Server:
-    """What takes the connections, with its limits."""
+    """What takes the connections, with its limits. access_log: a line on stderr for each request."""
+    log_config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config = uvicorn.Config(
         app,
+        log_config=log_config,
         http="h11",
         ws="none",
         lifespan="off",

@@ -14,8 +14,9 @@ class ServerSettings:
     may read answers, "*" for all. max_tokens: the most that an answer may have, whatever a request says.
 
     max_body: bytes of a request. body_seconds: until it must have come. request_seconds: until an answer must be
-    complete, None for no limit. keepalive_seconds: a stream is never silent for longer. prompt_seconds: that a
-    failure has to show itself before a stream begins with status 200.
+    complete, None for no limit. send_seconds: that a client may take to read what is sent before it counts as gone.
+    keepalive_seconds: a stream is never silent for longer. prompt_seconds: that a failure has to show itself before a
+    stream begins with status 200.
     """
 
     model_name: str
@@ -26,5 +27,6 @@ class ServerSettings:
     max_body: int = 32 << 20
     body_seconds: float = 60.0
     request_seconds: float | None = None
+    send_seconds: float = 300.0
     keepalive_seconds: float = 5.0
     prompt_seconds: float = 0.2

@@ -106,3 +106,17 @@ def test_when_one_of_several_answers_is_refused_the_others_are_closed(scripted: 
         assert httpx2.post(f"{url}/v1/chat/completions", json=asked).status_code == 500
     assert len(scripted.answers) == 2
     assert all(answer.closed.is_set() for answer in scripted.answers)
+
+
+def test_who_reads_nothing_is_given_up(scripted: ScriptedModel) -> None:
+    def script(_: Any) -> Iterator[Any]:
+        while True:
+            yield content("word " * 10_000)
+
+    scripted.script = script
+    with (
+        serving(scripted, send_seconds=0.1) as url,
+        send(url, "/v1/chat/completions", {**PATHS["/v1/chat/completions"], "stream": True}),
+    ):
+        wait_for(lambda: len(scripted.answers) == 1)
+        assert scripted.answers[0].closed.wait(20)
