@@ -17,7 +17,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
-from edgemoe.errors import EdgemoeError, OptionError
+from edgemoe.errors import OptionError
 from edgemoe.text.tokenizer import Tokenizer
 
 # A character at a time takes more steps than the library expects; a hundred of them take a millisecond or less.
@@ -67,7 +67,7 @@ class Constraint:
         return token < self._size and bool(self._matcher.validate_tokens([token]) == 1)
 
     def masked(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [vocab]: the logits, -inf for tokens that may not follow. Raises EdgemoeError where none may."""
+        """float32 [vocab]: the logits, -inf for tokens that may not follow. Raises OptionError where none may."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool)
         self._check()
@@ -75,7 +75,7 @@ class Constraint:
         allowed = np.flatnonzero(allowed)
         masked[allowed] = logits[allowed]
         if not np.isfinite(masked.max()):
-            raise EdgemoeError("the grammar allows no token here that the other options do not forbid")
+            raise OptionError("the grammar allows no token here that the other options do not forbid")
         return masked
 
     def accept(self, token: int) -> None:
@@ -84,7 +84,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise EdgemoeError(f"the grammar failed: {_reason(self._matcher.get_error())}")
+            raise OptionError(f"the grammar failed: {_reason(self._matcher.get_error())}")
 
 
 def check_language(language: Language) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 # Other spellings that llama.cpp takes; a dash is as good as an underscore.
 _SAMPLER_NAMES = {"nucleus": "top_p", "typical": "typ_p", "typical_p": "typ_p", "typ": "typ_p", "temp": "temperature"}
+_LARGEST_BIAS = float(np.finfo(np.float32).max)
 _MIROSTAT_TOKENS = 100  # from which mirostat 1 estimates the shape of the distribution
 
 _Step = Callable[[Candidates, Sequence[int]], Candidates]
@@ -181,9 +182,9 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     except (TypeError, ValueError):
         raise OptionError(f"logit_bias = {value!r} is not a map from token ids to numbers") from None
     for token, bias in biases:
-        if token < 0 or math.isnan(bias) or bias == math.inf:
+        if token < 0 or math.isnan(bias) or bias > _LARGEST_BIAS:
             raise OptionError(
-                f"logit_bias: token {token} with {bias} (a token is 0 or more, a bias less than infinite)"
+                f"logit_bias: token {token} with {bias} (a token is 0 or more, a bias at most {_LARGEST_BIAS:.3g})"
             )
     return tuple(sorted(dict(biases).items()))
 
@@ -255,7 +256,8 @@ class Sampler:
 
         logits: float32 [vocab], not changed; -inf for a token that must not come.
         history: the tokens so far, prompt included, for the penalties.
-        Raises EdgemoeError where the logits are no distribution (NaN, infinite, all -inf), or the grammar has failed.
+        Raises EdgemoeError where the logits are no distribution (NaN, infinite, all -inf), OptionError where the grammar
+        has failed.
         """
         logits = np.asarray(logits, dtype=np.float32)
         if len(self._biased):

@@ -105,6 +105,7 @@ def test_json_of_a_schema(http: httpx2.Client) -> None:
         ({"grammar": 5}, "grammar"),
         ({"seed": 1.5}, "seed"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1e300}}, "logit_bias"),
         ({"samplers": ["nonsense"]}, "samplers"),
         ({"stop": [5]}, "stop[0]"),
     ],
@@ -118,7 +119,13 @@ def test_what_is_wrong_is_named(http: httpx2.Client, changes: dict[str, Any], fi
 
 @pytest.mark.parametrize(
     "changes",
-    [{"prompt": [8192]}, {"logit_bias": {"8192": 1}}, {"grammar": "root ::= ("}, {"json_schema": {"type": "nonsense"}}],
+    [
+        {"prompt": [8192]},
+        {"json_schema": {"$ref": "#"}},
+        {"logit_bias": {"8192": 1}},
+        {"grammar": "root ::= ("},
+        {"json_schema": {"type": "nonsense"}},
+    ],
 )
 def test_what_only_the_model_can_find_wrong_is_no_failure_of_the_server(
     http: httpx2.Client, changes: dict[str, Any]
