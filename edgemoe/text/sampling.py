@@ -256,8 +256,8 @@ class Sampler:
 
         logits: float32 [vocab], not changed; -inf for a token that must not come.
         history: the tokens so far, prompt included, for the penalties.
-        Raises EdgemoeError where the logits are no distribution (NaN, infinite, all -inf), OptionError where the grammar
-        has failed.
+        Raises EdgemoeError where the logits are no distribution (NaN, infinite, all -inf), OptionError where the
+        grammar has failed.
         """
         logits = np.asarray(logits, dtype=np.float32)
         if len(self._biased):
