@@ -137,11 +137,12 @@ def test_content_in_a_frame() -> None:
     assert follow(FRAMED, strict, thoughts + final + "It is {warm}.") == "may end"
 
 
-def test_strict_tools_leave_the_rest_free() -> None:
+@pytest.mark.parametrize("special", [True, False])
+def test_strict_tools_leave_the_rest_free(special: bool) -> None:
     for name, form in FORMS.items():
         if form.syntax == "harmony":
             continue
-        tokens = tokenizer(sorted(form.tokens()))
+        tokens = tokenizer(sorted(form.tokens())) if special else PLAIN
         assert answer_constraint("", tokens, use([weather(strict=False)]), form) is None
         constraint = answer_constraint("", tokens, use([weather()]), form)
         call, wrong = (written(form, [Call("weather", {"days": days})]) for days in (3, "many"))
