@@ -25,7 +25,7 @@ from edgemoe.memory import Budget
 from edgemoe.model_files import Progress, resolve
 from edgemoe.options import EngineOptions, LoadOptions, Quality
 from edgemoe.protocols import chat_completions
-from edgemoe.protocols.requests import Reply
+from edgemoe.protocols.answers import Reply
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Generation, GenerationResult, Tally, TextDrawer, figures

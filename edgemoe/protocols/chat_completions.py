@@ -6,37 +6,33 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from edgemoe.errors import OptionError
-from edgemoe.protocols.fields import FieldError, Fields
-from edgemoe.protocols.problems import Problem, openai_error
-from edgemoe.protocols.requests import (
-    EFFORTS,
+from edgemoe.protocols.answers import DONE, Event, Gathered, LogprobReader, Reply, token_logprob, usage_of
+from edgemoe.protocols.common_fields import (
     MAX_CHOICES,
     MAX_LOGPROBS,
-    ChatRequest,
-    Event,
-    Gathered,
-    LogprobReader,
-    Message,
-    Reply,
+    MAX_TOKENS,
+    named_function,
+    read_content,
+    read_function,
     read_json_schema,
     read_quality,
     read_sampling,
+    read_schema,
     read_stop,
-    usage_of,
+    read_template_kwargs,
 )
+from edgemoe.protocols.fields import FieldError, Fields
+from edgemoe.protocols.problems import Problem, openai_error
+from edgemoe.protocols.requests import EFFORTS, ChatRequest, Message
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.generation import GenerationResult
 from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.answer import FORMATS
 from edgemoe.text.parts import Part
 from edgemoe.text.sampling import SamplingOptions
-from edgemoe.text.template import check_variables
 
-DONE = Event("[DONE]")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _NAMED = ("json_object", "json_schema", "text")
-MAX_TOKENS = (1 << 31) - 1
 
 
 def parse(body: object) -> ChatRequest:
@@ -81,7 +77,7 @@ def parse(body: object) -> ChatRequest:
     )
 
 
-_FIELDS = (
+FIELDS = (
     *("model", "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort"),
     *("chat_template_kwargs", "reasoning_format", "max_tokens", "max_completion_tokens", "stop", "n", "logprobs"),
     *("top_logprobs", "quality", "stream", "stream_options", *SamplingOptions.__dataclass_fields__),
@@ -90,9 +86,9 @@ _FIELDS = (
 
 def parse_call(arguments: Mapping[str, Any]) -> ChatRequest:
     """A request made of a function's arguments, among which there must be no unknown ones. Raises FieldError."""
-    unknown = sorted(set(arguments) - set(_FIELDS))
+    unknown = sorted(set(arguments) - set(FIELDS))
     if unknown:
-        raise FieldError(unknown[0], f"is not a field of chat completions (known: {', '.join(_FIELDS)})")
+        raise FieldError(unknown[0], f"is not a field of chat completions (known: {', '.join(FIELDS)})")
     try:
         body = json.loads(json.dumps(arguments))
     except (TypeError, ValueError, RecursionError) as error:
@@ -109,17 +105,6 @@ def read_max_tokens(fields: Fields) -> int | None:
         if value is not None:
             return None if value == -1 else value
     return None
-
-
-def read_template_kwargs(fields: Fields) -> dict[str, Any]:
-    kwargs = fields.inner("chat_template_kwargs")
-    if kwargs is None:
-        return {}
-    try:
-        check_variables(kwargs.values)
-    except OptionError as error:
-        raise FieldError(kwargs.path, f"cannot be used: {error}") from None
-    return kwargs.values
 
 
 def _logprobs(fields: Fields) -> int | None:
@@ -141,13 +126,6 @@ def _response_schema(fields: Fields) -> dict[str, Any] | None:
         assert described is not None
         return read_schema(described)
     return {} if kind == "json_object" else None
-
-
-def read_schema(described: Fields) -> dict[str, Any]:
-    described.need("schema")
-    schema = described.inner("schema")
-    assert schema is not None
-    return schema.values
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
@@ -197,30 +175,6 @@ def _message(given: Fields) -> Message:
     return message
 
 
-# What a content part may be called, and where its text is.
-_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_MEDIA = ("image", "input_image", "image_url", "input_audio", "audio", "video_url", "file", "input_file", "document")
-
-
-def read_content(given: Fields, key: str) -> str:
-    """Text, also where it comes in parts, which then are lines; empty for null."""
-    value = given.get(key)
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    return "\n".join(read_text_part(part) for part in given.objects(key))
-
-
-def read_text_part(part: Fields) -> str:
-    kind = part.need_text("type")
-    if kind in _MEDIA:
-        part.fail("type", f"= {kind}: the model reads text only", "unsupported_content")
-    if kind not in _TEXTS:
-        part.fail("type", f"= {kind[:40]!r} is not one of {', '.join(_TEXTS)}")
-    return part.need_text(_TEXTS[kind])
-
-
 def _tool_calls(given: Fields) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     for number, call in enumerate(given.objects("tool_calls")):
@@ -258,19 +212,6 @@ def read_tools(fields: Fields) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def read_function(function: Fields) -> dict[str, Any]:
-    """A function tool, from where its name, description, parameters and strict are."""
-    described: dict[str, Any] = {"name": function.need_text("name")}
-    if not described["name"]:
-        function.fail("name", "is empty")
-    described["description"] = function.text("description") or ""
-    parameters = function.inner("parameters")
-    described["parameters"] = {"type": "object", "properties": {}} if parameters is None else parameters.values
-    if function.flag("strict"):
-        described["strict"] = True
-    return {"type": "function", "function": described}
-
-
 def read_tool_choice(fields: Fields, tools: Sequence[dict[str, Any]]) -> str | dict[str, Any]:
     value = fields.get("tool_choice")
     if value is None:
@@ -287,14 +228,6 @@ def read_tool_choice(fields: Fields, tools: Sequence[dict[str, Any]]) -> str | d
     if choice not in ("auto", "none") and not tools:
         fields.fail("tool_choice", "needs tools")
     return choice
-
-
-def named_function(chosen: Fields, tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The choice of a function by its name, which must be one of the tools'."""
-    name = chosen.need_text("name")
-    if name not in [tool["function"]["name"] for tool in tools]:
-        chosen.fail("name", f"= {name[:80]!r} is not one of the tools")
-    return {"type": "function", "function": {"name": name}}
 
 
 # -- the answer -------------------------------------------------------------------------------------------------------
@@ -445,21 +378,3 @@ def _message_of(answer: Gathered) -> dict[str, Any]:
             for call in answer.calls
         ]
     return message
-
-
-def token_logprob(entry: TokenLogprob) -> dict[str, Any]:
-    """A token with its logprob, and the likeliest ones, as chat completions and responses have them."""
-    top = [_logprob(text, logprob) for _, text, logprob in entry.top]
-    return {**_logprob(entry.text, entry.logprob), "top_logprobs": top}
-
-
-LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
-
-
-def _logprob(text: bytes, logprob: float) -> dict[str, Any]:
-    return {
-        "token": text.decode(errors="replace"),
-        "bytes": list(text),
-        "logprob": max(logprob, LEAST_LOGPROB),
-    }

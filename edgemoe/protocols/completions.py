@@ -6,22 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgemoe.errors import quote
-from edgemoe.protocols.chat_completions import DONE, LEAST_LOGPROB, MAX_TOKENS
-from edgemoe.protocols.fields import FieldError, Fields
-from edgemoe.protocols.problems import Problem, openai_error
-from edgemoe.protocols.requests import (
+from edgemoe.protocols.answers import DONE, LEAST_LOGPROB, Event, Gathered, Reply, usage_of
+from edgemoe.protocols.common_fields import (
     MAX_CHOICES,
     MAX_LOGPROBS,
-    Event,
-    Gathered,
-    Reply,
-    TextRequest,
+    MAX_TOKENS,
     read_json_schema,
     read_quality,
     read_sampling,
     read_stop,
-    usage_of,
 )
+from edgemoe.protocols.fields import FieldError, Fields
+from edgemoe.protocols.problems import Problem, openai_error
+from edgemoe.protocols.requests import TextRequest
 from edgemoe.serving.generation import GenerationResult
 from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.parts import Part

@@ -8,21 +8,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgemoe.protocols.chat_completions import MAX_TOKENS, named_function, read_schema, read_template_kwargs
-from edgemoe.protocols.fields import Fields
-from edgemoe.protocols.problems import Problem, anthropic_error
-from edgemoe.protocols.requests import (
-    EFFORTS,
-    ChatRequest,
-    Event,
-    Gathered,
-    Message,
-    Reply,
+from edgemoe.protocols.answers import Event, Gathered, Reply, usage_of
+from edgemoe.protocols.common_fields import (
+    MAX_TOKENS,
+    named_function,
     read_quality,
     read_sampling,
+    read_schema,
     read_stop,
-    usage_of,
+    read_template_kwargs,
 )
+from edgemoe.protocols.fields import Fields
+from edgemoe.protocols.problems import Problem, anthropic_error
+from edgemoe.protocols.requests import EFFORTS, ChatRequest, Message
 from edgemoe.serving.generation import GenerationResult
 from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.parts import Part

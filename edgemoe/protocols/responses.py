@@ -6,30 +6,21 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from edgemoe.protocols.chat_completions import (
-    DONE,
+from edgemoe.protocols.answers import DONE, Event, Gathered, Reply, token_logprob, usage_of
+from edgemoe.protocols.common_fields import (
+    MAX_LOGPROBS,
     MAX_TOKENS,
     named_function,
     read_content,
     read_function,
+    read_quality,
+    read_sampling,
     read_schema,
     read_template_kwargs,
-    token_logprob,
 )
 from edgemoe.protocols.fields import Fields
 from edgemoe.protocols.problems import Problem, openai_error
-from edgemoe.protocols.requests import (
-    EFFORTS,
-    MAX_LOGPROBS,
-    ChatRequest,
-    Event,
-    Gathered,
-    Message,
-    Reply,
-    read_quality,
-    read_sampling,
-    usage_of,
-)
+from edgemoe.protocols.requests import EFFORTS, ChatRequest, Message
 from edgemoe.serving.generation import GenerationResult
 from edgemoe.serving.session import TokenLogprob
 from edgemoe.text.parts import Part

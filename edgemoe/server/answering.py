@@ -13,8 +13,8 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from edgemoe.protocols.answers import AnswerStream, Event, LogprobReader
 from edgemoe.protocols.problems import Problem, problem_of
-from edgemoe.protocols.requests import AnswerStream, Event, LogprobReader
 from edgemoe.server.metrics import Metrics
 from edgemoe.server.security import problem_response
 from edgemoe.server.settings import ServerSettings

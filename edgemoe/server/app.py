@@ -28,9 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edgemoe.errors import ContextLengthError, EdgemoeError
 from edgemoe.model import Model
 from edgemoe.protocols import chat_completions, completions, messages, responses
+from edgemoe.protocols.answers import AnswerStream, Reply
 from edgemoe.protocols.fields import FieldError, Fields
 from edgemoe.protocols.problems import Problem, problem_of
-from edgemoe.protocols.requests import AnswerStream, ChatRequest, Reply, TextRequest
+from edgemoe.protocols.requests import ChatRequest, TextRequest
 from edgemoe.server.answering import AnswerResponse, Answers, now
 from edgemoe.server.bodies import Refused, read_json
 from edgemoe.server.metrics import Metrics

@@ -49,4 +49,4 @@ def test_what_is_referred_to_is_there(described: dict[str, Any]) -> None:
 def test_every_field_of_chat_completions_is_described(described: dict[str, Any]) -> None:
     schemas = described["components"]["schemas"]
     own = schemas["ChatRequest"]["allOf"][1]["properties"]
-    assert {*own, *schemas["Sampling"]["properties"]} == set(chat_completions._FIELDS)
+    assert {*own, *schemas["Sampling"]["properties"]} == set(chat_completions.FIELDS)
