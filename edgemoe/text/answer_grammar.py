@@ -30,8 +30,8 @@ def answer_constraint(
 
     use, form: tools, and how the model calls them; their calls are in the grammar where one is required, where a
     tool is strict, and where there may be one only. grammar, json_schema: of the content, as in `SamplingOptions`.
-    Raises OptionError for what cannot be a grammar, which names the tool. Parameters of tools that are not strict may
-    be such that there is no grammar for them: any object is allowed then.
+    Raises OptionError for what cannot be a grammar, which names the tool. Of tools that are not strict what the library
+    does not know of a schema is passed over, and any object is allowed where there is no grammar at all.
     """
     content = language(grammar, json_schema) if grammar is not None or json_schema is not None else None
     calls = form is not None and (
@@ -62,10 +62,12 @@ def answer_constraint(
 def _check(tool: Tool, schemas: dict[str, dict[str, str]]) -> None:
     """Puts any object in place of parameters that cannot be a grammar's; raises OptionError for a strict tool."""
     try:
-        check_language(language(None, json.dumps({"type": "object", **tool.parameters})))
+        check_language(language(None, json.dumps({"type": "object", **tool.parameters}), not tool.strict))
     except OptionError as error:
         if tool.strict:
-            raise OptionError(f"tool {tool.name!r}: {error}") from None
+            raise OptionError(
+                f"tool {tool.name!r}: {error} (without strict, what is not known of a schema is passed over)"
+            ) from None
         schemas[tool.name] = _ANY_OBJECT
 
 

@@ -46,9 +46,9 @@ class Rules:
         self._others.append({**grammar, "name": name})
         return f"@{name}"
 
-    def json(self, schema: Mapping[str, Any]) -> str:
-        """JSON of this schema."""
-        return self.other(language(None, json.dumps(schema)).grammar())
+    def json(self, schema: Mapping[str, Any], lenient: bool = True) -> str:
+        """JSON of this schema; lenient: of what of it can be kept."""
+        return self.other(language(None, json.dumps(schema), lenient).grammar())
 
     def mark(self, text: str) -> str:
         """Exactly this text, whose special tokens are those; nothing for an empty one."""
@@ -147,10 +147,10 @@ class CallRules:
             begin = f"{mark(form.name_begin + form.name_prefix + name)} {number} {mark(form.separator)}"
             return self._rules.rule(f"{begin} {self._arguments(tool)} {mark(form.call_end)}")
         if form.syntax == "python":
-            pairs = self._pairs(tool, lambda key, schema: f"{mark(key + '=')} {self._python(schema)}", ", ")
+            pairs = self._pairs(tool, lambda key, *schema: f"{mark(key + '=')} {self._python(*schema)}", ", ")
             return self._rules.rule(f'{mark(name + "(")} {pairs} ")"')
         if form.syntax == "gemma":
-            pairs = self._pairs(tool, lambda key, schema: f"{mark(key + ':')} {self._gemma(schema)}", ",")
+            pairs = self._pairs(tool, lambda key, *schema: f"{mark(key + ':')} {self._gemma(*schema)}", ",")
             return self._rules.rule(f'{mark("call:" + name + "{")} {pairs} "}}"')
         pairs = self._pairs(tool, self._tagged, "")
         begin = f"{mark(form.name_begin + name + form.name_end)} {self._line}"
@@ -163,9 +163,9 @@ class CallRules:
 
     def _arguments(self, tool: Tool) -> str:
         schema = self._schemas.get(tool.name, tool.parameters)
-        return self._rules.json({"type": "object", **schema})
+        return self._rules.json({"type": "object", **schema}, not tool.strict)
 
-    def _pairs(self, tool: Tool, pair: Callable[[str, Mapping[str, Any]], str], between: str) -> str:
+    def _pairs(self, tool: Tool, pair: Callable[[str, Mapping[str, Any], bool], str], between: str) -> str:
         """Arguments in the order of the schema, those that may be left out or not."""
         schema = self._schemas.get(tool.name, tool.parameters)
         properties = schema.get("properties")
@@ -178,14 +178,14 @@ class CallRules:
         for key, inner in reversed(list(properties.items())):
             found = tool.property_schema(key)
             whole = found if found else inner if isinstance(inner, Mapping) else {}
-            one = self._rules.rule(pair(key, {**definitions, **whole}))
+            one = self._rules.rule(pair(key, {**definitions, **whole}, not tool.strict))
             optional = key not in required
             lead = self._rules.mark(between)
             first = self._rules.rule(f"{one} {rest}" + (f" | {first}" if optional else ""))
             rest = self._rules.rule(f"{lead} {one} {rest}" + (f" | {rest}" if optional else ""))
         return first
 
-    def _tagged(self, key: str, schema: Mapping[str, Any]) -> str:
+    def _tagged(self, key: str, schema: Mapping[str, Any], lenient: bool) -> str:
         form, mark = self._form, self._rules.mark
         line = "\n" if form.own_lines else ""
         begin = mark(form.key_begin + key + form.key_end)
@@ -196,19 +196,19 @@ class CallRules:
         elif _may_be_text(schema):
             value = self._rules.until(line + form.value_end)
         else:
-            value = f"{self._rules.json(schema)} {mark(line + form.value_end)}"
+            value = f"{self._rules.json(schema, lenient)} {mark(line + form.value_end)}"
         return f"{begin} {value} {self._line}"
 
-    def _python(self, schema: Mapping[str, Any]) -> str:
+    def _python(self, schema: Mapping[str, Any], lenient: bool) -> str:
         """JSON, but for what Python writes otherwise."""
         types = schema.get("type")
         types = types if isinstance(types, list) else [types]
         words = [*(("True", "False") if "boolean" in types else ()), *(("None",) if "null" in types else ())]
         if set(types) <= {"boolean", "null"}:
             return f"({' | '.join(map(_literal, words))})"
-        return f"({' | '.join([self._rules.json(schema), *map(_literal, words)])})"
+        return f"({' | '.join([self._rules.json(schema, lenient), *map(_literal, words)])})"
 
-    def _gemma(self, schema: Mapping[str, Any]) -> str:
+    def _gemma(self, schema: Mapping[str, Any], lenient: bool) -> str:
         quote = self._form.quotes[0]
         values = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if isinstance(values, list) and values and not any(isinstance(value, (list, dict)) for value in values):
@@ -218,7 +218,7 @@ class CallRules:
         if schema.get("type") == "string":
             return text
         if schema.get("type") in ("integer", "number", "boolean", "null"):
-            return self._rules.json(schema)
+            return self._rules.json(schema, lenient)
         plain = self._rules.json({"type": ["number", "boolean", "null"]})
         value = self._rules.rule('""')  # its body comes later: it is about itself
         entry = self._rules.rule(f'/[A-Za-z_][A-Za-z0-9_.-]*/ ":" {value}')

@@ -94,10 +94,13 @@ def check_language(language: Language) -> None:
         raise OptionError(f"{language.what}: {_reason(messages[0])}")
 
 
-def language(grammar: str | None, json_schema: str | None) -> Language:
-    """That of a grammar, or of the JSON of a schema. Raises OptionError for what is no GBNF."""
+def language(grammar: str | None, json_schema: str | None, lenient: bool = False) -> Language:
+    """That of a grammar, or of the JSON of a schema. Raises OptionError for what is no GBNF.
+
+    lenient: what the library does not know of a schema is passed over.
+    """
     if json_schema is not None:
-        options: Any = {"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE}
+        options: Any = {"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE, "lenient": lenient}
         return Language(LLMatcher.grammar_from_json_schema(json_schema, overrides=options), "json_schema")
     assert grammar is not None
     if not re.search(r"(?m)^\s*(%llguidance\b|start\s*:(?!:))", grammar):
