@@ -116,13 +116,34 @@ class AnswerSplitter:
             yield from self._messages(apart)
             return
         if close:
-            yield from self._body("reasoning", (close,))
+            yield from self._thoughts(close)
             yield from self._reader.space()
         yield from self._content()
 
-    def _body(self, kind: str, ends: tuple[str, ...]) -> Steps[str]:
-        """Text up to one of these marks, which is returned; thoughts lose the white space around them."""
-        blank, fresh, mark = "", True, ""
+    def _thoughts(self, close: str) -> Steps[None]:
+        """Thoughts up to this mark, or to a call: some models forget the mark. Calls by a name that no tool has are
+        thoughts."""
+        begins = () if self._calls is None else self._calls.begins
+        mark, blank = yield from self._body("reasoning", (close, *begins))
+        while self._calls is not None and mark in begins:
+            self._reader.unread(mark)
+            self._reader.keep()
+            self._reader.take(len(mark))
+            try:
+                yield from self._calls.read(self._reader, mark, known=True)
+                return
+            except NoCallError:
+                text = self._reader.kept()
+                self._reader.forget()
+                if not text:  # the call had begun
+                    return
+                yield Part("reasoning", blank + text)
+            mark, blank = yield from self._body("reasoning", (close, *begins), fresh=False)
+
+    def _body(self, kind: str, ends: tuple[str, ...], fresh: bool = True) -> Steps[tuple[str, str]]:
+        """Text up to one of these marks, which is returned; thoughts lose the white space around them, that behind them
+        is returned, too. fresh: they begin here."""
+        blank, mark = "", ""
         while not mark and not (self._reader.ended and self._reader.empty):
             text, mark = yield from self._reader.until(ends)
             if kind == "reasoning":
@@ -133,7 +154,7 @@ class AnswerSplitter:
             if text:
                 fresh = False
                 yield Part(kind, text)
-        return mark
+        return mark, blank
 
     def _content(self) -> Steps[None]:
         if self._calls is None:
@@ -185,18 +206,18 @@ class AnswerSplitter:
                 begin = yield from self._reader.mark(_HEADER_BEGINS)
                 if begin:
                     yield Part("content", begin)
-                mark = yield from self._body("content", (*_HEADER_BEGINS, *_BODY_ENDS))
+                mark, _ = yield from self._body("content", (*_HEADER_BEGINS, *_BODY_ENDS))
                 self._reader.unread(mark if mark in _HEADER_BEGINS else "")
                 continue
             channel, recipient = header
             if not apart and channel == "analysis":
                 yield Part("content", "<|channel|>analysis<|message|>")
-                mark = yield from self._body("content", _BODY_ENDS)
+                mark, _ = yield from self._body("content", _BODY_ENDS)
                 yield Part("content", mark if mark != "<|start|>" else "<|end|>")
             elif recipient and self._calls is not None:
                 mark = yield from self._calls.message(self._reader, recipient, _BODY_ENDS)
             else:
-                mark = yield from self._body("reasoning" if channel == "analysis" else "content", _BODY_ENDS)
+                mark, _ = yield from self._body("reasoning" if channel == "analysis" else "content", _BODY_ENDS)
             self._reader.unread(mark if mark == "<|start|>" else "")
 
     def _header(self) -> Steps[tuple[str, str] | None]:

@@ -37,12 +37,14 @@ class CallReader:
         self._use = use
         self._count = 0  # of calls that are at their end
         self._open = False  # whether one has begun that is not
+        self._only_known = False
         self._name = ""
 
-    def read(self, reader: Reader, mark: str) -> Steps[bool]:
+    def read(self, reader: Reader, mark: str, known: bool = False) -> Steps[bool]:
         """The calls behind this mark, which was taken, up to the mark at their end; whether that came. `reader.keep()`
         says where they began; raises NoCallError where they are none, with `reader.kept()` what is not told as a part
-        of a call."""
+        of a call. known: there are calls of the tools only."""
+        self._only_known = known
         try:
             yield from self._calls(reader, mark)
         except NoCallError:
@@ -97,7 +99,7 @@ class CallReader:
         return Part("tool_call", text, self._count)
 
     def _whole(self, name: str, arguments: str, id: str | None = None) -> Part:
-        self._name = self._known(name)
+        self._name = name
         part = self._first(arguments, id)
         self._end_call()
         return part
@@ -110,7 +112,10 @@ class CallReader:
         """The name of a tool; models write what the tool belongs to before it, at times."""
         name = sound(name).strip().strip("\"'")
         short = name.rpartition("functions.")[2]
-        return name if self._use.find(name) is not None or self._use.find(short) is None else short
+        found = next((known for known in (name, short) if self._use.find(known) is not None), None)
+        if found is None and self._only_known:
+            raise NoCallError
+        return name if found is None else found
 
     def _new_id(self) -> str:
         if self.form.id_length:
@@ -175,6 +180,7 @@ class CallReader:
         elif name is None:
             raise NoCallError
         else:
+            name = self._known(name)
             reader.forget()
             yield self._whole(name, _object(held), id)
 
@@ -302,6 +308,7 @@ class CallReader:
         calls = parse(text)
         if not calls:
             raise NoCallError
+        calls = [(self._known(name), arguments) for name, arguments in calls]
         reader.unread(mark)
         reader.forget()
         for name, arguments in calls:

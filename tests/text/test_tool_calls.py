@@ -287,6 +287,34 @@ def test_calls_that_are_not_as_they_should_be(name: str, text: str, expected: li
         assert split(FORMS[name], text, cuts) == joined
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hm.\n</think>\n\nYes.", [("reasoning", "Hm."), ("content", "Yes.")]),
+        (
+            'Hm.\n<tool_call>{"name": "get-time", "arguments": {}}</tool_call>',
+            [("reasoning", "Hm."), ("call", "get-time", "{}")],
+        ),
+        ("A <tool_call> is it.</think>Yes.", [("reasoning", "A <tool_call> is it."), ("content", "Yes.")]),
+        (
+            'A <tool_call>{"name": "f", "arguments": {}}</tool_call> .</think>Yes.',
+            [("reasoning", 'A <tool_call>{"name": "f", "arguments": {}}</tool_call> .'), ("content", "Yes.")],
+        ),
+    ],
+)
+def test_calls_among_thoughts(text: str, expected: list[Any]) -> None:
+    for cuts in (1, 4, len(text)):
+        assert split(JSON_IN_TAGS, text, cuts, "<think>\n") == expected
+
+
+def test_unknown_names_among_thoughts() -> None:
+    for form in FORMS.values():
+        if form.syntax != "harmony":
+            text = f"A {written(form, [Call('f', {'days': 1})])} .</think>Yes."
+            thoughts = text.partition(".</think>")[0] + "."
+            assert split(form, text, 3, "<think>") == [("reasoning", thoughts), ("content", "Yes.")]
+
+
 def test_thoughts_left_in() -> None:
     def content(name: str, prompt: str, text: str) -> list[Any]:
         splitter = AnswerSplitter(prompt, "none", CallReader(FORMS[name], use()))

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 import edgemoe
 from edgemoe.errors import OptionError
 from edgemoe.families import family_names, tool_formats
+from edgemoe.text.call_writing import Call, written
 from edgemoe.text.tool_messages import prepared, template_tools
 from edgemoe.text.tools import ToolUse
 
@@ -268,3 +269,41 @@ def test_wrong_calls(model: Callable[[str], edgemoe.Model], message: dict[str, A
         model("qwen3").chat_parts([{"role": "assistant", "content": "", **message}])
     with pytest.raises(OptionError, match=r"messages\[1\] is 5, not an object"):
         model("qwen3").chat_parts([*ASKED, 5])  # type: ignore[list-item]
+
+
+def test_what_a_model_writes_by_itself(model: Callable[[str], edgemoe.Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced tokens, marks among them: thoughts, words and two calls where there may be two."""
+    script: list[int] = []
+    monkeypatch.setattr("edgemoe.text.sampling.Sampler.sample", lambda *_: script.pop(0))
+    for name, (family, _, _) in TEMPLATES.items():
+        loaded = model(name)
+        form = template_tools(loaded.tokenizer, family).form
+        calls = [Call("weather", {"days": 2}, "functions.weather:0"), Call("tides", {}, "functions.tides:1")]
+        calls = calls if form.parallel else calls[:1]
+        if name == "gpt-oss":
+            text = "<|channel|>analysis<|message|>Hm.<|end|>"
+            text += "<|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        else:
+            opened = "<think>" in loaded.tokenizer.apply_chat_template(ASKED)[-9:]
+            text = ("" if opened else "<think>") + "Hm.</think>\n\nI look.\n"
+        text += written(form, calls)
+        script[:] = [*loaded.tokenizer.encode(text.removesuffix("<|call|>")), loaded.tokenizer.end_ids[0]]
+        answer = loaded.chat_parts(ASKED, tools=[plain(tool) for tool in TOOLS])
+        told = {"reasoning": "", "content": "", **{str(index): "" for index in range(len(calls))}}
+        names = []
+        for part in answer:
+            told[part.kind if part.index is None else str(part.index)] += part.text
+            names += [part.name] if part.name else []
+        assert (told.pop("reasoning"), told.pop("content")) == ("Hm.", "I look."), name
+        assert names == [call.name for call in calls], name
+        assert [json.loads(arguments) for arguments in told.values()] == [call.arguments for call in calls], name
+        assert answer.result.finish_reason == "eos"
+        # Without tools, or where none is to be called, it is content.
+        script[:] = [*loaded.tokenizer.encode(text.removesuffix("<|call|>")), loaded.tokenizer.end_ids[0]]
+        answer = loaded.chat_parts(ASKED, tools=TOOLS, tool_choice="none")
+        assert {part.kind for part in answer} == {"reasoning", "content"}
+
+
+def plain(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool that is not strict: its calls need no grammar."""
+    return {**tool, "function": {**tool["function"], "strict": False}}
