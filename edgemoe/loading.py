@@ -63,7 +63,14 @@ def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
     index = replace(index, spec=index.spec.for_context(context))
     if options.parallel is None:
         chosen = replace(chosen, sequences=automatic_sequences(options.memory_bytes, index, chosen))
-    budget = plan_budget(options.memory_bytes, index, chosen, chunk=options.chunk, expert_slots=options.expert_slots)
+    budget = plan_budget(
+        options.memory_bytes,
+        index,
+        chosen,
+        chunk=options.chunk,
+        expert_slots=options.expert_slots,
+        states=2 if options.prompt_cache_dir else 1,
+    )
     chosen = replace(chosen, chunk=budget.chunk, expert_slots=budget.expert_slots)
     if options.readers is None and budget.expert_slots < budget.all_slots:
         chosen = replace(chosen, readers=reading_threads(index.path, budget.slot_bytes, default_cache_dir()))

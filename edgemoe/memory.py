@@ -132,9 +132,10 @@ def plan_budget(
     *,
     chunk: int | None = None,
     expert_slots: int | None = None,
+    states: int = 1,
 ) -> Budget:
     """Divides `limit` bytes (None: automatic). `chunk` and `expert_slots` of the options are not read: they are what is
-    planned, unless they are given here.
+    planned, unless they are given here. states: copies of the sequences' state that there may be at a time.
 
     Raises MemoryBudgetError that names the least that would do."""
     automatic = limit is None
@@ -143,7 +144,8 @@ def plan_budget(
     chunks = CHUNKS if chunk is None else (chunk,)
     for size in chunks:
         plan = plan_memory(index, replace(options, chunk=size, expert_slots=1))
-        fixed = base + plan.dense + plan.state + plan.scratch
+        state = states * plan.state
+        fixed = base + plan.dense + state + plan.scratch
         room = limit - fixed
         everything = plan.experts * plan.slot
         if room >= everything or plan.scratch * 4 <= room + plan.scratch or size == chunks[-1]:
@@ -157,10 +159,10 @@ def plan_budget(
         raise MemoryBudgetError(
             f"{index.path}: {'the memory that is free' if automatic else 'a memory budget'} of {format_size(limit)} is "
             f"too small: {format_size(base)} for the program, {format_size(plan.dense)} dense weights, "
-            f"{format_size(plan.state)} state for {positions} positions{sequences}, "
+            f"{format_size(state)} state for {positions} positions{sequences}, "
             f"{format_size(plan.scratch)} activations, {format_size(slots * plan.slot)} for {experts}; "
             f"the least that works is {-(-least // 1000**2)}MB"
         )
     if expert_slots is None:
         slots = plan.experts if room >= everything else room // plan.slot
-    return Budget(limit, base, plan.dense, plan.state, plan.scratch, plan.slot, slots, plan.experts, size)
+    return Budget(limit, base, plan.dense, state, plan.scratch, plan.slot, slots, plan.experts, size)

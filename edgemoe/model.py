@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe.engine import Count, Engine
-from edgemoe.errors import ContextLengthError, OptionError, TokenizerError
+from edgemoe.errors import ContextLengthError, OptionError, OverloadedError, TokenizerError
 from edgemoe.families import ToolFormat
+from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.read import load_tokenizer, read_index
 from edgemoe.loading import load_engine, quality_of
 from edgemoe.memory import Budget
@@ -29,6 +30,7 @@ from edgemoe.protocols.answers import Reply
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Generation, GenerationResult, Tally, TextDrawer, figures
+from edgemoe.serving.prompt_cache import PromptCache, state_key
 from edgemoe.serving.scheduler import Scheduler
 from edgemoe.serving.session import Session
 from edgemoe.spec import ModelSpec
@@ -99,7 +101,11 @@ class Model:
         self._index = index
         self.context = self.options.context
         self.threads = self.options.threads
-        self._scheduler = Scheduler(self.engine, self.options, loaded.resident, options.max_gap)
+        self._scheduler = Scheduler(
+            self.engine, self.options, loaded.resident, options.max_gap, _prompt_cache(index, self.options, options)
+        )
+        self._queue = options.queue
+        self._keeps = options.prompt_cache_dir is not None
         self._conversations = Conversations()
         self._last = Tally(0, Count())  # of the generation that computed last
 
@@ -273,6 +279,8 @@ class Model:
         if logprobs is not None and (isinstance(logprobs, bool) or not 0 <= logprobs <= MAX_LOGPROBS):
             raise OptionError(f"logprobs = {logprobs!r} is not between 0 and {MAX_LOGPROBS}")
         own_quality = None if quality == self.quality else quality_of(self._index, quality)
+        if self._scheduler.status()["waiting"] > self._queue:
+            raise OverloadedError(f"{self._queue} texts are waiting already (queue=); try again later")
         if not tokens:
             tokens = list(self.tokenizer.bos_ids[:1])
         if not tokens:
@@ -427,6 +435,8 @@ class Model:
     def close(self) -> None:
         """Gives the memory back. A pass that is under way elsewhere ends at its next layer; generations that were not
         at their end raise EdgemoeError when they are read on."""
+        if self._keeps:
+            self._scheduler.keep()
         self.engine.close()
         self._scheduler.close()
 
@@ -437,3 +447,13 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _prompt_cache(index: ModelIndex, engine: EngineOptions, options: LoadOptions) -> PromptCache | None:
+    if options.prompt_cache_dir is None:
+        return None
+    goes_back = all(
+        layer.attention.kind in ("full", "mla") and not layer.attention.window for layer in index.spec.layers
+    )
+    assert isinstance(options.prompt_cache_size, int)
+    return PromptCache(Path(options.prompt_cache_dir), options.prompt_cache_size, state_key(index, engine), goes_back)

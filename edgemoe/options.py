@@ -7,6 +7,7 @@ defaults, choices, bounds and help from here.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -20,6 +21,8 @@ QUALITIES = ("exact", "high", "balanced", "fast")
 DEFAULT_CONTEXT = 4096
 DEFAULT_READERS = 2
 DEFAULT_MAX_GAP = 5.0
+DEFAULT_QUEUE = 256
+DEFAULT_PROMPT_CACHE = "8GB"
 
 _UNITS = {
     "": 1,
@@ -129,7 +132,9 @@ class LoadOptions:
     parallel: texts that are computed at once, on one pool of as many positions as `context` says; any one of them may
         use all of it. Further ones wait; where the pool is full, the text that began last waits, too, and what was
         computed for it is computed again. None for 4, or fewer where their windows or recurrences take memory.
-    max_gap: seconds that a text may pause at most because others have their turn.
+    max_gap: seconds that a text may pause at most because others have their turn. queue: texts that may wait for one.
+    prompt_cache_dir, prompt_cache_size: a folder for states of texts, which then survive the program, and its limit.
+        Memory for one more state is taken then.
     cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
     eviction: which expert leaves memory first, one of EVICTION_POLICIES. prefetch: read the experts that the next layer
         will probably want while the disk is idle. Neither changes a bit of the result.
@@ -173,6 +178,12 @@ class LoadOptions:
     max_gap: float = _option(
         Meaning("Seconds that a text may pause at most because others have their turn."), DEFAULT_MAX_GAP
     )
+    queue: int = _option(Meaning("Texts that may wait for their turn; more are refused.", least=0), DEFAULT_QUEUE)
+    prompt_cache_dir: str | None = _option(
+        Meaning("Where states of texts are kept, to go on from after they have left memory or the program has ended."),
+        None,
+    )
+    prompt_cache_size: int | str = _option(Meaning("Bytes that this may take on disk."), DEFAULT_PROMPT_CACHE)
     chunk: int | None = _as_engine("chunk", None)
     expert_slots: int | None = _as_engine("expert_slots", None)
     readers: int | None = _as_engine("readers", None)
@@ -187,6 +198,12 @@ class LoadOptions:
             if isinstance(known.default, bool) and not isinstance(value, bool):
                 raise OptionError(f"{known.name} = {value!r} is not true or false")
         object.__setattr__(self, "memory", None if self.memory is None else parse_size(self.memory))
+        if self.prompt_cache_dir is not None:
+            object.__setattr__(self, "prompt_cache_dir", os.fspath(self.prompt_cache_dir))
+        size = parse_size(self.prompt_cache_size, "prompt_cache_size")
+        if size is None:
+            raise OptionError(f"prompt_cache_size = {self.prompt_cache_size!r} is not a number of bytes")
+        object.__setattr__(self, "prompt_cache_size", size)
 
     @classmethod
     def given(cls, options: Mapping[str, Any]) -> LoadOptions:

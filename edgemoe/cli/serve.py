@@ -61,6 +61,9 @@ _PARAGRAPHS = """\
 )
 @load_option("parallel", "-np", "--parallel", metavar="N")
 @load_option("max_gap", "--max-gap", metavar="SECONDS", type=float, show_default=True)
+@load_option("queue", "--queue", metavar="N")
+@load_option("prompt_cache_dir", "--prompt-cache-dir", metavar="DIR", type=click.Path(file_okay=False))
+@load_option("prompt_cache_size", "--prompt-cache-size", metavar="SIZE", callback=memory_size, show_default=True)
 @context_option
 @click.option(
     "-n",
@@ -119,6 +122,9 @@ def command(
     api_key_file: str | None,
     parallel: int | None,
     max_gap: float,
+    queue: int,
+    prompt_cache_dir: str | None,
+    prompt_cache_size: int,
     context: int | None,
     max_tokens: int | None,
     memory: int | None,
@@ -170,6 +176,9 @@ def command(
             context=context,
             parallel=parallel,
             max_gap=max_gap,
+            queue=queue,
+            prompt_cache_dir=prompt_cache_dir,
+            prompt_cache_size=prompt_cache_size,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
             quality=quality,

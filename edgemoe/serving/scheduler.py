@@ -26,6 +26,7 @@ from edgemoe.engine import Cancel, Cancelled, Count, Engine, EngineCounters
 from edgemoe.errors import EdgemoeError, StateError
 from edgemoe.options import EngineOptions, Quality
 from edgemoe.serving.pace import Pace
+from edgemoe.serving.prompt_cache import PromptCache
 from edgemoe.serving.sequences import EngineSequences, common_prefix
 from edgemoe.serving.session import Drawn, EngineSequence, LogitsDrawer, Session
 
@@ -40,6 +41,8 @@ COUNTED = 0.01
 # so many go together.
 INTERVAL = 0.1
 LEAST_ROWS = 32
+# A prompt of which so many tokens were computed goes to the prompt cache at once.
+KEPT = 1024
 # So many positions must be free for each session when another one begins, so that it need not leave again at once.
 MARGIN = 128
 # How far a session may be drawn ahead of who reads it on an event loop.
@@ -58,11 +61,18 @@ class _Part(NamedTuple):
 class Scheduler:
     """Drives an engine for sessions. All calls may come from any thread, except where they say otherwise."""
 
-    def __init__(self, engine: Engine, options: EngineOptions, resident: bool, max_gap: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        options: EngineOptions,
+        resident: bool,
+        max_gap: float,
+        cache: PromptCache | None = None,
+    ) -> None:
         """options: the engine's. resident: every expert stays in memory. max_gap: seconds that a session may pause at
-        most because others have their turn."""
+        most because others have their turn. cache: keeps what sequences held."""
         self._engine = engine
-        self._sequences = EngineSequences(engine, options.sequences)
+        self._sequences = EngineSequences(engine, options.sequences, cache)
         self._chunk = options.chunk
         self._quality = options.quality  # of rows that have none of their own
         self._positions = options.positions or options.context
@@ -146,6 +156,13 @@ class Scheduler:
         with self._lock:
             self._gate.notify_all()
 
+    def keep(self) -> None:
+        """Has the prompt cache keep what all sequences hold. A pass that is under way ends at its next layer."""
+        self._cancel.set()
+        with self._engine.lock:
+            if not self._engine.closed and not self._engine.running:
+                self._sequences.keep_all()
+
     def close(self) -> None:
         """After the engine was closed: whoever waits learns it."""
         self.wake()
@@ -225,9 +242,9 @@ class Scheduler:
                 self._record(places)
 
     def snapshot(self) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
-        """The tokens and the state of the sequence that was used last."""
+        """The tokens and the state of the sequence that was used last, of those of the engine's own quality."""
         with self._engine.lock:
-            sequence = max(self._sequences.all, key=lambda sequence: sequence.turn)
+            sequence = max(self._sequences.all, key=lambda sequence: (sequence.quality is None, sequence.turn))
             return tuple(sequence.tokens), self._engine.snapshot(sequence.id)
 
     def restore(self, tokens: Sequence[int], state: NDArray[np.uint8]) -> None:
@@ -237,7 +254,13 @@ class Scheduler:
             idle = self._sequences.idle
             sequence = idle[0] if idle else min(self._sequences.all, key=lambda sequence: sequence.turn)
             sequence.hold([])
-            self._engine.restore(sequence.id, state)
+            while True:
+                try:
+                    self._engine.restore(sequence.id, state)
+                    break
+                except StateError:
+                    if not self._make_room(None):
+                        raise
             sequence.hold(list(tokens))
             self._sequences.touch(sequence)
 
@@ -464,7 +487,7 @@ class Scheduler:
             if not sequence.known or len(sequence.tokens) >= len(session.tokens):
                 common = common_prefix(sequence.tokens, session.tokens)
                 self._sequences.go_back(sequence, min(common, len(session.tokens) - 1))
-                sequence.known = True
+                sequence.known, sequence.quality = True, session.quality
             (streams if len(session.tokens) - len(sequence.tokens) == 1 else prompts).append(session)
         self._paced = len(streams) > 1 and not prompts and not self._resident
         if self._paced:
@@ -539,6 +562,8 @@ class Scheduler:
             part.sequence.tokens.extend(part.tokens)
             part.sequence.known = True
             part.session.computed += len(part.tokens)
+            if part.wanted and part.session.computed >= KEPT and len(part.session.tokens) == part.session.prompt:
+                self._sequences.keep(part.sequence)
             if self._marks and len(part.sequence.tokens) == part.session.prompt - 1:
                 self._engine.mark(part.sequence.id)
         if len(tokens) >= LEAST_ROWS:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from edgemoe.engine import Engine
 from edgemoe.errors import StateError
+from edgemoe.serving.prompt_cache import LEAST_TOKENS, PromptCache
 from edgemoe.serving.session import EngineSequence, Session
 
 # A shorter common beginning is computed again rather than shared.
@@ -20,9 +21,10 @@ SHARED = 16
 class EngineSequences:
     """All of them. To be used by one thread at a time, with the engine's lock held."""
 
-    def __init__(self, engine: Engine, count: int) -> None:
-        """count: of sequences, which the engine must have room for."""
+    def __init__(self, engine: Engine, count: int, cache: PromptCache | None) -> None:
+        """count: of sequences, which the engine must have room for. cache: where what they held is kept."""
         self._engine = engine
+        self._cache = cache
         self.all = [EngineSequence(0), *(EngineSequence(engine.add_sequence()) for _ in range(count - 1))]
         self._turns = 0
 
@@ -41,16 +43,22 @@ class EngineSequences:
         if not idle:
             return None
         tokens, oldest = session.tokens, idle[0]
-        best, shared = oldest, common_prefix(oldest.tokens, tokens)
+        best, shared = oldest, _saved(oldest, session)
         for one in self.all:
-            common = common_prefix(one.tokens, tokens)
+            common = _saved(one, session)
             if common > shared or (common == shared > 0 and one.holder is None and best.holder is not None):
                 best, shared = one, common
+        cache = self._cache if session.quality is None else None
+        if cache is not None and cache.find(tokens) >= shared + LEAST_TOKENS and self._load(oldest, tokens):
+            oldest.give(session)
+            return oldest
         chosen = best
         # What another one holds beyond the common beginning is worth keeping: it may be gone back to.
         if best.holder is not None or (best is not oldest and len(best.tokens) > shared):
             shares = shared >= SHARED and self._share(best, oldest, min(shared, len(tokens) - 1))
             chosen = oldest if shares or best.holder is not None else best
+        if _saved(chosen, session) < len(chosen.tokens):
+            self.keep(chosen)
         chosen.give(session)
         return chosen
 
@@ -72,10 +80,28 @@ class EngineSequences:
         sequence.hold([])
         self._engine.truncate(sequence.id, 0)
 
+    def keep(self, sequence: EngineSequence) -> None:
+        """Has the prompt cache keep what the sequence holds, if it is worth it."""
+        cache, tokens = self._cache, sequence.tokens
+        if cache is None or sequence.quality is not None or len(tokens) < LEAST_TOKENS:
+            return
+        if self._engine.length(sequence.id) != len(tokens):
+            return
+        if not cache.holds(tokens):
+            cache.save(tokens.copy(), self._engine.snapshot(sequence.id))
+
+    def keep_all(self) -> None:
+        """The same for all of them, until it is written."""
+        for sequence in self.all:
+            self.keep(sequence)
+            if self._cache is not None:
+                self._cache.wait()
+
     def make_room(self) -> bool:
         """Frees what the idle sequence holds that was used least recently; false if none holds anything."""
         for sequence in self.idle:
             if sequence.tokens:
+                self.keep(sequence)
                 self.empty(sequence)
                 return True
         return False
@@ -85,10 +111,27 @@ class EngineSequences:
         held = sum(self._engine.held_positions(sequence.id) for sequence in self.idle)
         return self._engine.free_positions() + held
 
+    def _load(self, target: EngineSequence, tokens: list[int]) -> bool:
+        """Puts what the prompt cache has of these tokens in place of what a sequence holds."""
+        assert self._cache is not None
+        found = self._cache.load(tokens)
+        if found is None:
+            return False
+        self.keep(target)
+        self.empty(target)
+        try:
+            self._engine.restore(target.id, found[1])
+        except (StateError, ValueError):  # no room, or not a state of this engine
+            self.empty(target)
+            return False
+        target.tokens = found[0]
+        return True
+
     def _share(self, source: EngineSequence, target: EngineSequence, length: int) -> bool:
         """Puts the first `length` positions of one sequence in place of what another one holds, or as many as the
         layers can share; false if that is none."""
         engine = self._engine
+        self.keep(target)
         self.empty(target)
         engine.remove_sequence(target.id)
         marked = engine.marked(source.id)
@@ -98,10 +141,15 @@ class EngineSequences:
                     target.id = engine.fork(source.id, possible)
                 except StateError:  # a window has moved on, or a recurrence went over it
                     continue
-                target.tokens = source.tokens[:possible]
+                target.tokens, target.quality = source.tokens[:possible], source.quality
                 return True
         target.id = engine.add_sequence()
         return False
+
+
+def _saved(sequence: EngineSequence, session: Session) -> int:
+    """How many of the session's tokens the sequence holds."""
+    return common_prefix(sequence.tokens, session.tokens) if sequence.quality == session.quality else 0
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

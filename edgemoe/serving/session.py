@@ -152,14 +152,15 @@ class Session:
 
 
 class EngineSequence:
-    """One of the engine's sequences. tokens: that it holds. known: the engine holds exactly those, and the holder's
-    tokens begin with them. turn: of its last use, counted."""
+    """One of the engine's sequences. tokens: that it holds, computed at `quality` (None: the engine's). known: the
+    engine holds exactly those, and the holder's tokens begin with them. turn: of its last use, counted."""
 
-    __slots__ = ("_holder", "id", "known", "tokens", "turn")
+    __slots__ = ("_holder", "id", "known", "quality", "tokens", "turn")
 
     def __init__(self, id: int) -> None:
         self.id = id
         self.tokens: list[int] = []
+        self.quality: Quality | None = None
         self.known = False
         self.turn = 0
         self._holder: weakref.ref[Session] | None = None
@@ -173,6 +174,9 @@ class EngineSequence:
 
     def give(self, session: Session) -> None:
         self._holder = weakref.ref(session)
+        if self.quality != session.quality:  # the same tokens have left something else behind
+            self.tokens = []
+            self.quality = session.quality
         self.known = False
         session.sequence = self
 
@@ -183,6 +187,8 @@ class EngineSequence:
         """Somebody else changed what the engine holds: `tokens`, or unknown ones after them."""
         self.known = False
         self.tokens = tokens
+        if not tokens:
+            self.quality = None
 
 
 class LogitsDrawer:
