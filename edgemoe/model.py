@@ -47,6 +47,10 @@ MAX_LOGPROBS = 20
 """As OpenAI's API has it."""
 
 
+COUNTED = 8
+"""Contexts of a text that are counted before it is found too long."""
+
+
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
@@ -133,11 +137,11 @@ class Model:
         Raises ContextLengthError, OptionError, ReadError.
         """
         if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt, add_special=add_special, limit=self.context)
+            tokens = self.tokenizer.encode(prompt, add_special=add_special, limit=COUNTED * self.context)
         else:
             tokens = token_ids(prompt, self.spec.vocab_size, "a prompt that is not text (str)", self.context)
             if len(tokens) > self.context and isinstance(prompt, Sized):
-                raise self._too_long(str(len(prompt)))
+                raise self._too_long(len(prompt))
         stream = TextStream(self.tokenizer)
         return self._start(tokens, stream, max_tokens, stop, sampling)
 
@@ -251,9 +255,9 @@ class Model:
         # stay what they were. What follows begins with a special token, so nothing joins at the seam.
         text, tokens = self._conversations.recall(prompt)
         if text:
-            rest = self.tokenizer.encode(prompt[len(text) :], limit=self.context)
+            rest = self.tokenizer.encode(prompt[len(text) :], limit=COUNTED * self.context)
             tokens = [*tokens, *rest] if rest and self.tokenizer.is_special(rest[0]) else []
-        tokens = tokens or self.tokenizer.encode(prompt, limit=self.context)
+        tokens = tokens or self.tokenizer.encode(prompt, limit=COUNTED * self.context)
         stream = TextStream(self.tokenizer, spelled=mark_ids(self.tokenizer, form))
         return self._start(tokens, stream, max_tokens, stop, sampling, prompt, use, form)
 
@@ -286,7 +290,7 @@ class Model:
         if not tokens:
             raise OptionError("the prompt is empty and the model has no token to begin with")
         if len(tokens) > self.context:
-            raise self._too_long(f"more than {self.context}")
+            raise self._too_long(len(tokens))
         for token, _ in options.logit_bias:
             if token >= self.spec.vocab_size:
                 raise OptionError(f"logit_bias: token {token}, but the vocabulary has {self.spec.vocab_size}")
@@ -316,9 +320,12 @@ class Model:
             session.done = True
         return Generation(self._scheduler, session, Tally(len(tokens), session.count), on_step)
 
-    def _too_long(self, count: str) -> ContextLengthError:
+    def _too_long(self, count: int) -> ContextLengthError:
+        """count: of the prompt's tokens; that of a text that is very long was counted as far as COUNTED says."""
         return ContextLengthError(
-            f"a prompt of {count} tokens does not fit into the context of {self.context} (-c / context=)"
+            f"a prompt of {count} tokens does not fit into the context of {self.context} (-c / context=)",
+            prompt_tokens=count,
+            context=self.context,
         )
 
     # -- numbers ------------------------------------------------------------------------------------------------

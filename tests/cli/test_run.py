@@ -334,7 +334,7 @@ def test_verbose(model: FakeModel) -> None:
         (["PACK", "x", "--mirostat-ent", "nan"], 2, "mirostat_tau = nan"),
         (["PACK", "x", "--samplers", "top_k;magic"], 2, "unknown sampler 'magic'"),
         (["PACK", "x", "-l", "5"], 2, "--logit-bias '5' is not of the form"),
-        (["PACK", "x", "-l", "5+inf"], 2, "a bias less than infinite"),
+        (["PACK", "x", "-l", "5+inf"], 2, "a bias at most"),
         (["PACK", "x", "--grammar", "root = x"], 2, "grammar: line 1: expected ::="),
         (["PACK", "x", "--grammar", "start: foo"], 2, "grammar: "),
         (["PACK", "x", "--grammar-file", "nowhere"], 2, "'nowhere' does not exist"),

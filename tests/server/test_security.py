@@ -10,6 +10,7 @@ import httpx2
 import pytest
 from scripted import ScriptedModel, content, serving, wait_for
 
+import edgemoe
 from edgemoe.errors import ContextLengthError, EdgemoeError, OverloadedError, ReadError
 
 ASKED = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -213,8 +214,20 @@ def test_what_happens_within_a_stream_is_its_last_event(scripted: ScriptedModel)
     wait_for(lambda: True)
 
 
-def test_a_prompt_that_does_not_fit_says_so_with_numbers(http: httpx2.Client) -> None:
-    asked = {"messages": [{"role": "user", "content": "sea " * 3000}]}
-    answer = http.post("/v1/chat/completions", json=asked)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/completions"])
+def test_a_prompt_that_does_not_fit_says_so_with_numbers(
+    http: httpx2.Client, bundled: edgemoe.Model, path: str
+) -> None:
+    text = "sea " * 1000
+    messages = [{"role": "user", "content": text}]
+    asked = {"messages": messages, "max_tokens": 5}
+    answer = http.post(path, json={**asked, "prompt" if path == "/v1/completions" else "input": text})
     assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    told = answer.json()["error"]
+    assert told["n_ctx"] == 512
+    prompt = text if path == "/v1/completions" else bundled.tokenizer.apply_chat_template(messages)
+    assert told["n_prompt_tokens"] == len(bundled.tokenizer.encode(prompt))
+    assert "context_length_exceeded" in told["message"]
+    # Tokens are counted all the same.
+    counted = http.post("/v1/messages/count_tokens", json=asked).json()
+    assert counted["input_tokens"] == len(bundled.tokenizer.encode(bundled.tokenizer.apply_chat_template(messages)))
