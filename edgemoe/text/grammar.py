@@ -123,20 +123,23 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         # The library wants a token that ends the text, if it must be one that no model has.
         self.ends = list(tokenizer.end_ids) or [tokenizer.vocab_size]
-        size = max(tokenizer.vocab_size, max(self.ends) + 1)
-        self.tokens = [tokenizer.spelling(token) or b"<nothing>" for token in range(size)]
-        self.special_token_ids = sorted({*self.ends, *(i for i in range(size) if tokenizer.is_special(i))})
+        self.size = max(tokenizer.vocab_size, max(self.ends) + 1)
+        self.tokens = [tokenizer.spelling(token) or b"<nothing>" for token in range(self.size)]
+        self.special_token_ids = sorted({*self.ends, *(i for i in range(self.size) if tokenizer.is_special(i))})
         self.eos_token_id = self.ends[0]
-        special = set(self.special_token_ids)
-        self._ids = {text: i for i, text in enumerate(self.tokens) if i not in special}
+        self._ids: dict[bytes, int] | None = None
 
     def __call__(self, text: bytes | str) -> Sequence[int]:
         """The tokens of text that the grammar leaves no choice about: they must be this text and nothing else, which
         what a tokenizer makes of a text's begin need not be."""
         data = text if isinstance(text, bytes) else text.encode()
         ids = self._tokenizer.encode(data.decode(errors="replace"), parse_special=False)
-        if b"".join(self.tokens[i] for i in ids) == data:
+        if b"".join(map(self._tokenizer.spelling, ids)) == data:
             return ids
+        if self._ids is None:  # seldom needed, and large
+            special = set(self.special_token_ids)
+            self._ids = {self._tokenizer.spelling(i): i for i in range(self.size) if i not in special}
+            self._ids.pop(b"", None)
         ids, at = [], 0
         while at < len(data):
             ends = (end for end in range(min(len(data), at + 32), at, -1) if data[at:end] in self._ids)
@@ -153,7 +156,10 @@ def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
     made = _vocabularies.get(tokenizer)
     if made is None:
         vocabulary = _Vocabulary(tokenizer)
-        made = LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=len(vocabulary.tokens), eos_token=vocabulary.ends)
+        wrapper = TokenizerWrapper(vocabulary)
+        made = LLTokenizer(wrapper, n_vocab=vocabulary.size, eos_token=vocabulary.ends)
+        # The library has them in its own form now; they are tens of megabytes.
+        vocabulary.tokens, wrapper.tokens = [], []
         _vocabularies[tokenizer] = made
     return made
 

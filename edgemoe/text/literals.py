@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 _MAX_DEPTH = 64
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
@@ -54,7 +54,7 @@ def typed(text: str, schema: Mapping[str, Any]) -> str:
         return json.dumps(text, ensure_ascii=False)
     value = _WORDS.get(bare, bare)
     try:
-        loaded = json.loads(value)
+        loaded = json.loads(value, parse_constant=_refuse)
     except (ValueError, RecursionError):
         literal = _literal(bare) if types & {"object", "array"} else None
         return literal if literal is not None else json.dumps(text, ensure_ascii=False)
@@ -62,6 +62,10 @@ def typed(text: str, schema: Mapping[str, Any]) -> str:
     if not fits and "string" in types:
         return json.dumps(text, ensure_ascii=False)
     return value
+
+
+def _refuse(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
 
 
 def _types(schema: Mapping[str, Any]) -> set[str]:
@@ -100,7 +104,7 @@ def _literal(text: str) -> str | None:
 
 def _json_calls(text: str) -> list[tuple[str, str]] | None:
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
     calls = []

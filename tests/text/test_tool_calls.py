@@ -225,12 +225,13 @@ def test_any_text_in_any_pieces(name: str, data: st.DataObject) -> None:
             "qwen3_moe-0",
             "<tool_call><function=get_weather><parameter=days>many</parameter><parameter=exact>True</parameter>"
             "<parameter=note>null</parameter><parameter=more>{'a': (1, None)}</parameter><parameter=x>1.50</parameter>"
+            "<parameter=y>NaN</parameter>"
             "</function></tool_call>",
             [
                 (
                     "call",
                     "get_weather",
-                    '{"days": "many", "exact": true, "note": null, "more": {"a": [1, null]}, "x": 1.50}',
+                    '{"days": "many", "exact": true, "note": null, "more": {"a": [1, null]}, "x": 1.50, "y": "NaN"}',
                 )
             ],
         ),

@@ -304,6 +304,29 @@ def test_what_a_model_writes_by_itself(model: Callable[[str], edgemoe.Model], mo
         assert {part.kind for part in answer} == {"reasoning", "content"}
 
 
+def test_a_result_costs_its_new_tokens_only(
+    model: Callable[[str], edgemoe.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script: list[int] = []
+    monkeypatch.setattr("edgemoe.text.sampling.Sampler.sample", lambda *_: script.pop(0))
+    loaded = model("qwen3")
+    tools = [plain(tool) for tool in TOOLS]
+    # As a model writes it, not as JSON is written here: it comes back as it was.
+    arguments = '{"days" : 2 }'
+    text = f'<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>'
+    script[:] = [*loaded.tokenizer.encode(text), loaded.tokenizer.token_id("<|im_end|>")]
+    (call,) = parts_of(loaded.chat_parts(ASKED, tools=tools))[1]
+    assert call == ("weather", arguments)
+    function = {"name": "weather", "arguments": arguments}
+    told = [*ASKED, {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}]
+    script[:] = [loaded.tokenizer.token_id("<|im_end|>")]
+    answer = loaded.chat_parts([*told, {"role": "tool", "tool_call_id": "1", "content": "warm"}], tools=tools)
+    assert parts_of(answer) == ("", [])
+    new = "<|im_end|>\n<|im_start|>user\n<tool_response>\nwarm\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    assert answer.result.computed_prompt_tokens <= len(loaded.tokenizer.encode(new)) + 1
+    assert answer.result.prompt_tokens > 300
+
+
 def plain(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool that is not strict: its calls need no grammar."""
     return {**tool, "function": {**tool["function"], "strict": False}}

@@ -11,7 +11,8 @@ QWEN3 = (
     "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools> Write <tool_call>"
     "<|im_end|>\n{% endif %}" + _LOOP + "{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
     "</tool_response><|im_end|>\n{% else %}" + _CHATML_BEGIN + "{{ m.content }}{% for call in m.tool_calls or [] %}"
-    '{{ \'\\n<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ '\\n' if m.content or not loop.first }}"
+    '{{ \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
     "{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}"
     "{{ '}\\n</tool_call>' }}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
