@@ -95,6 +95,9 @@ class Metrics:
         add("ttft_seconds", "histogram", "Time to an answer's first token.", *self._ttft.lines("edgemoe_ttft_seconds"))
         speed = self._speed.lines("edgemoe_answer_tokens_per_second")
         add("answer_tokens_per_second", "histogram", "An answer's tokens after its first, per second.", *speed)
+        busy = (counters["stall_ms"] + counters["compute_ms"]) / 1e3
+        mean_speed = generated_tokens / busy if busy else 0.0
+        value("tokens_per_second", "gauge", "Tokens of answers per second of the engine's work.", mean_speed)
         value("expert_requests_total", "counter", "Experts that layers asked for.", counters["experts_requested"])
         value("expert_hits_total", "counter", "Those that were in memory.", counters["experts_hit"])
         value("expert_hit_rate", "gauge", "Hits per request since the start.", counters["hit_rate"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
 import httpx2
 import openai
+import pydantic
 import pytest
 from scripted import ScriptedModel, call, content, reasoning
 
@@ -344,3 +346,20 @@ def test_what_is_wrong_is_named(http: httpx2.Client, changes: dict[str, Any], fi
     assert told["param"] == field
     assert field in told["message"]
     assert told["type"] == "invalid_request_error"
+
+
+def test_json_of_a_type_is_parsed_by_the_client(told: openai.OpenAI, scripted: ScriptedModel) -> None:
+    class City(pydantic.BaseModel):
+        name: str
+
+    scripted.script = lambda _: [content('{"name": '), content('"Rome"}')]
+    answer = told.chat.completions.parse(model="x", messages=[USER], response_format=City)
+    assert answer.choices[0].message.parsed == City(name="Rome")
+    assert seen(scripted)[1]["response_schema"]["properties"]["name"]["type"] == "string"
+
+
+def test_a_stream_that_is_closed_ends_the_answer(told: openai.OpenAI, scripted: ScriptedModel) -> None:
+    scripted.script = lambda _: itertools.repeat(content("word "))
+    with told.chat.completions.create(model="x", messages=[USER], stream=True) as stream:
+        next(iter(stream))
+    assert scripted.answers[0].closed.wait(20)

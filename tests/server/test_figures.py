@@ -40,6 +40,7 @@ def test_metrics_are_prometheus_text(bundled: edgemoe.Model) -> None:
     assert values["edgemoe_generated_tokens_total"] == 5
     assert values["edgemoe_ttft_seconds_count"] == values['edgemoe_ttft_seconds_bucket{le="+Inf"}'] == 1
     assert values["edgemoe_answers_running"] == 0
+    assert values["edgemoe_tokens_per_second"] > 0
     assert values["edgemoe_expert_requests_total"] > 0
     assert values["edgemoe_memory_limit_bytes"] == bundled.budget.limit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -272,3 +273,10 @@ def test_what_is_wrong_is_named(http: httpx2.Client, changes: dict[str, Any], fi
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert field in answer.json()["error"]["message"]
+
+
+def test_a_stream_that_is_closed_ends_the_answer(told: anthropic.Anthropic, scripted: ScriptedModel) -> None:
+    scripted.script = lambda _: itertools.repeat(content("word "))
+    with told.messages.stream(**ASKED) as stream:
+        next(stream.text_stream)
+    assert scripted.answers[0].closed.wait(20)
