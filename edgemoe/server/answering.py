@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from edgemoe.protocols.answers import AnswerStream, Event, LogprobReader
 from edgemoe.protocols.problems import Problem, problem_of
@@ -49,10 +50,6 @@ class _ProblemError(Exception):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.message)
         self.problem = problem
-
-
-class _UnreadError(Exception):
-    """The client is there, but takes nothing."""
 
 
 class Answers:
@@ -122,22 +119,31 @@ class AnswerResponse:
         self._work.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope, self._receive, self._send = scope, receive, send
-        registry = self._answers
-        registry.running.add(self)
+        self._scope, self._receive, self._client = scope, receive, send
+        self._answers.running.add(self)
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._watch, group.cancel_scope)
+                self._all = group.cancel_scope
+                group.start_soon(self._watch)
                 await self._serve()
-                group.cancel_scope.cancel()
+                self._all.cancel()
         finally:
-            registry.running.discard(self)
+            self._answers.running.discard(self)
 
-    async def _watch(self, scope: anyio.CancelScope) -> None:
+    async def _watch(self) -> None:
         """Ends everything when the client has gone: also while nothing is sent, since a prompt is being computed."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        scope.cancel()
+        self._all.cancel()
+
+    async def _send(self, message: Message) -> None:
+        """To the client, who has gone if it takes nothing for long."""
+        with anyio.move_on_after(self._answers.settings.send_seconds) as waiting:
+            await self._client(message)
+        if waiting.cancelled_caught:
+            LOG.warning("%s: the client does not read its answer", self._path)
+            self._all.cancel()
+            await anyio.lowlevel.checkpoint()
 
     async def _serve(self) -> None:
         problem: Problem | None = None
@@ -154,8 +160,6 @@ class AnswerResponse:
                 problem = self._problem
         except _ProblemError as error:
             problem = error.problem
-        except _UnreadError:
-            LOG.warning("%s: the client does not read its answer", self._path)
         except Exception as error:
             problem = problem_of(error)
             if problem.status == 500:
@@ -274,10 +278,7 @@ class AnswerResponse:
             await self._send_bytes(data)
 
     async def _send_bytes(self, data: bytes, more: bool = True) -> None:
-        with anyio.move_on_after(self._answers.settings.send_seconds) as waiting:
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        if waiting.cancelled_caught:
-            raise _UnreadError
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _tell(told: AnswerStream, item: _News) -> list[Event]:
