@@ -91,6 +91,7 @@ class Scheduler:
         self._parts: Sequence[_Part] = ()  # of the pass that is under way
         self._cancel = Cancel()  # of that pass
         self._row_seconds = 0.0  # of a row among many
+        self._rotation = 0  # who is first where there are more streams than rows
         self._trace: tuple[TraceWriter, str] | None = None
         # Whose the last steps were, and the engine's counters when they began.
         self._counted: tuple[list[Count], EngineCounters] = ([], engine.counters())
@@ -165,11 +166,19 @@ class Scheduler:
 
     def close(self) -> None:
         """After the engine was closed: whoever waits learns it."""
-        self.wake()
+        self.give_up(None)
+
+    def give_up(self, error: Exception | None) -> None:
+        """Wakes whoever waits; if nobody closed the engine, with this error."""
         for reference in list(self._sessions):
             session = reference()
-            if session is not None and session.wake is not None:
+            if session is None:
+                continue
+            if error is not None and not self._engine.closed:
+                session.fail(error)
+            if session.wake is not None:
                 session.wake()
+        self.wake()
 
     def status(self) -> dict[str, int]:
         """running: sessions that have a sequence; waiting: that have none yet; sequences: that there are; positions:
@@ -492,7 +501,12 @@ class Scheduler:
         self._paced = len(streams) > 1 and not prompts and not self._resident
         if self._paced:
             streams = self._pace.choose(streams)
-        for session in streams[: self._chunk]:
+        most = self._chunk - min(LEAST_ROWS, self._chunk // 2) if prompts else self._chunk
+        if len(streams) > most:  # by turns
+            begin = self._rotation % len(streams)
+            streams = [*streams[begin:], *streams[:begin]][:most]
+            self._rotation += most
+        for session in streams:
             parts.append(self._part(session, 1))
         room = self._chunk - len(parts)
         if parts and prompts and self._resident and self._row_seconds:
@@ -656,6 +670,6 @@ def _run(reference: weakref.ref[Scheduler], lock: threading.RLock, gate: threadi
             scheduler._driver = threading.get_ident()
         try:
             scheduler._step_as_driver()
-        except Exception:  # the engine is closed, which those who wait find out
-            scheduler.close()
+        except Exception as error:  # the engine is closed, which those who wait find out, or this is a fault
+            scheduler.give_up(error)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -311,3 +312,48 @@ def test_snapshots_are_of_the_last_sequence_and_go_to_an_idle_one(pack: Path) ->
         assert computed_prompt(model, [*SECOND, 5]) == 1
         list(running)
         assert running.result.computed_tokens == 31 + 39
+
+
+def test_more_streams_than_rows_take_turns(pack: Path) -> None:
+    with edgemoe.load(pack, parallel=12, chunk=4) as model:
+        prompts = [[number, *FIRST[:5]] for number in range(1, 13)]
+        expected = ["".join(model.generate(prompt, **GREEDY)) for prompt in prompts]
+
+        async def read(prompt: list[int]) -> str:
+            return "".join([piece async for piece in model.generate(prompt, **GREEDY)])
+
+        async def all_of_them() -> list[str]:
+            return await asyncio.gather(*map(read, prompts))
+
+        assert asyncio.run(all_of_them()) == expected
+
+
+def test_a_fault_of_the_scheduler_reaches_those_who_wait(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with edgemoe.load(pack) as model:
+        expected = "".join(model.generate(FIRST, **GREEDY))
+
+        async def read() -> str:
+            return "".join([piece async for piece in model.generate(FIRST, **GREEDY)])
+
+        with monkeypatch.context() as patched:
+            patched.setattr(model._scheduler, "_plan", lambda: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                asyncio.run(asyncio.wait_for(read(), 30))
+        assert asyncio.run(asyncio.wait_for(read(), 30)) == expected
+
+
+def test_closing_the_model_wakes_those_who_wait_on_a_loop(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path) -> None:
+    convert(tiny_qwen3_moe(max_position_embeddings=30_000), tmp_path / "long.emoe", 8)
+    model = edgemoe.load(tmp_path / "long.emoe", threads=1, context=30_000)
+
+    async def read(close: bool) -> None:
+        generation = model.generate([7] * 300, ignore_eos=True)
+        async for _ in generation:
+            if close:
+                await asyncio.to_thread(model.close)
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(read(False), read(True), return_exceptions=True)
+
+    errors = asyncio.run(asyncio.wait_for(both(), 60))
+    assert all(isinstance(error, EdgemoeError) and "closed" in str(error) for error in errors)
