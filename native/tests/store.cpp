@@ -68,7 +68,7 @@ std::vector<ExpertStream::Need> some_needs(Random& random, int most, int of = kE
 }
 
 void stream_all(const Fixture& fixture, ExpertStore& store, int layer, std::span<const ExpertStream::Need> needs) {
-    ExpertStream stream(store, layer, 1, needs);
+    ExpertStream stream(store, layer, {1, 1}, needs);
     std::vector<int> given(needs.size(), 0);
     for (auto items = stream.next(); !items.empty(); items = stream.next()) {
         for (const ExpertStream::Item& item : items) {
@@ -157,7 +157,7 @@ void test_failed_reads_are_not_counted(const Fixture& fixture) {
     check(counters.prefetch_issued == 1 && counters.prefetch_wasted == 1, "a failed prediction was not in vain");
     check(counters.sections_read == 4 && counters.bytes_read == 4 * kSectionBytes, "a failed prediction was counted");
     {
-        ExpertStream stream(store, 2, 1, others);
+        ExpertStream stream(store, 2, {1, 1}, others);
         check(store.counters().experts_requested - counters.experts_requested == others.size(),
               "a failed prediction stays in memory");
         while (!stream.next().empty()) stream.release();
@@ -177,7 +177,7 @@ void test_abandoned(const Fixture& fixture) {
         Random random(round);
         const auto needs = some_needs(random, kExpertsPerLayer);
         {
-            ExpertStream stream(store, 0, 1, needs);
+            ExpertStream stream(store, 0, {1, 1}, needs);
             if (round % 2) stream.next();
         }
         const std::vector<ExpertStore::Hint> expected{{1, 0}, {2, 0}, {3, 0}};
@@ -229,7 +229,7 @@ struct LevelsFixture {
     }
 
     void stream_all(ExpertStore& store, int layer, std::span<const ExpertStream::Need> needs) const {
-        ExpertStream stream(store, layer, 1, needs);
+        ExpertStream stream(store, layer, {1, 1}, needs);
         size_t given = 0;
         for (auto items = stream.next(); !items.empty(); items = stream.next()) {
             for (const ExpertStream::Item& item : items) {
@@ -281,7 +281,7 @@ void test_reading_ahead_keeps_coarser_levels() {
     fixture.stream_all(store, 0, coarse);
     hint_until(store, 0, {0, 1}, [](const StoreCounters& counters) { return counters.prefetch_issued > 0; });
     {
-        ExpertStream stream(store, 1, 1, all);
+        ExpertStream stream(store, 1, {1, 1}, all);
         const StoreCounters counters = store.counters();
         check(counters.prefetch_issued == 1, "nothing was read ahead");
         check(counters.experts_requested == 4 || counters.sections_read > 1, "a level left while a finer one was read");
@@ -289,7 +289,7 @@ void test_reading_ahead_keeps_coarser_levels() {
     }
     while (store.counters().sections_read < 2 + 4 * std::size(kBlocks)) std::this_thread::yield();
     const uint64_t requested = store.counters().experts_requested;
-    const ExpertStream stream(store, 2, 1, all);
+    const ExpertStream stream(store, 2, {1, 1}, all);
     check(store.counters().experts_requested == requested + 4, "a level does not leave after a finer one was read");
 }
 
@@ -356,7 +356,8 @@ void test_ranking() {
             const int last = layer;
             layer = pick(random, 0, 3) ? (layer + 1) % kLayers : pick(random, 0, kLayers - 1);
             pass += layer <= last;
-            const int passed = ranking.begin_turn(layer, 1);
+            const int rows = pick(random, 0, 1) ? 1 : pick(random, 1, 40);
+            const int passed = ranking.begin_turn(layer, {rows, pick(random, 1, rows)});
             check(passed == (layer - last - 1 + kLayers) % kLayers + 1, "another number of layers was passed");
             std::vector<uint8_t> may_change(kSections, 0);
             for (int section = 0; section < kSections; ++section)
@@ -364,7 +365,8 @@ void test_ranking() {
             for (int i = 0; i < kPerLayer; ++i) {
                 if (pick(random, 0, 1)) continue;
                 const int section = layer * kPerLayer + i;
-                ranking.use(section, 0, 1);
+                const int last_row = pick(random, 0, rows - 1);
+                ranking.use(section, last_row, pick(random, 1, last_row + 1));
                 used[section] = ++time;
                 used_in_pass[section] = pass;
             }
@@ -385,6 +387,58 @@ void test_ranking() {
                 }
         }
     }
+}
+
+// Where a pass has many rows, what leaves first is of the layer that was just computed, unless it is used much more
+// than others; with one row it is what is used least, wherever it is.
+void test_ranking_of_wide_turns() {
+    constexpr int kLayers = 8, kPerLayer = 2, kSections = kLayers * kPerLayer;
+    std::vector<int32_t> layer_of(kSections);
+    for (int section = 0; section < kSections; ++section) layer_of[section] = section / kPerLayer;
+    for (const int rows : {1, 32}) {
+        EvictionRanking ranking(Eviction::next_use, layer_of, kLayers);
+        for (int pass = 0; pass < 100; ++pass)
+            for (int layer = 0; layer < kLayers - (pass == 99 ? 3 : 0); ++layer) {
+                ranking.begin_turn(layer, {rows, 1});
+                // One row in four uses the first of them, one in eight the second.
+                for (int i = 0; i < kPerLayer; ++i)
+                    if (rows > 1 || pass % (4 << i) == 0)
+                        ranking.use(layer * kPerLayer + i, rows - 1, std::max(rows >> (2 + i), 1));
+            }
+        const int last = (kLayers - 3 - 1) * kPerLayer, before = last - kPerLayer, next = last + kPerLayer;
+        check(ranking.rank(last) < ranking.rank(before) && ranking.rank(before) < ranking.rank(next),
+              "of what is used alike, that whose layer comes last does not leave first");
+        check((ranking.rank(last) < ranking.rank(next + 1)) == (rows > 1),
+              "what is rarely used is not kept for a pass of many rows, or for one of a single row");
+    }
+}
+
+// Passes that use most of each layer's experts find those that stayed, for something of each layer stays.
+void test_wide_turns_keep_some_of_each_layer() {
+    constexpr int kLayers = 6, kExperts = 32, kSlots = kLayers * kExperts / 4, kRows = 32, kBlocks[] = {1};
+    const LevelsFixture fixture(kLayers, kExperts, kBlocks);
+    const auto hit_rate = [&](Eviction policy) {
+        ExpertStore store(fixture.index, fixture.files,
+                          {.slots = kSlots, .readers = 2, .eviction = policy, .prefetch = false});
+        Random random(12);
+        StoreCounters before;
+        for (int pass = 0; pass < 30; ++pass) {
+            if (pass == 10) before = store.counters();
+            for (int layer = 0; layer < kLayers; ++layer) {
+                std::vector<ExpertStream::Need> needs;
+                for (int expert = 0; expert < kExperts; ++expert)
+                    if (pick(random, 0, 4)) needs.push_back({expert, 0, pick(random, 0, kRows - 1), 1, 1.0f});
+                ExpertStream stream(store, layer, {kRows, 1}, needs);
+                while (!stream.next().empty()) stream.release();
+            }
+        }
+        const StoreCounters after = store.counters();
+        return static_cast<double>(after.experts_hit - before.experts_hit) /
+               static_cast<double>(after.experts_requested - before.experts_requested);
+    };
+    const double found = hit_rate(Eviction::next_use), recent = hit_rate(Eviction::lru);
+    check(found > 0.2, "a quarter of the experts in memory hits " + std::to_string(found));
+    check(recent < 0.05, "the rows do not do what they are there for: " + std::to_string(recent));
 }
 
 // What the store should do, done in the simplest way: whenever room is needed, the costs of all units are found out
@@ -418,7 +472,7 @@ class Reference {
 
     // A turn of one token, whose experts need their levels up to the given sections. There is room for all.
     void turn(int layer, std::span<const int> finest) {
-        ranking_.begin_turn(layer, 1);
+        ranking_.begin_turn(layer, {1, 1});
         for (const int last : finest)
             for (int section = last; section >= held_[last].coarsest; --section) ranking_.use(section, 0, 1);
         std::vector<int> order;
@@ -612,7 +666,7 @@ void test_release(const Fixture& fixture) {
     const std::vector<ExpertStore::Hint> expected{{3, 0}};
     for (int round = 0; round < 20; ++round) {
         ExpertStore store(fixture.index, fixture.files, {.slots = kSlots, .readers = 2});
-        ExpertStream stream(store, 0, 1, needs);
+        ExpertStream stream(store, 0, {1, 1}, needs);
         std::vector<ExpertStream::Item> held;
         size_t given = 0;
         const auto check_held = [&] {
@@ -656,7 +710,7 @@ void test_release_of_levels() {
     for (const bool at_once : {true, false}) {
         ExpertStore store(fixture.index, fixture.files,
                           {.slots = 2, .readers = 3, .arrival_jitter = std::chrono::milliseconds(2)});
-        ExpertStream stream(store, 0, 1, needs);
+        ExpertStream stream(store, 0, {1, 1}, needs);
         std::vector<ExpertStream::Item> held;
         size_t given = 0;
         while (given < needs.size()) {
@@ -684,7 +738,7 @@ void test_release_of_levels() {
 void test_reads_begin_with_the_stream(const Fixture& fixture) {
     ExpertStore store(fixture.index, fixture.files, {.slots = 6, .readers = 2});
     const std::vector<ExpertStream::Need> needs{{0, 0, 0, 1, 1}, {1, 0, 0, 1, 1}};
-    const ExpertStream stream(store, 0, 1, needs);
+    const ExpertStream stream(store, 0, {1, 1}, needs);
     check(store.counters().experts_requested == needs.size(), "a stream does not ask for what is missing at once");
 }
 
@@ -700,6 +754,8 @@ void test_store() {
     test_reading_ahead_keeps_coarser_levels();
     test_cheapest_runs();
     test_ranking();
+    test_ranking_of_wide_turns();
+    test_wide_turns_keep_some_of_each_layer();
     test_victims();
     test_waste();
     test_joined_levels();

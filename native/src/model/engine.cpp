@@ -214,11 +214,13 @@ void Engine::forward(const Batch& batch, LayerRange layers, float* logits, const
         if (!batch.embeddings.empty())
             rows.embeddings = batch.embeddings.subspan(done * spec_.hidden_size, size * spec_.hidden_size);
         find_ends(rows.states, rows.positions, ends);
+        int steps = 0;
+        for (const auto& [sequence, end] : ends) steps = std::max(steps, end - sequence->length());
         EngineCounters counters;
         try {
             states_->begin_writing(ends);
-            pass_->run({rows, wanted, qualities}, layers, observer, counters, logits + first_wanted * spec_.vocab_size,
-                       check);
+            pass_->run({rows, wanted, qualities, steps}, layers, observer, counters,
+                       logits + first_wanted * spec_.vocab_size, check);
             backend_->wait();  // before the rows go, and anybody looks at the states
         } catch (...) {
             try {

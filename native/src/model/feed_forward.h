@@ -21,6 +21,7 @@ struct HalfInput {
     Floats x;            // [count, hidden] the residual stream: what the half makes is added to it
     ConstFloats normed;  // [count, hidden] it, after the layer's norm
     int count;
+    int steps;                                  // the most rows that one sequence has
     std::span<const Quality* const> qualities;  // [count]
     Observer* observer;                         // may be null
     EngineCounters& counters;

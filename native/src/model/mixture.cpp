@@ -179,7 +179,7 @@ void Mixture::run(Backend& backend, const HalfInput& input) {
     const std::span picks = backend.read(Buffer<const int32_t>(b.picks), pairs);
     const std::span weights = backend.read(ConstFloats(b.weights), pairs);
     const Grouping demanded = demand(picks, weights, input);
-    ExpertStream stream(store_, layer_, count, demanded.needs);
+    ExpertStream stream(store_, layer_, {count, input.steps}, demanded.needs);
     // Also where something throws: the stream gives memory back that the backend may still be reading.
     struct Finish {
         Backend& backend;

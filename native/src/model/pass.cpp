@@ -111,6 +111,7 @@ void Pass::run(const Chunk& chunk, LayerRange layers, Observer* observer, Engine
         HalfInput input{.x = x,
                         .normed = buffers_.normed,
                         .count = active,
+                        .steps = std::min(chunk.steps, active),
                         .qualities = takes_wanted_only(number) ? std::span<const Quality* const>(wanted_qualities)
                                                                : chunk.qualities,
                         .observer = observer,

@@ -20,6 +20,7 @@ struct Chunk {
     Rows rows;
     std::span<const int32_t> wanted;            // rows whose logits are wanted, ascending
     std::span<const Quality* const> qualities;  // [rows]
+    int steps;                                  // the most rows that one sequence has
 };
 
 class Pass {

@@ -1,6 +1,7 @@
 #include "store/eviction.h"
 
-#include <numeric>
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -22,11 +23,10 @@ EvictionRanking::EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_
       last_use_(layer_of_.size()),
       uses_(layer_of_.size()),
       score_(layer_of_.size()),
-      last_token_(layer_of_.size()),
-      layer_tokens_(layers),
-      passed_(layers),
+      last_step_(layer_of_.size()),
       layers_(layers) {
-    std::iota(passed_.begin(), passed_.end(), 0);  // as if a pass had just ended
+    for (int layer = 0; layer < layers; ++layer)
+        layers_[layer].passed = static_cast<uint64_t>(layer);  // as if a pass had just ended
     double value = 1;
     for (double& factor : decay_) {
         factor = value;
@@ -34,28 +34,43 @@ EvictionRanking::EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_
     }
 }
 
-int EvictionRanking::begin_turn(int layer, int tokens) {
-    const int count = (layer - layer_ - 1 + layers_) % layers_ + 1;
-    for (int i = 1; i <= count; ++i) passed_[(layer_ + i) % layers_] += static_cast<uint64_t>(layers_);
+int EvictionRanking::begin_turn(int layer, const Turn& turn) {
+    const auto all = static_cast<int>(layers_.size());
+    const int count = (layer - layer_ - 1 + all) % all + 1;
+    for (int i = 1; i <= count; ++i) layers_[(layer_ + i) % all].passed += static_cast<uint64_t>(all);
     layer_ = layer;
-    turn_begin_ = layer_tokens_[layer];
-    layer_tokens_[layer] += static_cast<uint64_t>(tokens);
+    turn_ = turn;
+    Layer& of = layers_[layer];
+    const auto steps = static_cast<uint64_t>(turn.steps);
+    of.steps += steps;
+    of.rows = of.rows * decay(steps) + static_cast<double>(turn.rows) / turn.steps * decayed(steps);
+    of.next_rows = std::min(turn.rows, kMostRows);
     return count;
 }
 
-double EvictionRanking::likelihood(int section) const {
-    const uint64_t age = layer_tokens_[layer_of_[section]] - last_token_[section];
-    return age < kHorizon ? score_[section] * decay_[age] : 0;
-}
-
-void EvictionRanking::use(int section, int last_token, int uses) {
+void EvictionRanking::use(int section, int last_row, int uses) {
     last_use_[section] = ++clock_;
     uses_[section] += static_cast<uint32_t>(uses);
-    // Uses before the last one of a turn lie anywhere in it; only the last is counted, at its own time.
-    const uint64_t now = turn_begin_ + static_cast<uint64_t>(last_token) + 1;
-    const uint64_t age = now - last_token_[section];
-    score_[section] = 1 + (age < kHorizon ? score_[section] * decay_[age] : 0);
-    last_token_[section] = now;
+    // Where in the turn its uses lie is not known but for the last one. A single sequence's are taken to be spread
+    // evenly up to that, those of several sequences over the whole turn.
+    const uint64_t now = layers_[layer_].steps;
+    const int steps = turn_.rows == turn_.steps ? last_row + 1 : turn_.steps;
+    const double weight =
+        decay(static_cast<uint64_t>(turn_.steps - steps)) * decayed(static_cast<uint64_t>(steps)) / steps;
+    score_[section] = score_[section] * decay(now - last_step_[section]) + uses * weight;
+    last_step_[section] = now;
+}
+
+double EvictionRanking::passes_to_next_use(int section) const {
+    const Layer& of = layers_[layer_of_[section]];
+    const double uses = score_[section] * decay(of.steps - last_step_[section]);
+    if (uses <= 0) return std::numeric_limits<double>::infinity();
+    double unused = 1 - std::min(uses / of.rows, 1.0), all_unused = 1;
+    for (int rows = of.next_rows; rows > 0; rows /= 2) {  // unused^next_rows
+        if (rows % 2) all_unused *= unused;
+        unused *= unused;
+    }
+    return 1 / (1 - all_unused);
 }
 
 EvictionRanking::Rank EvictionRanking::rank(int section) const {
@@ -69,7 +84,9 @@ EvictionRanking::Rank EvictionRanking::rank(int section) const {
             break;
     }
     // The layer that was passed last comes again last.
-    return {likelihood(section), ~passed_[layer_of_[section]]};
+    const uint64_t passed = layers_[layer_of_[section]].passed;
+    return {-(static_cast<double>(passed) + static_cast<double>(layers_.size()) * passes_to_next_use(section)),
+            ~passed};
 }
 
 }  // namespace edgemoe

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -67,11 +68,16 @@ void ExpertStore::hint(int layer, std::span<const Hint> experts) {
     if (predictions_.waits()) readers_.wake_all();
 }
 
-void ExpertStore::begin_turn(const Lock& lock, int layer, int tokens, std::span<Demand> demands) {
+int ExpertStore::most_awaited(const Turn& turn) const {
+    if (turn.rows == 1 || !memory_.is_short()) return std::numeric_limits<int>::max();
+    return std::max(2 * options_.readers, options_.slots / 32);
+}
+
+void ExpertStore::begin_turn(const Lock& lock, int layer, const Turn& turn, std::span<Demand> demands) {
     // Nothing is read ahead from one pass to the next.
     if (layer <= layer_) predictions_.pass_begins();
     layer_ = layer;
-    memory_.begin_turn(layer, tokens);
+    memory_.begin_turn(layer, turn);
     for (const Demand& demand : demands)
         for (int piece = demand.pieces - 1; piece >= 0; --piece)
             memory_.use(layout_.first_piece(demand.expert) + piece, demand.last_token[piece], demand.tokens[piece]);
@@ -82,8 +88,12 @@ void ExpertStore::begin_turn(const Lock& lock, int layer, int tokens, std::span<
         }
     predictions_.layer_begins();
     // They are read while the pass does something else, and before what it expects next.
-    for (Demand& demand : demands)
-        if (!demand.kept && !keep(lock, demand)) break;
+    int awaited = 0;
+    for (const Demand& demand : demands) awaited += demand.kept && present(lock, demand) < demand.pieces;
+    for (Demand& demand : demands) {
+        if (demand.kept) continue;
+        if (awaited++ >= most_awaited(turn) || !keep(lock, demand)) break;
+    }
 }
 
 bool ExpertStore::keep(const Lock& /*lock*/, Demand& demand) {

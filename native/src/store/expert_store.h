@@ -69,10 +69,14 @@ class ExpertStore {
     Lock lock() const { return Lock(mutex_); }
     const StoreLayout& layout() const { return layout_; }
 
-    // The turn of a layer with so many tokens begins. Demands that can be kept are: those in memory first, since they
-    // are computed while the others are read, and must not make room for them; then those of which something is in
-    // memory, then the others, up to the first for which there is no room. What is missing of them is queued.
-    void begin_turn(const Lock& lock, int layer, int tokens, std::span<Demand> demands);
+    // The turn of a layer begins. Demands that can be kept are: those in memory first, since they are computed while
+    // the others are read, and must not make room for them; then those of which something is in memory, then the
+    // others, up to the first for which there is no room, or most_awaited(). What is missing of them is queued.
+    void begin_turn(const Lock& lock, int layer, const Turn& turn, std::span<Demand> demands);
+    // Demands whose reading may be under way or queued at a time. With many rows a layer lacks most of its experts, and
+    // if all of them took their place at once, they would push out what the next layers need, where what is released
+    // of this layer is needed last.
+    int most_awaited(const Turn& turn) const;
     // Tries the same with one demand: false if there is no room.
     bool keep(const Lock& lock, Demand& demand);
     void let_go(const Lock& lock, Demand& demand);

@@ -55,9 +55,9 @@ std::byte* MemoryTier::address(int expert, int level) const {
     return arena_.data() + static_cast<uint64_t>(held.unit) * layout_.unit() + layout_.place(expert, level);
 }
 
-void MemoryTier::begin_turn(int layer, int tokens) {
+void MemoryTier::begin_turn(int layer, const Turn& turn) {
     layer_ = layer;
-    passed_ = std::min(passed_ + ranking_.begin_turn(layer, tokens), layout_.layers());
+    passed_ = std::min(passed_ + ranking_.begin_turn(layer, turn), layout_.layers());
 }
 
 void MemoryTier::expect(int expert, bool expected) {

@@ -39,10 +39,9 @@ class MemoryTier {
     // Where a level of an expert lies that has a place. What is there while a piece is being read is the reader's.
     std::byte* address(int expert, int level) const;
 
-    // A layer is about to compute so many tokens.
-    void begin_turn(int layer, int tokens);
-    // The piece works in this turn, up to its token `last_token`, `uses` times. A coarser piece after the finer ones.
-    void use(int piece, int last_token, int uses) { ranking_.use(piece, last_token, uses); }
+    void begin_turn(int layer, const Turn& turn);
+    // The piece works in this turn, up to its row `last_row`, `uses` times. A coarser piece after the finer ones.
+    void use(int piece, int last_row, int uses) { ranking_.use(piece, last_row, uses); }
     // The expert is expected next, or no longer.
     void expect(int expert, bool expected);
 

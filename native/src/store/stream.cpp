@@ -6,8 +6,11 @@
 
 namespace edgemoe {
 
-ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<const Need> needs)
-    : store_(store), needs_(needs.begin(), needs.end()), is_given_(needs.size(), 0) {
+ExpertStream::ExpertStream(ExpertStore& store, int layer, const Turn& turn, std::span<const Need> needs)
+    : store_(store),
+      most_awaited_(store.most_awaited(turn)),
+      needs_(needs.begin(), needs.end()),
+      is_given_(needs.size(), 0) {
     const StoreLayout& layout = store.layout();
     const int count = static_cast<int>(needs.size());
     for (int first = 0, end = 0; first < count; first = end) {
@@ -32,7 +35,7 @@ ExpertStream::ExpertStream(ExpertStore& store, int layer, int tokens, std::span<
     }
     items_.reserve(needs.size());
     const ExpertStore::Lock lock = store.lock();
-    store.begin_turn(lock, layer, tokens, demands_);
+    store.begin_turn(lock, layer, turn, demands_);
 }
 
 ExpertStream::~ExpertStream() {
@@ -57,20 +60,27 @@ std::span<const ExpertStream::Item> ExpertStream::next() {
     while (given_ < needs_.size()) {
         const Demand* refused = nullptr;
         bool holds = false, awaits = false;
-        for (size_t i = 0; i < demands_.size(); ++i) {
-            Demand& demand = demands_[i];
+        int awaited = 0;
+        for (const Demand& demand : demands_) awaited += demand.kept && store_.present(lock, demand) < demand.pieces;
+        bool keeps_all = true;
+        for (Demand& demand : demands_) {
+            if (demand.kept || progress_[&demand - demands_.data()].given > 0) continue;
+            if (awaited < most_awaited_ && !refused && store_.keep(lock, demand)) {
+                awaited += store_.present(lock, demand) < demand.pieces;
+                continue;
+            }
+            if (awaited < most_awaited_ && !refused) refused = &demand;
+            keeps_all = false;
+        }
+        const size_t most = keeps_all ? needs_.size() : kSome;
+        for (size_t i = 0; i < demands_.size() && items_.size() < most; ++i) {
+            const Demand& demand = demands_[i];
             Progress& progress = progress_[i];
             if (progress.given == progress.needs()) {
                 holds |= demand.kept;
                 continue;
             }
-            if (!demand.kept) {
-                if (refused) continue;
-                if (!store_.keep(lock, demand)) {
-                    refused = &demand;
-                    continue;
-                }
-            }
+            if (!demand.kept) continue;
             awaits = true;
             const int present = store_.present(lock, demand);
             for (int need = progress.first; need < progress.end; ++need) {

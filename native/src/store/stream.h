@@ -26,15 +26,16 @@ class ExpertStream {
         ExpertWeights weights;
     };
 
-    // `needs`, for a turn of `tokens` tokens: an expert's needs stand together, in ascending order of level. Reading of
+    // `needs` of a layer's turn: an expert's needs stand together, in ascending order of level. Reading of
     // what is missing begins at once, in the order of ReadQueue.
-    ExpertStream(ExpertStore& store, int layer, int tokens, std::span<const Need> needs);
+    ExpertStream(ExpertStore& store, int layer, const Turn& turn, std::span<const Need> needs);
     ~ExpertStream();
     ExpertStream(const ExpertStream&) = delete;
     ExpertStream& operator=(const ExpertStream&) = delete;
 
-    // Gives all needs whose levels are in memory now and that were not given before, waiting for at least one. Their
-    // weights stay where they are until they are released. Empty once every need has been given, or where blocked()
+    // Gives needs whose levels are in memory now and that were not given before, waiting for at least one: all of them,
+    // or, where reading waits for what will be released, some, so that it goes on meanwhile. Their weights stay where
+    // they are until they are released. Empty once every need has been given, or where blocked()
     // says so. Throws IoError where a section could not be read.
     std::span<const Item> next();
 
@@ -55,8 +56,10 @@ class ExpertStream {
 
         int needs() const { return end - first; }
     };
+    static constexpr size_t kSome = 8;
 
     ExpertStore& store_;
+    int most_awaited_;
     std::vector<Need> needs_;
     std::vector<uint8_t> is_given_;  // [needs]
     std::vector<Demand> demands_;    // of experts
