@@ -20,9 +20,22 @@ def bundled() -> Iterator[edgemoe.Model]:
         yield model
 
 
+@pytest.fixture(scope="session")
+def script_servers(bundled: edgemoe.Model) -> Iterator[tuple[ScriptedModel, str, str]]:
+    """(the scripted model, URL of a server that begins its streams at once, and of one that waits for something)."""
+    model = ScriptedModel(bundled)
+    with (
+        serving(model, keepalive_seconds=0.05, prompt_seconds=0.05) as url,
+        serving(model, prompt_seconds=20) as patient_url,
+    ):
+        yield model, url, patient_url
+
+
 @pytest.fixture
-def scripted(bundled: edgemoe.Model) -> ScriptedModel:
-    return ScriptedModel(bundled)
+def scripted(script_servers: tuple[ScriptedModel, str, str]) -> ScriptedModel:
+    """With nothing of what another test wanted."""
+    script_servers[0].reset()
+    return script_servers[0]
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +52,13 @@ def http(url: str) -> Iterator[httpx2.Client]:
 
 
 @pytest.fixture
-def scripted_url(scripted: ScriptedModel) -> Iterator[str]:
-    with serving(scripted, keepalive_seconds=0.05, prompt_seconds=0.05) as address:
-        yield address
+def scripted_url(script_servers: tuple[ScriptedModel, str, str]) -> str:
+    return script_servers[1]
+
+
+@pytest.fixture
+def patient_url(script_servers: tuple[ScriptedModel, str, str]) -> str:
+    return script_servers[2]
 
 
 @pytest.fixture

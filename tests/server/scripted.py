@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -106,6 +107,13 @@ class ScriptedModel:
     refusal: Exception | None = None
     asked: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     answers: list[ScriptedAnswer] = field(default_factory=list)
+
+    def reset(self) -> None:
+        for known in dataclasses.fields(self):
+            if known.name != "real":
+                default = known.default
+                made = known.default_factory() if known.default_factory is not dataclasses.MISSING else default
+                setattr(self, known.name, made)
 
     def chat_parts(self, messages: Any, **arguments: Any) -> ScriptedAnswer:
         self.asked.append((messages, arguments))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import httpx2
 import pytest
-from scripted import ScriptedModel, content, serving, wait_for
+from scripted import ScriptedModel, content, serving
 
 import edgemoe
 from edgemoe.errors import ContextLengthError, EdgemoeError, OverloadedError, ReadError
@@ -16,9 +16,10 @@ from edgemoe.errors import ContextLengthError, EdgemoeError, OverloadedError, Re
 ASKED = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
-@pytest.fixture
-def locked(scripted: ScriptedModel) -> Iterator[httpx2.Client]:
-    with serving(scripted, api_keys=("secret", "other")) as url, httpx2.Client(base_url=url) as client:
+@pytest.fixture(scope="module")
+def locked(script_servers: tuple[ScriptedModel, str, str]) -> Iterator[httpx2.Client]:
+    model = script_servers[0]
+    with serving(model, api_keys=("secret", "other")) as url, httpx2.Client(base_url=url, timeout=60) as client:
         yield client
 
 
@@ -92,11 +93,11 @@ def test_pages_that_are_allowed_may(scripted: ScriptedModel) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
-def test_what_a_page_may_send_anywhere_is_no_request(scripted: ScriptedModel, kind: str) -> None:
-    with serving(scripted) as url:
-        answer = httpx2.post(
-            f"{url}/v1/chat/completions", content=json.dumps(ASKED), headers={"content-type": kind} if kind else {}
-        )
+def test_what_a_page_may_send_anywhere_is_no_request(
+    scripted_http: httpx2.Client, scripted: ScriptedModel, kind: str
+) -> None:
+    headers = {"content-type": kind} if kind else {}
+    answer = scripted_http.post("/v1/chat/completions", content=json.dumps(ASKED), headers=headers)
     assert answer.status_code == 415
     assert not scripted.asked
 
@@ -168,7 +169,7 @@ def test_paths_and_methods_that_are_none_are_told_as_json(http: httpx2.Client) -
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 def test_what_the_model_raises_is_a_status(
-    scripted: ScriptedModel, error: Exception, status: int, code: str, stream: bool, late: bool
+    scripted: ScriptedModel, patient_url: str, error: Exception, status: int, code: str, stream: bool, late: bool
 ) -> None:
     """late: not when the answer begins but when its first token is asked for."""
 
@@ -180,9 +181,9 @@ def test_what_the_model_raises_is_a_status(
         scripted.script = script
     else:
         scripted.refusal = error
-    with serving(scripted, prompt_seconds=20) as url:
-        answer = httpx2.post(f"{url}/v1/chat/completions", json={**ASKED, "stream": stream})
-        anthropic = httpx2.post(f"{url}/v1/messages", json={**ASKED, "max_tokens": 4, "stream": stream})
+    answer = httpx2.post(f"{patient_url}/v1/chat/completions", json={**ASKED, "stream": stream}, timeout=60)
+    asked = {**ASKED, "max_tokens": 4, "stream": stream}
+    anthropic = httpx2.post(f"{patient_url}/v1/messages", json=asked, timeout=60)
     assert answer.status_code == anthropic.status_code == status
     told = answer.json()["error"]
     assert told["code"] == code
@@ -196,22 +197,20 @@ def test_what_the_model_raises_is_a_status(
             assert "context_length_exceeded" in shape["message"]
 
 
-def test_what_happens_within_a_stream_is_its_last_event(scripted: ScriptedModel) -> None:
+def test_what_happens_within_a_stream_is_its_last_event(scripted_http: httpx2.Client, scripted: ScriptedModel) -> None:
     def script(_: object) -> Iterator[object]:
         yield content("one")
         raise ReadError("expert 3 has a wrong checksum")
 
     scripted.script = script
-    with serving(scripted) as url:
-        chat = httpx2.post(f"{url}/v1/chat/completions", json={**ASKED, "stream": True}).text
-        messages = httpx2.post(f"{url}/v1/messages", json={**ASKED, "stream": True, "max_tokens": 4}).text
-        responses = httpx2.post(f"{url}/v1/responses", json={"input": "Hi", "stream": True}).text
+    chat = scripted_http.post("/v1/chat/completions", json={**ASKED, "stream": True}).text
+    messages = scripted_http.post("/v1/messages", json={**ASKED, "stream": True, "max_tokens": 4}).text
+    responses = scripted_http.post("/v1/responses", json={"input": "Hi", "stream": True}).text
     last = json.loads(chat.split("data: ")[-2])
     assert last["error"]["code"] == "read_error"
     assert messages.split("event: ")[-1].startswith("error\n")
     assert "event: response.failed\n" in responses
     assert all(answer.closed.is_set() for answer in scripted.answers)
-    wait_for(lambda: True)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/completions"])
