@@ -13,8 +13,6 @@ from edgemoe.text.grammar import Constraint, Language, check_language, language
 from edgemoe.text.tokenizer import Tokenizer
 from edgemoe.text.tools import Tool, ToolUse
 
-# Of the schemas of tools in one grammar, as JSON: compiling takes a second for each million.
-_MAX_SCHEMAS = 1 << 18
 _ANY_OBJECT = {"type": "object"}
 
 
@@ -44,13 +42,6 @@ def answer_constraint(
         made = None if content is None else _Answer(prompt, tokenizer, content).language()
         return None if made is None else Constraint(tokenizer, made)
     schemas: dict[str, dict[str, str]] = {}
-    size = 0
-    for tool in use.callable:
-        size += len(str(tool.parameters))
-        if size > _MAX_SCHEMAS:
-            if tool.strict:
-                raise OptionError(f"tool {tool.name!r}: the schemas of the tools are too large for a grammar")
-            schemas[tool.name] = _ANY_OBJECT
     try:
         return Constraint(tokenizer, _Answer(prompt, tokenizer, content).language(use, form, schemas))
     except OptionError:
@@ -72,6 +63,8 @@ def _check(tool: Tool, schemas: dict[str, dict[str, str]]) -> None:
 
 
 class _Answer:
+    """What may come in an answer. content: the language of its content, where it has one."""
+
     def __init__(self, prompt: str, tokenizer: Tokenizer, content: Language | None) -> None:
         self._prompt = prompt
         self._tokenizer = tokenizer
@@ -84,14 +77,16 @@ class _Answer:
         form: ToolFormat | None = None,
         schemas: dict[str, dict[str, str]] | None = None,
     ) -> Language:
+        """Of the whole answer; schemas: as in `CallRules`."""
         rules = self._rules
+        framed = is_framed(self._prompt) or (form is not None and form.syntax == "harmony")
         calls = CallRules(rules, form, use.callable, schemas or {}) if use is not None and form is not None else None
-        thoughts = "" if is_framed(self._prompt) else self._thoughts()
-        if calls is None and not thoughts and not is_framed(self._prompt) and self._content is not None:
+        thoughts = "" if framed else self._thoughts()
+        if calls is None and not thoughts and not framed and self._content is not None:
             return self._content
         body = rules.other(self._content.grammar()) if self._content is not None else ""
         what = self._content.what if self._content is not None else "tools"
-        if is_framed(self._prompt):
+        if framed:
             start = self._messages(body, calls, use)
         elif calls is None or use is None or form is None:
             start = body

@@ -7,11 +7,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from edgemoe.errors import OptionError
 from edgemoe.families import ToolFormat
 from edgemoe.text.grammar import language
 from edgemoe.text.tokenizer import Tokenizer
 from edgemoe.text.tools import Tool
 
+# Of the schemas in one grammar, as JSON: compiling takes a second for each million.
+_MAX_SCHEMAS = 1 << 18
 _ANY_TEXT = "/(?s:.*)/"
 _TOKEN = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])")
 
@@ -23,6 +26,7 @@ class Rules:
         self._tokenizer = tokenizer
         self._rules: list[str] = []
         self._others: list[dict[str, Any]] = []
+        self._room = _MAX_SCHEMAS
 
     def language(self, start: str) -> str:
         """All of it, for llguidance; start: what a text consists of."""
@@ -47,8 +51,15 @@ class Rules:
         return f"@{name}"
 
     def json(self, schema: Mapping[str, Any], lenient: bool = True) -> str:
-        """JSON of this schema; lenient: of what of it can be kept."""
-        return self.other(language(None, json.dumps(schema), lenient).grammar())
+        """JSON of this schema; lenient: as much of it as can be kept. Raises OptionError for a schema that is too large
+        and has to be kept."""
+        text = json.dumps(schema)
+        self._room -= len(text)
+        if self._room < 0:
+            if not lenient:
+                raise OptionError("the schemas are too large for a grammar")
+            text = '{"type": "object"}' if schema.get("type") == "object" else "{}"
+        return self.other(language(None, text, lenient).grammar())
 
     def mark(self, text: str) -> str:
         """Exactly this text, whose special tokens are those; nothing for an empty one."""
@@ -111,9 +122,7 @@ class CallRules:
         """One call, or several, with their marks; behind the first one's begin mark (`form.begin`)."""
         form, mark = self._form, self._rules.mark
         line = "\n" if form.lines else ""
-        call = self._rules.rule(" | ".join(map(self._call, self._tools)))
-        if form.syntax == "harmony":
-            return call
+        call = self._rules.rule(" | ".join(self._named(self._call, tool) for tool in self._tools))
         if form.together:
             listed = form.syntax in ("json", "python")
             between = '", "' if listed else mark(line)
@@ -129,11 +138,18 @@ class CallRules:
         kind = rule(f'((" "? {mark("<|constrain|>")} "json") | " json")? {mark("<|message|>")}')
         calls = []
         for tool in self._tools:
-            name, arguments = _literal(tool.name), self._arguments(tool)
+            name, arguments = _literal(tool.name), self._named(self._arguments, tool)
             early = f'" to=functions." {name} {mark("<|channel|>")} "commentary"'
             late = f'{mark("<|channel|>")} "commentary to=functions." {name}'
             calls.append(rule(f"({early} | {late}) {kind} {arguments}"))
         return rule(" | ".join(calls))
+
+    def _named(self, rule: Callable[[Tool], str], tool: Tool) -> str:
+        """What this makes of the tool; errors name it."""
+        try:
+            return rule(tool)
+        except OptionError as error:
+            raise OptionError(f"tool {tool.name!r}: {error}") from None
 
     def _call(self, tool: Tool) -> str:
         form, mark = self._form, self._rules.mark
@@ -174,6 +190,7 @@ class CallRules:
         required = schema.get("required")
         required = required if isinstance(required, list) else []
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        definitions = definitions if "$ref" in json.dumps(properties) else {}
         first = rest = self._rules.rule('""')
         for key, inner in reversed(list(properties.items())):
             found = tool.property_schema(key)

@@ -21,7 +21,6 @@ from edgemoe.text.tools import ToolUse
 _MAX_NAME = 256
 # Of what is read as one, arguments that stand before the name, say; those that come as they are written have no limit.
 _MAX_HELD = 1 << 20
-_BLANK = " \t\r\n"
 
 
 class NoCallError(Exception):
@@ -202,7 +201,7 @@ class CallReader:
             if found:
                 reader.keep()
             stops = [mark for mark in (form.separator, form.call_end, form.end) if mark]
-            name, mark = (yield from reader.all_until(stops, _MAX_NAME)) or ("", "")
+            name, mark = yield from reader.all_until(stops, _MAX_NAME)
             if mark != form.separator:
                 raise NoCallError
             id = None
@@ -247,7 +246,7 @@ class CallReader:
         form = self.form
         ends = tuple(mark for mark in (form.call_end, form.end) if mark)
         stops = (form.name_end,) if form.name_end else ("\n", form.key_begin, *ends)
-        name, mark = (yield from reader.all_until(stops, _MAX_NAME)) or ("", "")
+        name, mark = yield from reader.all_until(stops, _MAX_NAME)
         if not name.strip() or not mark:
             raise NoCallError
         self._name = self._known(name)
@@ -259,7 +258,7 @@ class CallReader:
             mark = mark or (yield from reader.mark((form.key_begin, *ends), spaced=True))
             if mark != form.key_begin:
                 break
-            key, mark = (yield from reader.all_until((form.key_end,), _MAX_NAME)) or ("", "")
+            key, mark = yield from reader.all_until((form.key_end,), _MAX_NAME)
             if not mark:
                 raise NoCallError
             if form.value_begin:
@@ -269,7 +268,7 @@ class CallReader:
             if schema.get("type") == "string":
                 complete = yield from self._tagged_text(reader, lead)
             else:
-                value, complete = (yield from reader.all_until((form.value_end,), _MAX_HELD)) or ("", "")
+                value, complete = yield from reader.all_until((form.value_end,), _MAX_HELD)
                 yield self._more(lead + typed(self._bare(value), schema))
             if not complete:
                 raise NoCallError
@@ -304,8 +303,8 @@ class CallReader:
     # -- what is read when all of it is there ---------------------------------------------------------------------
 
     def _at_once(self, reader: Reader, parse: Callable[[str], list[tuple[str, str]] | None]) -> Steps[None]:
-        text, mark = (yield from reader.all_until((self.form.end,), _MAX_HELD)) or ("", "")
-        calls = parse(text)
+        text, mark = yield from reader.all_until((self.form.end,), _MAX_HELD)
+        calls = parse(text) if len(text) <= _MAX_HELD else None
         if not calls:
             raise NoCallError
         calls = [(self._known(name), arguments) for name, arguments in calls]
@@ -337,8 +336,10 @@ def _json_pieces(reader: Reader) -> Generator[str | None, None, None]:
             while not reader.ended and _scalar_end(text) == len(text):
                 yield None
                 text = reader.held
+                if len(text) > _MAX_NAME:
+                    break
             length = _scalar_end(text)
-            if not length:
+            if not 0 < length <= _MAX_NAME:
                 raise NoCallError
             yield reader.take(length)
             return

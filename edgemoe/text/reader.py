@@ -133,9 +133,9 @@ class Reader:
                 return self.take(certain), ""
             yield None
 
-    def all_until(self, marks: Iterable[str], limit: int) -> Steps[tuple[str, str] | None]:
-        """As `until`, with all of the text before the mark at once ("" for the mark at the end); None where there
-        would be more than `limit` characters of it."""
+    def all_until(self, marks: Iterable[str], limit: int) -> Steps[tuple[str, str]]:
+        """As `until`, with all of the text before the mark at once; "" for the mark at the end, and where there are
+        more than `limit` characters without one."""
         marks = tuple(marks)
         pieces: list[str] = []
         room = limit
@@ -144,7 +144,8 @@ class Reader:
             pieces.append(text)
             room -= len(text)
             if room < 0:
-                return None
+                self.unread(mark)
+                return "".join(pieces), ""
             if mark or (self.ended and self.empty):
                 return "".join(pieces), mark
 

@@ -189,7 +189,7 @@ def test_large_schemas() -> None:
     for name in ("weather", "other"):
         assert follow(PLAIN, constraint, written(JSON_IN_TAGS, [Call(name, {"p7": "x" * 200})])) == "may end"
     tools[1]["function"]["strict"] = True
-    with pytest.raises(OptionError, match="tool 'other': the schemas of the tools are too large"):
+    with pytest.raises(OptionError, match="tool 'other': the schemas are too large"):
         answer_constraint("", PLAIN, use(tools, tool_choice="required"), JSON_IN_TAGS)
 
 

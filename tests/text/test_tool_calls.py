@@ -341,3 +341,17 @@ def test_ids() -> None:
     (made,) = ids("qwen3_moe-1", '<tool_call>{"name": "f", "arguments": {}}</tool_call>')
     assert made.startswith("call_") and len(made) == 29
     assert ids("deepseek_v3-2", written(FORMS["deepseek_v3-2"], CALLS)) == [call.id for call in CALLS]
+
+
+def test_nothing_is_lost_where_it_is_too_long() -> None:
+    long = "Z" * ((1 << 20) + 9)
+    for name, text in (
+        ("lfm2_moe-0", f"<|tool_call_start|>[f(x='{long}')]<|tool_call_end|>"),
+        ("qwen3_moe-1", f'<tool_call>{{"arguments": {{"a": "{long}"}}, "name": "f"}}</tool_call>'),
+        ("qwen3_moe-1", f'<tool_call>{{"name": "{long}", "arguments": {{}}}}</tool_call>'),
+        ("qwen3_moe-1", f'<tool_call>{{"name": {"9" * 5000}}}</tool_call>'),
+    ):
+        assert split(FORMS[name], text, 100_000) == [("content", text)]
+    text = f"<tool_call><function=get_weather><parameter=days>{long}</parameter></function></tool_call>"
+    whole = "".join(piece for part in split(FORMS["qwen3_moe-0"], text, 100_000) for piece in part[1:])
+    assert whole.count("Z") == len(long)
