@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
-from scripted import wait_for
+from scripted import serving, wait_for
 from test_disconnect import PATHS, send
+
+import edgemoe
+from edgemoe.text.named_templates import NAMED_TEMPLATES
 
 WORDS = ("the sea", "a whale", "an old man", "the night")
 
@@ -47,3 +50,18 @@ def test_everybody_gets_the_answer_that_they_get_alone(http: httpx2.Client) -> N
     wait_for(lambda: http.get("/engine").json()["status"]["answers"] == 0)
     status = http.get("/engine").json()["status"]
     assert status["running"] == status["waiting"] == 0
+
+
+def test_a_full_queue_is_told_with_a_time_to_come_again() -> None:
+    asked = {**PATHS["/v1/completions"], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with edgemoe.load(context=512, parallel=1, queue=0) as model, serving(model, prompt_seconds=0) as url:
+        model.tokenizer.use_chat_template(NAMED_TEMPLATES["chatml"])
+        with send(url, "/v1/completions", asked) as first, send(url, "/v1/completions", asked) as second:
+            wait_for(lambda: model.status()["waiting"] == 1)
+            for path, body in PATHS.items():
+                answer = httpx2.post(f"{url}{path}", json=body, timeout=60)
+                assert answer.status_code == 503
+                assert int(answer.headers["retry-after"]) > 0
+            assert first.recv(12) == second.recv(12) == b"HTTP/1.1 200"
+        wait_for(lambda: model.status()["waiting"] == model.status()["running"] == 0)
+        assert httpx2.post(f"{url}/v1/completions", json=PATHS["/v1/completions"], timeout=60).status_code == 200
