@@ -33,12 +33,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench.streams import counts  # noqa: E402
-
 import edgemoe  # noqa: E402
 from bench._command import parser as command_line  # noqa: E402
 from bench._command import publish  # noqa: E402
 from bench._machine import machine, say  # noqa: E402
+from bench.streams import counts  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
 from edgemoe.model_files import bundled_model  # noqa: E402
 
