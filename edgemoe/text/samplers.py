@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.errors import OptionError
+
 if TYPE_CHECKING:
     from edgemoe.text.tokenizer import Tokenizer
 
@@ -43,7 +45,7 @@ class Candidates:
 
     def changed(self, tokens: Indices, change: Callable[[Floats, Indices], Floats]) -> Candidates:
         """With other logits for those of `tokens` (ascending, each once) that are still candidates: `change` gets
-        their logits and their indices in `tokens`."""
+        their logits and their indices in `tokens`. Raises OptionError where none is left that may come."""
         if self.tokens is None:
             at, which = tokens, np.arange(len(tokens))
         else:
@@ -51,7 +53,10 @@ class Candidates:
             at = np.flatnonzero(tokens[np.minimum(place, len(tokens) - 1)] == self.tokens)
             which = place[at]
         logits = self.logits.copy()
-        logits[at] = change(logits[at], which)
+        with np.errstate(all="ignore"):
+            logits[at] = change(logits[at], which)
+        if not (np.all(logits[at] < np.inf) and np.any(logits > -np.inf)):  # NaN is neither
+            raise OptionError("penalties of this size leave no logit that is a number")
         return Candidates(self.tokens, logits)
 
     def weights(self) -> NDArray[np.float64]:
@@ -121,7 +126,8 @@ def top_n_sigma(candidates: Candidates, count: float) -> Candidates:
     if count <= 0 or len(candidates) < 2:
         return candidates
     logits = candidates.logits.astype(np.float64)
-    deviation = float(np.std(logits[logits > -np.inf]))
+    with np.errstate(over="ignore"):
+        deviation = float(np.std(logits[logits > -np.inf]))
     return candidates.keep(np.flatnonzero(logits >= logits.max() - count * deviation), candidates.sorted)
 
 
@@ -145,7 +151,7 @@ def typical_p(candidates: Candidates, share: float) -> Candidates:
 def xtc(candidates: Candidates, threshold: float) -> Candidates:
     """Excludes the top choices: of those at least as likely as the threshold, only the least likely stays."""
     weights = candidates.weights()
-    above = np.flatnonzero(weights >= threshold * weights.sum())
+    above = np.flatnonzero((weights >= threshold * weights.sum()) & (candidates.logits > -np.inf))
     if len(above) < 2:
         return candidates
     least = above[candidates.logits[above] == candidates.logits[above].min()][-1]

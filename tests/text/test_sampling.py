@@ -511,3 +511,46 @@ def test_bad_model_defaults_are_named_and_can_be_overridden() -> None:
     assert SamplingOptions.merged({"temperature": 1}, {"temperature": "hot"}).temperature == 1
     with pytest.raises(OptionError, match="unknown sampling option 'temp'"):
         SamplingOptions.merged({"temp": 1}, {})
+
+
+EXTREMES = {
+    "temperature": [0, 1e-320, 1e-40, 1, 1e300],
+    "repeat_penalty": [1, 1e-320, 1e-40, 1e300],
+    "presence_penalty": [0, 1e-320, 3e38, -3e38, 1e300, -1e300],
+    "frequency_penalty": [0, 1e-320, 3e38, -3e38, 1e300, -1e300],
+    "top_k": [0, 1, 40],
+    "top_p": [0, 1e-320, 0.5, 1],
+    "min_p": [0, 1e-320, 1],
+    "typical_p": [0, 0.5, 1],
+    "top_n_sigma": [-1, 1e-320, 1, 1e300],
+    "xtc_probability": [0, 1],
+    "xtc_threshold": [0, 0.1],
+    "dry_multiplier": [0, 1e300],
+    "dry_base": [1, 1e300],
+    "mirostat": [0, 0, 0, 1, 2],
+    "mirostat_tau": [0, 5, 1e300],
+    "mirostat_eta": [0.1, 1e300],
+}
+
+
+@pytest.mark.filterwarnings("error")
+def test_extreme_options_give_a_token_or_an_error_of_the_options() -> None:
+    random = np.random.default_rng(1)
+    drawn = 0
+    for _ in range(2000):
+        options: dict[str, Any] = {
+            name: values[random.integers(len(values))] for name, values in EXTREMES.items() if random.random() < 0.5
+        }
+        samplers = tuple(random.permutation(SAMPLERS).tolist())
+        logits = (10 * random.standard_normal(50)).astype(np.float32)
+        logits[random.integers(0, 50, 20)] = -np.inf
+        history = [1, 2, 3, 1, 2, 3, 1, 2]
+        try:
+            sampler = Sampler(SamplingOptions(**options, samplers=samplers, seed=1))
+            for _ in range(3):
+                history.append(sampler.sample(logits, history))
+                assert logits[history[-1]] > -np.inf, (options, samplers)
+                drawn += 1
+        except OptionError:
+            pass
+    assert drawn > 1000
