@@ -20,6 +20,7 @@ from edgemoe.protocols.common_fields import (
     read_schema,
     read_stop,
     read_template_kwargs,
+    read_thinking,
 )
 from edgemoe.protocols.fields import FieldError, Fields
 from edgemoe.protocols.problems import Problem, openai_error
@@ -55,6 +56,7 @@ def parse(body: object) -> ChatRequest:
         fields.fail("grammar", "and a JSON schema exclude each other")
     tools = read_tools(fields)
     logprobs = _logprobs(fields)
+    thinking, budget = read_thinking(fields)
     options = fields.inner("stream_options")
     return ChatRequest(
         model=fields.text("model"),
@@ -64,6 +66,8 @@ def parse(body: object) -> ChatRequest:
         parallel_tool_calls=fields.flag("parallel_tool_calls", True),
         response_schema=schema,
         effort=fields.text("reasoning_effort", EFFORTS),
+        thinking=thinking,
+        thinking_budget=budget,
         template_kwargs=read_template_kwargs(fields),
         reasoning_format=fields.text("reasoning_format", FORMATS) or "auto",
         max_tokens=read_max_tokens(fields),
@@ -79,7 +83,16 @@ def parse(body: object) -> ChatRequest:
 
 FIELDS = (
     *("model", "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort"),
-    *("chat_template_kwargs", "reasoning_format", "max_tokens", "max_completion_tokens", "stop", "n", "logprobs"),
+    *(
+        "thinking",
+        "chat_template_kwargs",
+        "reasoning_format",
+        "max_tokens",
+        "max_completion_tokens",
+        "stop",
+        "n",
+        "logprobs",
+    ),
     *("top_logprobs", "quality", "stream", "stream_options", *SamplingOptions.__dataclass_fields__),
 )
 
@@ -125,7 +138,10 @@ def _response_schema(fields: Fields) -> dict[str, Any] | None:
         described = form.inner("json_schema")
         assert described is not None
         return read_schema(described)
-    return {} if kind == "json_object" else None
+    if kind == "json_object":
+        schema = form.inner("schema")  # as llama.cpp and llama-cpp-python have it
+        return {} if schema is None else schema.values
+    return None
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------

@@ -127,3 +127,12 @@ def named_function(chosen: Fields, tools: Sequence[dict[str, Any]]) -> dict[str,
     if name not in [tool["function"]["name"] for tool in tools]:
         chosen.fail("name", f"= {name[:80]!r} is not one of the tools")
     return {"type": "function", "function": {"name": name}}
+
+
+def read_thinking(fields: Fields) -> tuple[bool | None, int | None]:
+    """(whether to think, for how many tokens), each None where nothing is said."""
+    thinking = fields.inner("thinking")
+    if thinking is None:
+        return None, None
+    kind = thinking.need_text("type", ("enabled", "disabled", "adaptive", "between_tools"))
+    return kind != "disabled", thinking.whole("budget_tokens", 1, MAX_TOKENS)

@@ -17,6 +17,7 @@ from edgemoe.protocols.common_fields import (
     read_schema,
     read_stop,
     read_template_kwargs,
+    read_thinking,
 )
 from edgemoe.protocols.fields import Fields
 from edgemoe.protocols.problems import Problem, anthropic_error
@@ -45,7 +46,7 @@ def parse_prompt(body: object) -> ChatRequest:
     fields.refuse("mcp_servers", "there is no connector")
     tools = _tools(fields)
     choice, parallel = _tool_choice(fields, tools)
-    thinking, budget = _thinking(fields)
+    thinking, budget = read_thinking(fields)
     config = fields.inner("output_config")
     form = fields.inner("output_format") or (None if config is None else config.inner("format"))
     schema = None
@@ -76,14 +77,6 @@ def parse_prompt(body: object) -> ChatRequest:
         quality=read_quality(fields),
         stream=fields.flag("stream"),
     )
-
-
-def _thinking(fields: Fields) -> tuple[bool | None, int | None]:
-    thinking = fields.inner("thinking")
-    if thinking is None:
-        return None, None
-    kind = thinking.need_text("type", ("enabled", "disabled", "adaptive", "between_tools"))
-    return kind != "disabled", thinking.whole("budget_tokens", 1, MAX_TOKENS)
 
 
 def _system(fields: Fields) -> str:

@@ -253,7 +253,31 @@ def test_everything_that_is_asked_for_is_handed_on(
     }
 
 
-@pytest.mark.parametrize(("form", "schema"), [({"type": "json_object"}, {}), ({"type": "text"}, None)])
+def test_thinking_is_a_variable_where_the_template_has_one(
+    scripted_http: httpx2.Client, scripted: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripted.real.tokenizer, "chat_template", "{% if thinking %}{% endif %}{{ reasoning_effort }}")
+    for fields, variables in (
+        ({"thinking": {"type": "disabled"}}, {"thinking": False}),
+        ({"reasoning_effort": "high"}, {"thinking": True, "reasoning_effort": "high"}),
+        (
+            {"reasoning_effort": "high", "thinking": {"type": "disabled"}},
+            {"thinking": False, "reasoning_effort": "high"},
+        ),
+        ({}, None),
+    ):
+        scripted_http.post("/v1/chat/completions", json={"messages": [USER], **fields})
+        assert seen(scripted)[1].get("chat_template_kwargs") == variables
+
+
+@pytest.mark.parametrize(
+    ("form", "schema"),
+    [
+        ({"type": "json_object"}, {}),
+        ({"type": "json_object", "schema": {"type": "array"}}, {"type": "array"}),
+        ({"type": "text"}, None),
+    ],
+)
 def test_forms_of_answers(
     scripted_http: httpx2.Client, scripted: ScriptedModel, form: dict[str, Any], schema: Any
 ) -> None:
