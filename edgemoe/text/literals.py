@@ -26,7 +26,8 @@ def sound(text: str) -> str:
 
 def python_calls(text: str) -> list[tuple[str, str]] | None:
     """(name, arguments as JSON) of `[f(a=1, b="x"), g()]`, or of one call without the brackets; None for anything else.
-    A list of JSON objects with name and arguments is taken too."""
+    A list of JSON objects with name and arguments is taken too, and fences around it are left out."""
+    text = re.sub(r"\A\s*```\w*", "", text).rstrip().removesuffix("```")
     if re.match(r"\s*\[?\s*\{", text):
         return _json_calls(text)
     parser = _Literals(text)

@@ -256,6 +256,7 @@ def test_any_text_in_any_pieces(name: str, data: st.DataObject) -> None:
             ],
         ),
         ("lfm2_moe-0", '<|tool_call_start|>[{"name": "f", "arguments": {"a": 1}}]', [("call", "f", '{"a": 1}')]),
+        ("lfm2_moe-0", "<|tool_call_start|>\n```python\nf(a=1)\n```\n<|tool_call_end|>", [("call", "f", '{"a": 1}')]),
         ("lfm2_moe-0", "<|tool_call_start|>[f(x=" + "[" * 5000, [("content", "<|tool_call_start|>[f(x=" + "[" * 5000)]),
         (
             "lfm2_moe-0",
