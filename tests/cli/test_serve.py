@@ -69,6 +69,17 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded() -> None:
     assert "--port" in result.stderr
 
 
+@pytest.mark.parametrize(("host", "url"), [("localhost", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
+def test_addresses_of_both_kinds(host: str, url: str) -> None:
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    with served("--host", host) as (_, address, _):
+        assert address.startswith(url)
+        assert httpx2.get(f"{address}/health", timeout=60).status_code == 200
+
+
 def test_a_host_that_is_none_is_an_error() -> None:
     result = invoke("--host", "no.such.host.invalid", "--port", "0")
     assert result.exit_code == 1
