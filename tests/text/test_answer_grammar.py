@@ -110,9 +110,10 @@ def test_content_after_thoughts() -> None:
         constraint = answer_constraint(prompt, THINKING, NONE, None, json_schema=SCHEMA)
         assert follow(THINKING, constraint, before + '{"a": 1}') == "ends", (prompt, before)
         assert follow(THINKING, constraint, before + '{"b": 1}') == before + '{"'
-        constraint = answer_constraint(prompt, THINKING, NONE, None, grammar='root ::= "yes" | "no"')
-        assert follow(THINKING, constraint, before + "no") == "ends"
-        assert follow(THINKING, constraint, before + "yes.") == before + "yes"
+        for grammar in ('root ::= "yes" | "no"', '%llguidance {}\nstart: "yes" | no\nno: "no"'):
+            constraint = answer_constraint(prompt, THINKING, NONE, None, grammar=grammar)
+            assert follow(THINKING, constraint, before + "no") == "ends"
+            assert follow(THINKING, constraint, before + "yes.") == before + "yes"
     constraint = answer_constraint("<think>\n\n</think>", THINKING, NONE, None, json_schema=SCHEMA)
     assert follow(THINKING, constraint, "<think>") == ""
     constraint = answer_constraint("", PLAIN, NONE, None, json_schema=SCHEMA)
@@ -128,6 +129,8 @@ def test_content_in_a_frame() -> None:
         assert follow(FRAMED, constraint, before + '{"a": 1}') == "ends", before
         assert follow(FRAMED, constraint, before + '{"b": 1}') == before + '{"'
     assert follow(FRAMED, constraint, '{"a": 1}') == ""
+    constraint = answer_constraint("<|start|>assistant", FRAMED, NONE, None, grammar='root ::= "yes"')
+    assert follow(FRAMED, constraint, thoughts + final + "yes") == "ends"
     strict = answer_constraint("<|start|>assistant", FRAMED, use([weather()]), FORMS["gpt_oss-0"])
     call = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
     early = " to=functions.weather<|channel|>commentary json<|message|>"
