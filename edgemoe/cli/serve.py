@@ -37,6 +37,10 @@ _PARAGRAPHS = """\
 {{ message.content + '\\n\\n' }}
 {%- endfor -%}"""
 
+# What a request may have by default: more than a text that fills the context takes as JSON, with all that is around it.
+LEAST_BODY = 4 << 20
+BYTES_PER_TOKEN = 32
+
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[MODEL]")
@@ -98,11 +102,9 @@ _PARAGRAPHS = """\
 @click.option(
     "--max-request-size",
     "max_body",
-    default="32MiB",
-    show_default=True,
     callback=memory_size,
-    metavar="SIZE",
-    help="Bytes that a request may have.",
+    metavar="auto|SIZE",
+    help="Bytes that a request may have.  [default: 4 MiB and 32 for each token of -c]",
 )
 @click.option(
     "--timeout",
@@ -197,7 +199,7 @@ def command(
                 allowed_hosts=names or None,
                 cors_origins=cors_origins,
                 max_tokens=max_tokens,
-                max_body=max_body or 1 << 62,
+                max_body=max_body or LEAST_BODY + BYTES_PER_TOKEN * engine.context,
                 request_seconds=timeout or None,
             )
             address, number = bound.getsockname()[:2]

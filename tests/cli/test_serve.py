@@ -78,6 +78,10 @@ def test_addresses_of_both_kinds(host: str, url: str) -> None:
     with served("--host", host) as (_, address, _):
         assert address.startswith(url)
         assert httpx2.get(f"{address}/health", timeout=60).status_code == 200
+        # The size of requests follows the context's.
+        for size, status in ((4 << 20, 200), (5 << 20, 413)):
+            asked = {"content": "a", "ignored": "x" * size}
+            assert httpx2.post(f"{address}/tokenize", json=asked, timeout=60).status_code == status
 
 
 def test_a_host_that_is_none_is_an_error() -> None:
