@@ -11,12 +11,13 @@ is held between two steps, so a session may stop anywhere, for as long as it lik
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -47,6 +48,9 @@ KEPT = 1024
 MARGIN = 128
 # How far a session may be drawn ahead of who reads it on an event loop.
 AHEAD = 64
+
+
+_AT_WORK = "the model is at work: a signal handler cannot use it"
 
 
 class _Part(NamedTuple):
@@ -83,8 +87,10 @@ class Scheduler:
         self._lock = threading.RLock()  # of what is below; held for moments only
         self._gate = threading.Condition(self._lock)  # told after every step, and when something ends
         self._waiters = 0  # at the gate, without the scheduler's own thread
-        self._driver: int | None = None  # the thread that makes steps
+        self._driver: int | None = None  # the thread that makes steps, or has the engine for itself
+        self._claims = 0  # of those who want it for themselves
         self._thread: threading.Thread | None = None
+        self._ending = False  # the interpreter is
         self._numbers = itertools.count(1)
         self._sessions: list[weakref.ref[Session]] = []  # in the order in which they came
         self._apart: list[weakref.ref[Session]] = []  # whose pass failed: each is tried alone
@@ -160,8 +166,8 @@ class Scheduler:
     def keep(self) -> None:
         """Has the prompt cache keep what all sequences hold. A pass that is under way ends at its next layer."""
         self._cancel.set()
-        with self._engine.lock:
-            if not self._engine.closed and not self._engine.running:
+        with self._alone():
+            if not self._engine.closed:
                 self._sequences.keep_all()
 
     def close(self) -> None:
@@ -208,8 +214,8 @@ class Scheduler:
     def all_logits(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float32]:
         """float32 [tokens - first, vocab]: the logits after each of the tokens from `first` on, computed anew, in one
         step."""
-        with self._engine.lock:
-            self._engine.check_idle()
+        with self._alone():
+            self._engine.check_open()
             sequence = self._free_sequence()
             self._sequences.empty(sequence)
             self._count([])
@@ -240,8 +246,8 @@ class Scheduler:
         """`Engine.forward` in any of the sequences; what they hold is not known afterwards. What it counts is of no
         session."""
         places = np.asarray(positions, np.int32).reshape(-1)
-        with self._engine.lock:
-            self._engine.check_idle()
+        with self._alone():
+            self._engine.check_open()
             for sequence in self._sequences.all:
                 sequence.hold([])
             self._count([])
@@ -252,14 +258,14 @@ class Scheduler:
 
     def snapshot(self) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
         """The tokens and the state of the sequence that was used last, of those of the engine's own quality."""
-        with self._engine.lock:
+        with self._alone():
             sequence = max(self._sequences.all, key=lambda sequence: (sequence.quality is None, sequence.turn))
             return tuple(sequence.tokens), self._engine.snapshot(sequence.id)
 
     def restore(self, tokens: Sequence[int], state: NDArray[np.uint8]) -> None:
         """Puts a state back, in place of the sequence that was used least recently, an idle one if there is one."""
-        with self._engine.lock:
-            self._engine.check_idle()
+        with self._alone():
+            self._engine.check_open()
             idle = self._sequences.idle
             sequence = idle[0] if idle else min(self._sequences.all, key=lambda sequence: sequence.turn)
             sequence.hold([])
@@ -276,7 +282,7 @@ class Scheduler:
     def record(self, trace: tuple[TraceWriter, str] | None) -> None:
         """From now on what the routers choose goes to this trace, as this kind of text; None: no more. Meanwhile each
         session has its passes for itself."""
-        with self._engine.lock:
+        with self._alone():
             if trace is not None and self._trace is not None:
                 raise EdgemoeError("a trace is being recorded already")
             self._trace = trace
@@ -304,26 +310,49 @@ class Scheduler:
         with self._lock:
             if not session.number:
                 self._join(session)
-            if self._driver is not None:
-                if self._driver == me:
-                    raise EdgemoeError("the model is at work: a signal handler cannot use it")
+            if self._driver == me:
+                raise EdgemoeError(_AT_WORK)
+            if self._driver is not None or self._claims:
                 self._wait(1)
                 return
             self._driver = me
         self._step_as_driver()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The engine, for who wants it for itself, between two steps."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._driver == me:
+                raise EdgemoeError(_AT_WORK)
+            self._claims += 1
+            try:
+                while self._driver is not None:
+                    self._wait(1)
+                self._driver = me
+            finally:
+                self._claims -= 1
+        try:
+            with self._engine.lock:
+                yield
+        finally:
+            self._leave()
 
     def _step_as_driver(self) -> None:
         made = True
         try:
             made = self._step()
         finally:
-            with self._lock:
-                self._driver = None
-                if self._waiters or self._thread is not None:
-                    self._gate.notify_all()
+            self._leave()
         if not made:
             with self._lock:
                 self._wait(PAUSE)
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._driver = None
+            if self._waiters or self._thread is not None:
+                self._gate.notify_all()
 
     def _wait(self, seconds: float) -> None:
         """With the lock held, which others have meanwhile."""
@@ -339,10 +368,12 @@ class Scheduler:
             self._sessions.append(weakref.ref(session))
 
     def _start_thread(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
+        if self._thread is None:
             run = (weakref.ref(self), self._lock, self._gate)
             self._thread = threading.Thread(target=_run, args=run, name="edgemoe scheduler", daemon=True)
             self._thread.start()
+            # The interpreter's end does not wait for such a thread, and takes away what it computes with.
+            atexit.register(_stop, weakref.ref(self), self._thread)
 
     def _has_eager(self) -> bool:
         """Whether somebody on an event loop wants something. With the gate's lock held."""
@@ -663,7 +694,9 @@ def _run(reference: weakref.ref[Scheduler], lock: threading.RLock, gate: threadi
         if scheduler is None or scheduler._engine.closed:
             return
         with lock:
-            if scheduler._driver is not None or not scheduler._has_eager():
+            if scheduler._ending:
+                return
+            if scheduler._driver is not None or scheduler._claims or not scheduler._has_eager():
                 del scheduler
                 gate.wait(1)
                 continue
@@ -671,5 +704,17 @@ def _run(reference: weakref.ref[Scheduler], lock: threading.RLock, gate: threadi
         try:
             scheduler._step_as_driver()
         except Exception as error:  # the engine is closed, which those who wait find out, or this is a fault
+            with lock:
+                scheduler._thread = None  # who comes now needs another one
             scheduler.give_up(error)
             return
+
+
+def _stop(reference: weakref.ref[Scheduler], thread: threading.Thread) -> None:
+    """Ends the scheduler's thread."""
+    scheduler = reference()
+    if scheduler is not None and thread.is_alive():
+        scheduler._ending = True
+        scheduler._cancel.set()
+        scheduler.wake()
+        thread.join(10)

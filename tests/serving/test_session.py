@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -357,3 +360,42 @@ def test_closing_the_model_wakes_those_who_wait_on_a_loop(tiny_qwen3_moe: Callab
 
     errors = asyncio.run(asyncio.wait_for(both(), 60))
     assert all(isinstance(error, EdgemoeError) and "closed" in str(error) for error in errors)
+
+
+def test_who_wants_the_engine_itself_gets_it_beside_others(pack: Path) -> None:
+    with edgemoe.load(pack, threads=1, context=512) as model:
+        expected = model.logits(FIRST).tobytes()
+        ended = threading.Event()
+
+        async def endless() -> None:
+            while not ended.is_set():
+                async for _ in model.generate(SECOND, max_tokens=400, ignore_eos=True):
+                    if ended.is_set():
+                        break
+
+        thread = threading.Thread(target=lambda: asyncio.run(endless()))
+        thread.start()
+        try:
+            for _ in range(20):
+                assert model.logits(FIRST).tobytes() == expected
+                model.restore(model.snapshot())
+        finally:
+            ended.set()
+            thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_program_may_end_while_the_scheduler_works(pack: Path) -> None:
+    code = f"""
+        import asyncio, edgemoe
+        model = edgemoe.load({str(pack)!r}, threads=2)
+
+        async def main():
+            async for _ in model.generate([1, 2, 3], ignore_eos=True, seed=1):
+                break
+            print("left", flush=True)
+
+        asyncio.run(main())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
