@@ -6,11 +6,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
-import anyio.lowlevel
-from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
@@ -20,8 +18,7 @@ from edgemoe.server.metrics import Metrics
 from edgemoe.server.security import problem_response
 from edgemoe.server.settings import ServerSettings
 from edgemoe.serving.answer import Answer
-from edgemoe.serving.generation import Generation, GenerationResult
-from edgemoe.serving.session import TokenLogprob
+from edgemoe.serving.generation import Generation
 from edgemoe.text.parts import Part
 
 LOG = logging.getLogger("edgemoe.server")
@@ -34,22 +31,6 @@ _EVENT_HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
 _KEEPALIVE = b": keep-alive\n\n"
-
-
-class _News(NamedTuple):
-    """Of one of the answers: a part, its result at the end, or what ended it."""
-
-    choice: int
-    what: Part | GenerationResult | Problem
-    logprobs: Sequence[TokenLogprob] = ()
-
-
-class _ProblemError(Exception):
-    """Ends all answers of a request."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
 
 
 class Answers:
@@ -105,9 +86,12 @@ class AnswerResponse:
         self._begun: list[Answer | Generation] = []
         self._counted: set[int] = set()
         self._told: AnswerStream | None = None
-        self._sending = False
         self._work = anyio.CancelScope()
-        self._problem = _OUT_OF_TIME
+        self._problem: Problem | None = None
+        self._streaming = False  # the response has begun, with status 200
+        self._order = anyio.Lock(fast_acquire=True)  # of what is sent
+        self._sent_at = 0.0
+        self._sending_since: float | None = None
 
     def uncounted(self) -> list[Answer | Generation]:
         """Its answers that have not ended."""
@@ -136,156 +120,140 @@ class AnswerResponse:
             pass
         self._all.cancel()
 
-    async def _send(self, message: Message) -> None:
-        """To the client, who has gone if it takes nothing for long."""
-        with anyio.move_on_after(self._answers.settings.send_seconds) as waiting:
-            await self._client(message)
-        if waiting.cancelled_caught:
-            LOG.warning("%s: the client does not read its answer", self._path)
-            self._all.cancel()
-            await anyio.lowlevel.checkpoint()
-
     async def _serve(self) -> None:
-        problem: Problem | None = None
         limit = self._answers.settings.request_seconds
         if self._answers.stopping:
-            await self._fail(_GOING_DOWN)
+            self._problem = _GOING_DOWN
+        else:
+            try:
+                with self._work as work:
+                    if limit is not None:
+                        work.deadline = anyio.current_time() + limit
+                    await self._answer()
+                if work.cancelled_caught and self._problem is None:
+                    self._problem = _OUT_OF_TIME
+            except Exception as error:
+                self._problem = self._failure(error)
+            finally:
+                for answer in self._begun:
+                    answer.close()
+        if self._problem is None:
             return
-        try:
-            with self._work as work:
-                if limit is not None:
-                    work.deadline = anyio.current_time() + limit
-                await self._answer()
-            if work.cancelled_caught:
-                problem = self._problem
-        except _ProblemError as error:
-            problem = error.problem
-        except Exception as error:
-            problem = problem_of(error)
-            if problem.status == 500:
-                LOG.error("%s: %s", self._path, problem.message, exc_info=error)
-        finally:
-            self._close()
-        if problem is not None:
-            await self._fail(problem)
+        if not self._streaming:
+            await problem_response(self._path, self._problem)(self._scope, self._receive, self._send)
+        elif self._told is not None:
+            await self._send_events(self._told.fail(self._problem))
+            await self._send_body(b"", more=False)
 
-    def _close(self) -> None:
-        for answer in self._begun:
-            answer.close()
+    def _failure(self, error: Exception) -> Problem:
+        problem = problem_of(error)
+        if problem.status == 500:
+            LOG.error("%s: %s", self._path, problem.message, exc_info=error)
+        return problem
 
     async def _answer(self) -> None:
         await anyio.to_thread.run_sync(self._begin, limiter=self._answers.threads)
-        self._told = self._tell(sum(answer.result.prompt_tokens for answer in self._begun))
-        sender, receiver = anyio.create_memory_object_stream[_News](16)
+        told = self._told = self._tell(sum(answer.result.prompt_tokens for answer in self._begun))
         self._answers.metrics.running += len(self._begun)
         try:
-            async with anyio.create_task_group() as group, receiver:
-                for choice, answer in enumerate(self._begun):
-                    group.start_soon(self._pump, choice, answer, sender.clone())
-                sender.close()
-                failed = await (
-                    self._send_events(self._told, receiver) if self._stream else self._gather(self._told, receiver)
-                )
-                if failed is not None:
-                    group.cancel_scope.cancel()
+            async with anyio.create_task_group() as beside:
+                if self._stream:
+                    beside.start_soon(self._tend)
+                async with anyio.create_task_group() as readers:
+                    for choice, answer in enumerate(self._begun):
+                        readers.start_soon(self._read, told, choice, answer)
+                beside.cancel_scope.cancel()
         finally:
             self._answers.metrics.running -= len(self._begun)
-        if failed is not None:
-            raise _ProblemError(failed)
-        if not self._stream:
-            await JSONResponse(self._told.response())(self._scope, self._receive, self._send)
+        if self._problem is not None:
+            return
+        await self._begin_stream()
+        if self._stream:
+            await self._send_events(told.close())
+            await self._send_body(b"", more=False)
+        else:
+            await JSONResponse(told.response())(self._scope, self._receive, self._send)
 
     def _begin(self) -> None:
         # One by one into the list: those that have begun are closed when another one is refused.
         for start in self._starts:
             self._begun.append(start())
 
-    async def _pump(self, choice: int, answer: Answer | Generation, out: ObjectSendStream[_News]) -> None:
-        """Hands on what comes of an answer."""
+    async def _read(self, told: AnswerStream, choice: int, answer: Answer | Generation) -> None:
+        """Tells one of the answers, as it comes. What ends it ends the others, too."""
         news = LogprobReader(self._hidden)
-        async with out:
-            try:
-                async for piece in answer:
-                    part = Part("content", piece) if isinstance(piece, str) else piece
-                    await out.send(_News(choice, part, news.read(answer.result) if self._logprobs else ()))
-                result = answer.result
-                if result.finish_reason == "cancelled":
-                    await out.send(_News(choice, _STOPPED))
-                else:
-                    await out.send(_News(choice, result, news.read(result) if self._logprobs else ()))
-            except Exception as error:
-                problem = problem_of(error)
-                if problem.status == 500:
-                    LOG.error("%s: %s", self._path, problem.message, exc_info=error)
-                await out.send(_News(choice, problem))
-            finally:
-                self._answers.metrics.count_answer(answer.result)
-                self._counted.add(choice)
+        try:
+            async for piece in answer:
+                part = Part("content", piece) if isinstance(piece, str) else piece
+                await self._begin_stream()
+                await self._send_events(told.push(choice, part, news.read(answer.result) if self._logprobs else ()))
+            result = answer.result
+            if result.finish_reason == "cancelled":
+                self.abort(_STOPPED)
+                return
+            await self._begin_stream()
+            await self._send_events(told.end(choice, result, news.read(result) if self._logprobs else ()))
+        except Exception as error:
+            self.abort(self._failure(error))
+        finally:
+            self._answers.metrics.count_answer(answer.result)
+            self._counted.add(choice)
 
-    async def _gather(self, told: AnswerStream, news: ObjectReceiveStream[_News]) -> Problem | None:
-        async for item in news:
-            if isinstance(item.what, Problem):
-                return item.what
-            _tell(told, item)
-        return None
+    # -- what is sent -------------------------------------------------------------------------------------------
 
-    async def _send_events(self, told: AnswerStream, news: ObjectReceiveStream[_News]) -> Problem | None:
-        """Sends events as they come, and something every few seconds where none does. What fails at once is not
-        sent but returned, to become the response's status."""
-        settings = self._answers.settings
-        first: _News | None = None
-        ended = False
-        with anyio.move_on_after(settings.prompt_seconds):
-            try:
-                first = await news.receive()
-            except anyio.EndOfStream:
-                ended = True
-        if first is not None and isinstance(first.what, Problem):
-            return first.what
-        self._sending = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
-        await self._send_all(told.begin())
-        if first is not None:
-            await self._send_all(_tell(told, first))
-        while not ended:
-            item: _News | None = None
-            with anyio.move_on_after(settings.keepalive_seconds):
-                try:
-                    item = await news.receive()
-                except anyio.EndOfStream:
-                    ended = True
-            if item is not None:
-                if isinstance(item.what, Problem):
-                    return item.what
-                await self._send_all(_tell(told, item))
-            elif not ended:
-                await self._send_bytes(_KEEPALIVE)
-        await self._send_all(told.close())
-        await self._send_bytes(b"", more=False)
-        return None
-
-    async def _fail(self, problem: Problem) -> None:
-        if not self._sending:
-            await problem_response(self._path, problem)(self._scope, self._receive, self._send)
+    async def _begin_stream(self) -> None:
+        if self._streaming or not self._stream:
             return
         assert self._told is not None
-        await self._send_all(self._told.fail(problem))
-        await self._send_bytes(b"", more=False)
+        async with self._order:
+            if not self._streaming:
+                self._streaming = True
+                await self._send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
+                data = b"".join(map(encode_event, self._told.begin()))
+                await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def _send_all(self, events: Iterable[Event]) -> None:
-        data = b"".join(encode_event(event) for event in events)
+    async def _tend(self) -> None:
+        """Begins the stream when nothing has failed for a moment, says something where nothing comes for long, and
+        ends everything when the client takes nothing."""
+        settings = self._answers.settings
+        await anyio.sleep(settings.prompt_seconds)
+        await self._begin_stream()
+        while True:
+            if self._sending_since is not None:
+                await anyio.sleep_until(self._sending_since + settings.send_seconds)
+                gone = self._sending_since is not None and self._waited(self._sending_since, settings.send_seconds)
+            else:
+                await anyio.sleep_until(self._sent_at + settings.keepalive_seconds)
+                gone = False
+                if self._sending_since is None and self._waited(self._sent_at, settings.keepalive_seconds):
+                    with anyio.move_on_after(settings.send_seconds) as waiting:
+                        await self._send_body(_KEEPALIVE)
+                    gone = waiting.cancelled_caught
+            if gone:
+                LOG.warning("%s: the client does not read its answer", self._path)
+                self._all.cancel()
+
+    def _waited(self, since: float, seconds: float) -> bool:
+        return anyio.current_time() >= since + seconds
+
+    async def _send_events(self, events: Iterable[Event]) -> None:
+        if not self._stream:
+            return  # all of it is told at the end
+        data = b"".join(map(encode_event, events))
         if data:
-            await self._send_bytes(data)
+            await self._send_body(data)
 
-    async def _send_bytes(self, data: bytes, more: bool = True) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+    async def _send_body(self, data: bytes, more: bool = True) -> None:
+        async with self._order:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
-
-def _tell(told: AnswerStream, item: _News) -> list[Event]:
-    assert not isinstance(item.what, Problem)
-    if isinstance(item.what, GenerationResult):
-        return told.end(item.choice, item.what, item.logprobs)
-    return told.push(item.choice, item.what, item.logprobs)
+    async def _send(self, message: Message) -> None:
+        self._sending_since = anyio.current_time()
+        try:
+            await self._client(message)
+        finally:
+            self._sending_since = None
+        self._sent_at = anyio.current_time()
 
 
 def encode_event(event: Event) -> bytes:

@@ -113,7 +113,7 @@ def test_who_reads_nothing_is_given_up(scripted: ScriptedModel, caplog: pytest.L
     """A stream of more than the system holds for a client that does not read."""
     scripted.script = lambda _: itertools.repeat(content("word " * 10_000), 1_000)
     asked = {**PATHS["/v1/chat/completions"], "stream": True}
-    with serving(scripted, send_seconds=0.1) as url, send(url, "/v1/chat/completions", asked):
+    with serving(scripted, send_seconds=0.1, keepalive_seconds=0.1) as url, send(url, "/v1/chat/completions", asked):
         wait_for(lambda: any("does not read its answer" in record.message for record in caplog.records))
         assert scripted.answers[0].closed.wait(20)
         wait_for(lambda: httpx2.get(f"{url}/engine").json()["status"]["answers"] == 0)

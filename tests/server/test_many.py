@@ -53,15 +53,17 @@ def test_everybody_gets_the_answer_that_they_get_alone(http: httpx2.Client) -> N
 
 
 def test_a_full_queue_is_told_with_a_time_to_come_again() -> None:
-    asked = {**PATHS["/v1/completions"], "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with edgemoe.load(context=512, parallel=1, queue=0) as model, serving(model, prompt_seconds=0) as url:
+    asked = {**PATHS["/v1/completions"], "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with edgemoe.load(context=0, parallel=1, queue=0) as model, serving(model, prompt_seconds=0) as url:
         model.tokenizer.use_chat_template(NAMED_TEMPLATES["chatml"])
-        with send(url, "/v1/completions", asked) as first, send(url, "/v1/completions", asked) as second:
-            wait_for(lambda: model.status()["waiting"] == 1)
-            for path, body in PATHS.items():
-                answer = httpx2.post(f"{url}{path}", json=body, timeout=60)
-                assert answer.status_code == 503
-                assert int(answer.headers["retry-after"]) > 0
-            assert first.recv(12) == second.recv(12) == b"HTTP/1.1 200"
+        with send(url, "/v1/completions", asked) as first:
+            wait_for(lambda: model.status()["running"] == 1)
+            with send(url, "/v1/completions", asked) as second:
+                wait_for(lambda: model.status()["waiting"] == 1)
+                for path, body in PATHS.items():
+                    answer = httpx2.post(f"{url}{path}", json=body, timeout=60)
+                    assert answer.status_code == 503
+                    assert int(answer.headers["retry-after"]) > 0
+                assert first.recv(12) == second.recv(12) == b"HTTP/1.1 200"
         wait_for(lambda: model.status()["waiting"] == model.status()["running"] == 0)
         assert httpx2.post(f"{url}/v1/completions", json=PATHS["/v1/completions"], timeout=60).status_code == 200
