@@ -22,7 +22,7 @@ from edgemoe.families import ToolFormat
 from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.read import load_tokenizer, read_index
 from edgemoe.loading import load_engine, quality_of
-from edgemoe.memory import Budget
+from edgemoe.memory import Budget, format_size
 from edgemoe.model_files import Progress, resolve
 from edgemoe.options import EngineOptions, LoadOptions, Quality
 from edgemoe.protocols import chat_completions
@@ -437,7 +437,21 @@ class Model:
         """The instruction set in use."""
         return self.engine.isa
 
+    def __repr__(self) -> str:
+        if self.engine.closed:
+            return f"<edgemoe.Model {self.path.name}, closed>"
+        status = self._scheduler.status()
+        memory = format_size(self.budget.limit)
+        return (
+            f"<edgemoe.Model {self.path.name} ({self.spec.family}), {memory}, context {self.context}, "
+            f"{status['running']} of {self.options.sequences} texts running, {status['waiting']} waiting>"
+        )
+
     # -- lifetime -----------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ends all texts where they are, as `Generation.stop` does. The model stays usable."""
+        self._scheduler.cancel_all()
 
     def close(self) -> None:
         """Gives the memory back. A pass that is under way elsewhere ends at its next layer; generations that were not

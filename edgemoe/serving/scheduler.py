@@ -158,6 +158,13 @@ class Scheduler:
         if session.wake is not None:
             session.wake()
 
+    def cancel_all(self) -> None:
+        """The same for all sessions."""
+        for reference in list(self._sessions):
+            session = reference()
+            if session is not None and not session.done:
+                self.cancel(session)
+
     def wake(self) -> None:
         """To be called when something has ended that others may be waiting for."""
         with self._lock:

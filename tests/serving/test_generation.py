@@ -286,3 +286,17 @@ def test_tokens_outside_the_vocabulary_are_refused_at_once(model: edgemoe.Model,
 def test_wrong_stop_strings_are_refused(model: edgemoe.Model, stop: Any) -> None:
     with pytest.raises(edgemoe.OptionError, match="stop"):
         model.generate("The", stop=stop)
+
+
+def test_all_texts_end_when_the_model_is_told(model: edgemoe.Model, expected: dict[str, str]) -> None:
+    running = [model.generate(prompt, ignore_eos=True) for prompt in PROMPTS[:3]]
+    pieces = [next(generation) for generation in running]
+    assert repr(model).endswith("3 of 4 texts running, 0 waiting>") and "tiny.emoe (qwen3_moe)" in repr(model)
+    assert "running>" in repr(running[0])
+    model.stop()
+    for piece, generation in zip(pieces, running, strict=True):
+        assert piece + "".join(generation) == generation.result.text
+        assert generation.result.finish_reason == "cancelled"
+    assert "".join(model.generate(PROMPTS[0], **GREEDY)) == expected[PROMPTS[0]]
+    model.close()
+    assert repr(model) == "<edgemoe.Model tiny.emoe, closed>"
