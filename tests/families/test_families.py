@@ -54,8 +54,8 @@ def load(model: tuple[str, Path]) -> Load:
     def load(path: Path, chunk: int = 512, share: float = 1.0, **options: Any) -> edgemoe.Model:
         experts = sum(layer.experts for layer in read_index(path).spec.layers)
         slots = max(1, int(experts * share)) if experts else None
-        context = CASES[model[0]].context
-        return edgemoe.load(path, chunk=chunk, expert_slots=slots, **{**F32_STATE, "context": context, **options})
+        usual = {**F32_STATE, "context": CASES[model[0]].context, "parallel": 1}
+        return edgemoe.load(path, chunk=chunk, expert_slots=slots, **{**usual, **options})
 
     return load
 
