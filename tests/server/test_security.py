@@ -52,7 +52,10 @@ def test_a_wrong_key_is_told_in_anthropics_shape_to_its_clients(locked: httpx2.C
 
 def test_health_and_the_page_are_open(locked: httpx2.Client) -> None:
     assert locked.get("/health").json() == {"status": "ok"}
-    assert locked.get("/").status_code == 200
+    page = locked.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "127.0.0.1.evil"])
