@@ -220,6 +220,17 @@ def test_a_line_that_is_never_the_same_is_no_part_of_the_prompt(
     assert seen(scripted)[0][0]["content"] == "Mention x-anthropic-billing-header: never."
 
 
+def test_what_comes_after_that_line_is_not_computed_again(url: str) -> None:
+    client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+    usages = []
+    for number in ("9f3a1", "00b7c"):
+        line = f"x-anthropic-billing-header: cc_version=2.1; cch={number};"
+        system: Any = [{"type": "text", "text": line}, {"type": "text", "text": "You are an agent. " * 8}]
+        usages.append(client.messages.create(**{**ASKED, "max_tokens": 1}, system=system).usage)
+    assert usages[1].cache_read_input_tokens
+    assert usages[1].cache_read_input_tokens > 0.8 * (usages[0].input_tokens + usages[0].cache_read_input_tokens)
+
+
 def test_thinking_is_a_variable_where_the_template_has_one(
     told: anthropic.Anthropic, scripted: ScriptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
