@@ -176,11 +176,11 @@ def test_a_window_takes_the_memory_of_a_window(tmp_path: Path) -> None:
     convert(folder, tmp_path / "all.emoe", 32)
     state = {}
     for name in ("window", "all"):
-        with edgemoe.load(tmp_path / f"{name}.emoe", memory="2GB", context=8192) as model:
+        with edgemoe.load(tmp_path / f"{name}.emoe", memory="2GB", context=8192, parallel=1) as model:
             state[name] = model.budget.state
     # 8192 positions are 128 blocks; a window of 70 and a chunk of 512 lie in 11.
     assert state["window"] * 128 == state["all"] * 11
-    with edgemoe.load(tmp_path / "window.emoe", memory="2GB", context=8192) as model:
+    with edgemoe.load(tmp_path / "window.emoe", memory="2GB", context=8192, parallel=1) as model:
         tokens = np.resize(TOKENS, 1500)
         model.logits(tokens)
         engine = model.engine
@@ -202,7 +202,7 @@ def test_a_failed_chunk_costs_a_window_nothing(tmp_path: Path) -> None:
     whole = pack.read_bytes()
     last = Pack.open(pack)
     sections = [last.index.sections[numbers[0]].extents[0] for numbers in last.index.experts[1].sections]
-    with edgemoe.load(pack, chunk=64, expert_slots=3, **F32_STATE) as model:
+    with edgemoe.load(pack, chunk=64, expert_slots=3, parallel=1, **F32_STATE) as model:
         tokens = np.resize(TOKENS, 300)
         expected = model.logits(tokens)[-1].tobytes()
         model.logits(tokens[:200])
