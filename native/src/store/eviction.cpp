@@ -38,14 +38,14 @@ int EvictionRanking::begin_turn(int layer, const Turn& turn) {
     const auto all = static_cast<int>(layers_.size());
     const int count = (layer - layer_ - 1 + all) % all + 1;
     for (int i = 1; i <= count; ++i) layers_[(layer_ + i) % all].passed += static_cast<uint64_t>(all);
+    const bool is_other = std::min(turn.rows, kMostRows) != std::min(turn_.rows, kMostRows);
     layer_ = layer;
     turn_ = turn;
     Layer& of = layers_[layer];
     const auto steps = static_cast<uint64_t>(turn.steps);
     of.steps += steps;
     of.rows = of.rows * decay(steps) + static_cast<double>(turn.rows) / turn.steps * decayed(steps);
-    of.next_rows = std::min(turn.rows, kMostRows);
-    return count;
+    return is_other && policy_ == Eviction::next_use ? all : count;
 }
 
 void EvictionRanking::use(int section, int last_row, int uses) {
@@ -66,7 +66,7 @@ double EvictionRanking::passes_to_next_use(int section) const {
     const double uses = score_[section] * decay(of.steps - last_step_[section]);
     if (uses <= 0) return std::numeric_limits<double>::infinity();
     double unused = 1 - std::min(uses / of.rows, 1.0), all_unused = 1;
-    for (int rows = of.next_rows; rows > 0; rows /= 2) {  // unused^next_rows
+    for (int rows = std::min(turn_.rows, kMostRows); rows > 0; rows /= 2) {  // unused^rows
         if (rows % 2) all_unused *= unused;
         unused *= unused;
     }

@@ -17,7 +17,7 @@ namespace edgemoe {
 // next_use is local routing consistency put to work: consecutive tokens use similar experts, so how likely an expert is
 // at its layer's next turn follows from how recently and how often rows of the last turns used it: what happened counts
 // kDecay^n after the sequences have gone on by n more tokens. With q the share of rows that use it, and as many rows in
-// the next turn as in the last one, it is used then with p = 1 - (1 - q)^rows, and one that is not then, in the turn
+// its next turn as in the current one, it is used then with p = 1 - (1 - q)^rows, and one that is not then, in the turn
 // after it with p, and so on. So its next use is 1 / p - 1 passes behind its layer's next turn, and what is used last
 // leaves first, as Belady's rule has it. With one row the differences of p decide; with many rows, when most experts of
 // each layer are used in every pass, those of the layer that was just computed leave, and what stays of each layer is
@@ -35,8 +35,9 @@ class EvictionRanking {
   public:
     EvictionRanking(Eviction policy, std::vector<int32_t> layer_of_section, int layers);
 
-    // A layer is about to compute `turn`. The number of layers that were passed on the way to it from the last one (the
-    // first follows the last), itself included: only their sections have another rank now.
+    // A layer is about to compute `turn`. The number of layers, up to that one, whose sections may have another rank
+    // now: those that were passed on the way to it from the last one (the first follows the last), itself included; all
+    // layers where the turn has another number of rows than the last one.
     int begin_turn(int layer, const Turn& turn);
     // The section works in the current turn; `last_row` is the last of the turn's rows that uses it, `uses` how many.
     // No other section's rank changes.
@@ -59,7 +60,6 @@ class EvictionRanking {
     struct Layer {
         uint64_t steps = 0;   // that its sequences have gone on by, the current turn's included
         double rows = 0;      // that it computed, decayed
-        int next_rows = 1;    // that are expected in its next turn
         uint64_t passed = 0;  // when it was passed last, in layers passed since the beginning
     };
 
@@ -77,7 +77,7 @@ class EvictionRanking {
     std::vector<Layer> layers_;
     std::array<double, kHorizon> decay_;
     int layer_ = -1;
-    Turn turn_{};
+    Turn turn_{1, 1};
     uint64_t clock_ = 0;
 };
 
