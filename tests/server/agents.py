@@ -4,8 +4,8 @@
     unshare -n sh -c 'ip link set lo up; python tests/server/agents.py codex node_modules/.bin/codex'
     unshare -n sh -c 'ip link set lo up; python tests/server/agents.py claude node_modules/.bin/claude'
 
-The agent is asked to mend a file. The model, synthesized with 40960 tokens of context and the bundled tokenizer, "answers"
-with a call of the agent's own tool that does it, then with a sentence. `unshare` leaves the agent nothing but
+The agent is asked to mend a file. The model, synthesized with 40960 tokens of context and the bundled tokenizer,
+"answers" with a call of the agent's own tool that does it, then with a sentence. `unshare` leaves the agent nothing but
 this machine's loopback. Says how many tokens the last prompt had, and how many of them were computed.
 """
 
