@@ -170,6 +170,10 @@ void test_clients() {
                       "a counter has gone back");
                 check(now.store.experts_hit <= now.store.experts_requested, "more experts were hit than requested");
                 last = now;
+                const Residency held = engine.residency();
+                const auto in_memory = [](uint8_t levels) { return levels != 0 && levels != Residency::kNone; };
+                check(std::ranges::count_if(held.levels, in_memory) <= options.store.slots,
+                      "more experts are in memory than there is room for");
                 ++asked;
                 std::this_thread::sleep_for(std::chrono::microseconds(50));
             }
