@@ -50,3 +50,8 @@ def test_every_field_of_chat_completions_is_described(described: dict[str, Any])
     schemas = described["components"]["schemas"]
     own = schemas["ChatRequest"]["allOf"][1]["properties"]
     assert {*own, *schemas["Sampling"]["properties"]} == set(chat_completions.FIELDS)
+
+
+def test_a_name_with_a_line_end_is_no_path(http: httpx2.Client, described: dict[str, Any]) -> None:
+    answer = http.get("/v1/models/a%0Ab")
+    assert str(answer.status_code) in described["paths"]["/v1/models/{name}"]["get"]["responses"]
