@@ -69,7 +69,7 @@ def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
         chosen,
         chunk=options.chunk,
         expert_slots=options.expert_slots,
-        states=2 if options.prompt_cache_dir else 1,
+        states=3 if options.prompt_cache_dir else 1,
     )
     chosen = replace(chosen, chunk=budget.chunk, expert_slots=budget.expert_slots)
     if options.readers is None and budget.expert_slots < budget.all_slots:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -256,7 +257,7 @@ class Model:
         text, tokens = self._conversations.recall(prompt)
         if text:
             rest = self.tokenizer.encode(prompt[len(text) :], limit=COUNTED * self.context)
-            tokens = [*tokens, *rest] if rest and self.tokenizer.is_special(rest[0]) else []
+            tokens = [*tokens, *rest] if not rest or self.tokenizer.is_special(rest[0]) else []
         tokens = tokens or self.tokenizer.encode(prompt, limit=COUNTED * self.context)
         stream = TextStream(self.tokenizer, spelled=mark_ids(self.tokenizer, form))
         return self._start(tokens, stream, max_tokens, stop, sampling, prompt, use, form)
@@ -276,13 +277,15 @@ class Model:
         and how the model calls them."""
         # Wrong options are refused here and now, not when the first piece is asked for.
         explicit = {name: value for name, value in sampling.items() if value is not None}
-        logprobs, quality = explicit.pop("logprobs", None), explicit.pop("quality", self.quality)
+        logprobs, quality = explicit.pop("logprobs", None), explicit.pop("quality", None)
         options = SamplingOptions.merged(explicit, self.generation_defaults)
         if max_tokens is not None and max_tokens < 0:
             raise OptionError(f"max_tokens = {max_tokens} is negative")
         if logprobs is not None and (isinstance(logprobs, bool) or not 0 <= logprobs <= MAX_LOGPROBS):
             raise OptionError(f"logprobs = {logprobs!r} is not between 0 and {MAX_LOGPROBS}")
-        own_quality = None if quality == self.quality else quality_of(self._index, quality)
+        own_quality = None if quality is None else quality_of(self._index, quality)
+        if own_quality == self.options.quality:
+            own_quality = None
         if self._scheduler.status()["waiting"] > self._queue:
             raise OverloadedError(f"{self._queue} texts are waiting already (queue=); try again later")
         if not tokens:
@@ -455,11 +458,13 @@ class Model:
 
     def close(self) -> None:
         """Gives the memory back. A pass that is under way elsewhere ends at its next layer; generations that were not
-        at their end raise EdgemoeError when they are read on."""
-        if self._keeps:
-            self._scheduler.keep()
-        self.engine.close()
-        self._scheduler.close()
+        at their end raise EdgemoeError when they are read on. With a prompt cache it waits until states are written."""
+        try:
+            if self._keeps and not self.engine.closed:
+                self._scheduler.keep()
+        finally:
+            self.engine.close()
+            self._scheduler.close()
 
     def __enter__(self) -> Model:
         return self
@@ -477,4 +482,7 @@ def _prompt_cache(index: ModelIndex, engine: EngineOptions, options: LoadOptions
         layer.attention.kind in ("full", "mla") and not layer.attention.window for layer in index.spec.layers
     )
     assert isinstance(options.prompt_cache_size, int)
-    return PromptCache(Path(options.prompt_cache_dir), options.prompt_cache_size, state_key(index, engine), goes_back)
+    computed = replace(index, spec=index.spec.for_context(engine.context))  # some rotary angles depend on it
+    return PromptCache(
+        Path(options.prompt_cache_dir), options.prompt_cache_size, state_key(computed, engine), goes_back
+    )

@@ -134,7 +134,7 @@ class LoadOptions:
         computed for it is computed again. None for 4, or fewer where their windows or recurrences take memory.
     max_gap: seconds that a text may pause at most because others have their turn. queue: texts that may wait for one.
     prompt_cache_dir, prompt_cache_size: a folder for states of texts, which then survive the program, and its limit.
-        Memory for one more state is taken then.
+        Memory for two more states is taken then.
     cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
     eviction: which expert leaves memory first, one of EVICTION_POLICIES. prefetch: read the experts that the next layer
         will probably want while the disk is idle. Neither changes a bit of the result.

@@ -153,7 +153,7 @@ class TextDrawer:
         if stopped:
             return Drawn(piece, token, "stop", computed, at, logprob, self._stops.found)
         piece += self._stops.finish()
-        if self._on_text is not None:
+        if self._on_text is not None and (self._pieces or piece):
             self._on_text("".join(self._pieces) + piece, tokens)
         return Drawn(piece, token, reason, computed, at, logprob)
 

@@ -101,7 +101,13 @@ class Pace:
     def _slice_steps(self, width: int, count: int) -> int:
         """Steps of a slice, so that the others' pause is not too long."""
         others = -(-count // width) - 1
-        seconds = self._known.get((_rounded(count), _rounded(width)), _Width()).seconds
+        # A width that was not measured takes no longer than a wider one.
+        wider = (
+            known.seconds
+            for (streams, other), known in self._known.items()
+            if streams == _rounded(count) and other >= _rounded(width) and known.seconds
+        )
+        seconds = min(wider, default=0.0)
         if not others or not seconds:
             return SLICE
         return min(SLICE, int(self._max_gap / (others * seconds)))

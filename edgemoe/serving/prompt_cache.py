@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ _MAGIC = b"edgemoe state 1\n"
 _MAX_HEADER = 1 << 12
 _MAX_TOKENS = 1 << 24
 _SUFFIX = ".state"
+_ABANDONED = 600.0  # seconds after which nobody writes a file any more
 
 
 def state_key(index: ModelIndex, options: EngineOptions) -> str:
@@ -64,12 +67,17 @@ class PromptCache:
         self._key = key
         self._goes_back = goes_back
         self._writer: threading.Thread | None = None
+        self._lock = threading.Lock()  # of the entries
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
             raise OptionError(f"{folder}: the prompt cache cannot be written: {error.strerror}") from None
+        for path in folder.glob("*.partial"):  # of writers that were killed
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
         self._entries = [entry for path in sorted(folder.glob("*" + _SUFFIX)) if (entry := self._read_entry(path))]
 
     def find(self, tokens: list[int]) -> int:
@@ -81,7 +89,10 @@ class PromptCache:
         entry = self._best(tokens)[1]
         if entry is None:
             return None
-        state = self._read_state(entry)
+        try:
+            state = self._read_state(entry)
+        except OSError:
+            return None
         if state is None:
             self._forget(entry)
             return None
@@ -89,15 +100,26 @@ class PromptCache:
             os.utime(entry.path)  # it was used
         return entry.tokens.tolist(), state
 
+    def forget(self, tokens: list[int]) -> None:
+        """Removes the best state for these tokens, which turned out to be of no use."""
+        entry = self._best(tokens)[1]
+        if entry is not None:
+            self._forget(entry)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a state is being written: memory has room for one only."""
+        return self._writer is not None and self._writer.is_alive()
+
     def holds(self, tokens: list[int]) -> bool:
-        """Whether a state of these tokens, or of more that begin with them, is there."""
+        """Whether a state of these tokens is there, or one that is as good."""
         ids = np.asarray(tokens, np.int32)
-        return any(_common(ids, entry.tokens) == len(ids) for entry in self._entries)
+        return any(self._replaces(entry.tokens, ids) for entry in self._entries)
 
     def save(self, tokens: list[int], state: NDArray[np.uint8]) -> None:
         """Writes on a thread of its own; if the last state is still being written, this one is left out: memory has
         room for one."""
-        if state.nbytes > self._size or (self._writer is not None and self._writer.is_alive()):
+        if state.nbytes > self._size or self.busy:
             return
         self._writer = threading.Thread(target=self._write, args=(tokens, state), name="edgemoe prompt cache")
         self._writer.start()
@@ -142,12 +164,17 @@ class PromptCache:
                 raise
         except OSError:
             return  # a full disk: it is only a cache
-        # A state whose beginning an older one was is worth as much as both.
         for entry in list(self._entries):
-            if _common(ids, entry.tokens) == len(entry.tokens):
+            if self._replaces(ids, entry.tokens):
                 self._forget(entry, unlink=entry.path != path)
-        self._entries.append(_Entry(path, ids, size))
+        with self._lock:
+            self._entries = [*self._entries, _Entry(path, ids, size)]
         self._make_room()
+
+    def _replaces(self, tokens: NDArray[np.int32], other: NDArray[np.int32]) -> bool:
+        """Whether a state of `tokens` is worth as much as that of `other`: of the same, or going back to it."""
+        begins = _common(tokens, other) == len(other)
+        return begins and (self._goes_back or len(tokens) == len(other))
 
     def _make_room(self) -> None:
         """Removes what was used least recently, whoever wrote it."""
@@ -162,11 +189,13 @@ class PromptCache:
                 break
             with contextlib.suppress(OSError):
                 path.unlink()
-            self._entries = [entry for entry in self._entries if entry.path != path]
+            with self._lock:
+                self._entries = [entry for entry in self._entries if entry.path != path]
             total -= size
 
     def _forget(self, entry: _Entry, unlink: bool = True) -> None:
-        self._entries = [other for other in self._entries if other is not entry]
+        with self._lock:
+            self._entries = [other for other in self._entries if other is not entry]
         if unlink:
             with contextlib.suppress(OSError):
                 entry.path.unlink()
@@ -174,6 +203,9 @@ class PromptCache:
     def _read_entry(self, path: Path) -> _Entry | None:
         """What a file's header says; None where it is none of this model's, or not whole."""
         try:
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
+                return None
             with path.open("rb") as stream:
                 header = self._read_header(stream.read(len(_MAGIC) + 4 + _MAX_HEADER))
                 if header is None:
@@ -189,10 +221,8 @@ class PromptCache:
         return _Entry(path, np.frombuffer(data, np.int32), size)
 
     def _read_state(self, entry: _Entry) -> NDArray[np.uint8] | None:
-        try:
-            data = np.fromfile(entry.path, np.uint8)
-        except OSError:
-            return None
+        """None where the file is not what its header says."""
+        data = np.fromfile(entry.path, np.uint8)
         header = self._read_header(data[: len(_MAGIC) + 4 + _MAX_HEADER].tobytes())
         if header is None:
             return None

@@ -82,6 +82,7 @@ class Scheduler:
         self._positions = options.positions or options.context
         self._marks = engine.has_constants(0)
         self._resident = resident
+        self._max_gap = max_gap
         self._pace = Pace(max_gap)
         self._paced = False  # whether it chose who is in the step that is being made
         self._lock = threading.RLock()  # of what is below; held for moments only
@@ -139,9 +140,11 @@ class Scheduler:
             session.eager = session.waiting = True
             session.ahead = AHEAD
             try:
-                if not session.drawn and not session.done:  # since it was asked for
+                # Whatever happens from now on wakes it; this is what may have happened before.
+                if not (session.drawn or session.done or session.cancelled):
                     with self._lock:
                         self._join(session)
+                        self._engine.check_open()
                         self._start_thread()
                         self._gate.notify_all()
                     await ready
@@ -172,8 +175,7 @@ class Scheduler:
 
     def keep(self) -> None:
         """Has the prompt cache keep what all sequences hold. A pass that is under way ends at its next layer."""
-        self._cancel.set()
-        with self._alone():
+        with self._alone(cancel=True):
             if not self._engine.closed:
                 self._sequences.keep_all()
 
@@ -181,26 +183,29 @@ class Scheduler:
         """After the engine was closed: whoever waits learns it."""
         self.give_up(None)
 
-    def give_up(self, error: Exception | None) -> None:
+    def give_up(self, error: BaseException | None) -> None:
         """Wakes whoever waits; if nobody closed the engine, with this error."""
         for reference in list(self._sessions):
             session = reference()
             if session is None:
                 continue
             if error is not None and not self._engine.closed:
-                session.fail(error)
+                session.fail(
+                    error if isinstance(error, Exception) else EdgemoeError(f"the scheduler failed: {error!r}")
+                )
             if session.wake is not None:
                 session.wake()
         self.wake()
 
     def status(self) -> dict[str, int]:
-        """running: sessions that have a sequence; waiting: that have none yet; sequences: that there are; positions:
+        """running: sessions that have a sequence; waiting: that wait for one; sequences: that there are; positions:
         that all of them together may have; positions_used: that they hold, shared ones counted more than once."""
         sessions = [session for reference in list(self._sessions) if (session := reference()) and not session.done]
-        running = sum(session.sequence is not None and session.sequence.holder is session for session in sessions)
+        with_sequence = {id(holder) for sequence in self._sequences.all if (holder := sequence.holder) is not None}
+        others = [session for session in sessions if id(session) not in with_sequence]
         return {
-            "running": running,
-            "waiting": len(sessions) - running,
+            "running": len(sessions) - len(others),
+            "waiting": sum(session.waiting or session.eager for session in others),
             "sequences": len(self._sequences.all),
             "positions": self._positions,
             "positions_used": sum(len(sequence.tokens) for sequence in self._sequences.all),
@@ -213,7 +218,8 @@ class Scheduler:
         session = Session(tokens, LogitsDrawer())
         try:
             drawn = self.next(session)
-            assert drawn is not None and drawn.logits is not None
+            if drawn is None or drawn.logits is None:
+                raise EdgemoeError("it was stopped")
             return drawn.logits
         finally:
             session.done = True
@@ -267,7 +273,8 @@ class Scheduler:
         """The tokens and the state of the sequence that was used last, of those of the engine's own quality."""
         with self._alone():
             sequence = max(self._sequences.all, key=lambda sequence: (sequence.quality is None, sequence.turn))
-            return tuple(sequence.tokens), self._engine.snapshot(sequence.id)
+            known = () if sequence.quality is not None else tuple(sequence.tokens)
+            return known, self._engine.snapshot(sequence.id)
 
     def restore(self, tokens: Sequence[int], state: NDArray[np.uint8]) -> None:
         """Puts a state back, in place of the sequence that was used least recently, an idle one if there is one."""
@@ -275,6 +282,7 @@ class Scheduler:
             self._engine.check_open()
             idle = self._sequences.idle
             sequence = idle[0] if idle else min(self._sequences.all, key=lambda sequence: sequence.turn)
+            sequence.take_away()
             sequence.hold([])
             while True:
                 try:
@@ -300,7 +308,9 @@ class Scheduler:
     def settle(self, count: Count) -> None:
         """Brings a session's count up to date: what is read after a step belongs to it, until the next one begins.
         Does not wait for a pass that is under way; if it is another session's, the count is up to date."""
-        while not self._engine.running:
+        for _ in range(100):
+            if self._engine.running or not any(counted is count for counted in self._counted[0]):
+                return
             if self._engine.lock.acquire(timeout=0.001):  # who has it otherwise begins or ends a step
                 try:
                     if any(counted is count for counted in self._counted[0]):
@@ -313,51 +323,57 @@ class Scheduler:
 
     def _drive(self, session: Session) -> None:
         """Makes one step, if nobody else does, otherwise waits for the end of theirs."""
-        me = threading.get_ident()
-        with self._lock:
-            if not session.number:
-                self._join(session)
-            if self._driver == me:
-                raise EdgemoeError(_AT_WORK)
-            if self._driver is not None or self._claims:
-                self._wait(1)
-                return
-            self._driver = me
-        self._step_as_driver()
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The engine, for who wants it for itself, between two steps."""
-        me = threading.get_ident()
-        with self._lock:
-            if self._driver == me:
-                raise EdgemoeError(_AT_WORK)
-            self._claims += 1
-            try:
-                while self._driver is not None:
+        me, mine, made = threading.get_ident(), False, True
+        try:
+            with self._lock:
+                if not session.number:
+                    self._join(session)
+                if self._driver == me:
+                    raise EdgemoeError(_AT_WORK)
+                if self._driver is not None or self._claims:
                     self._wait(1)
+                    return
+                mine = True  # before it is so: an interrupt may come anywhere
                 self._driver = me
-            finally:
-                self._claims -= 1
-        try:
-            with self._engine.lock:
-                yield
-        finally:
-            self._leave()
-
-    def _step_as_driver(self) -> None:
-        made = True
-        try:
             made = self._step()
         finally:
-            self._leave()
+            if mine:
+                self._driver = None  # first, and without a call, for the same reason
+                self._left()
         if not made:
             with self._lock:
                 self._wait(PAUSE)
 
-    def _leave(self) -> None:
+    @contextlib.contextmanager
+    def _alone(self, cancel: bool = False) -> Iterator[None]:
+        """The engine, for who wants it for itself, between two steps. cancel: ends the one that is under way."""
+        me, mine, claimed = threading.get_ident(), False, False
+        try:
+            with self._lock:
+                if self._driver == me:
+                    raise EdgemoeError(_AT_WORK)
+                claimed = True
+                self._claims += 1
+                if cancel:
+                    self._cancel.set()
+                while self._driver is not None:
+                    self._wait(1)
+                mine = True
+                self._driver = me
+                claimed = False
+                self._claims -= 1
+            with self._engine.lock:
+                yield
+        finally:
+            if mine:
+                self._driver = None
+            if claimed:
+                self._claims -= 1
+            self._left()
+
+    def _left(self) -> None:
+        """Tells those who wait that nobody drives."""
         with self._lock:
-            self._driver = None
             if self._waiters or self._thread is not None:
                 self._gate.notify_all()
 
@@ -377,10 +393,11 @@ class Scheduler:
     def _start_thread(self) -> None:
         if self._thread is None:
             run = (weakref.ref(self), self._lock, self._gate)
-            self._thread = threading.Thread(target=_run, args=run, name="edgemoe scheduler", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=_run, args=run, name="edgemoe scheduler", daemon=True)
+            thread.start()
+            self._thread = thread
             # The interpreter's end does not wait for such a thread, and takes away what it computes with.
-            atexit.register(_stop, weakref.ref(self), self._thread)
+            atexit.register(_stop, weakref.ref(self), thread)
 
     def _has_eager(self) -> bool:
         """Whether somebody on an event loop wants something. With the gate's lock held."""
@@ -412,15 +429,17 @@ class Scheduler:
                 logits = self._pass(parts)
             finally:
                 self._parts = ()
-        if logits is not None:
-            row = 0
+        try:
+            if logits is not None:
+                row = 0
+                for part in parts:
+                    if part.wanted:
+                        part.session.draw(logits[row])
+                        row += 1
+        finally:
             for part in parts:
-                if part.wanted:
-                    part.session.draw(logits[row])
-                    row += 1
-        for part in parts:
-            if part.session.wake is not None:
-                part.session.wake()
+                if part.session.wake is not None:
+                    part.session.wake()
         return True
 
     def _wants(self, session: Session, shared: bool) -> bool:
@@ -476,13 +495,14 @@ class Scheduler:
             session = self._apart.pop(0)()
             if session is not None and session in held:
                 return session
-        return held[0]
+        return min(held, key=lambda session: session.sequence.turn if session.sequence else 0)
 
     def _admit(self, session: Session, held: list[Session]) -> bool:
         """Gives the session a sequence, if one is to be had, and room for its tokens beside those of `held`."""
         if held:
             promised = sum(len(other.tokens) - len(other.sequence.tokens) for other in held if other.sequence)
-            if promised + len(session.tokens) + MARGIN * (len(held) + 1) > self._sequences.room():
+            needed = len(session.tokens) - self._sequences.shared(session)
+            if promised + needed + MARGIN * (len(held) + 1) > self._sequences.room(self._positions):
                 return False
         if self._sequences.take(session) is not None:
             return True
@@ -498,6 +518,11 @@ class Scheduler:
             return False
         min(resting, key=lambda sequence: sequence.turn).take_away()
         return self._sequences.take(session) is not None
+
+    def _patience(self, sequence: EngineSequence) -> float:
+        """Seconds that nobody must have waited for a session before it loses its sequence: as long as it takes to
+        compute it again, so that slow readers do not take it from each other at every token."""
+        return max(PAUSE, min(self._row_seconds * len(sequence.tokens), self._max_gap))
 
     def _free_sequence(self) -> EngineSequence:
         """A sequence that no session has; the session that came last may lose its own."""
@@ -532,6 +557,8 @@ class Scheduler:
             sequence = session.sequence
             assert sequence is not None
             if not sequence.known or len(sequence.tokens) >= len(session.tokens):
+                if sequence.quality != session.quality:
+                    sequence.hold([])
                 common = common_prefix(sequence.tokens, session.tokens)
                 self._sequences.go_back(sequence, min(common, len(session.tokens) - 1))
                 sequence.known, sequence.quality = True, session.quality
@@ -597,7 +624,9 @@ class Scheduler:
         except StateError as error:  # before anything was computed
             for part in parts:
                 part.sequence.known = True
-            oldest = min((part.session for part in parts), key=lambda session: session.number)
+            holders = [holder for sequence in self._sequences.all if (holder := sequence.holder) is not None]
+            going_on = [holder for holder in holders if self._wants(holder, True)] or [part.session for part in parts]
+            oldest = min(going_on, key=lambda session: session.number)
             if not self._make_room(oldest):
                 oldest.fail(error)
             return None
@@ -708,12 +737,20 @@ def _run(reference: weakref.ref[Scheduler], lock: threading.RLock, gate: threadi
                 gate.wait(1)
                 continue
             scheduler._driver = threading.get_ident()
+        made, failure = True, None
         try:
-            scheduler._step_as_driver()
-        except Exception as error:  # the engine is closed, which those who wait find out, or this is a fault
-            with lock:
+            made = scheduler._step()
+        except BaseException as error:  # the engine is closed, which those who wait find out, or this is a fault
+            failure = error
+        with lock:
+            scheduler._driver = None
+            if failure is not None:
                 scheduler._thread = None  # who comes now needs another one
-            scheduler.give_up(error)
+            gate.notify_all()
+            if not made:
+                gate.wait(PAUSE)
+        if failure is not None:
+            scheduler.give_up(failure)
             return
 
 

@@ -7,6 +7,7 @@ oldest leaves first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from edgemoe.engine import Engine
@@ -16,6 +17,8 @@ from edgemoe.serving.session import EngineSequence, Session
 
 # A shorter common beginning is computed again rather than shared.
 SHARED = 16
+# Positions of a block, which sequences share whole.
+BLOCK = 64
 
 
 class EngineSequences:
@@ -83,49 +86,64 @@ class EngineSequences:
     def keep(self, sequence: EngineSequence) -> None:
         """Has the prompt cache keep what the sequence holds, if it is worth it."""
         cache, tokens = self._cache, sequence.tokens
-        if cache is None or sequence.quality is not None or len(tokens) < LEAST_TOKENS:
+        if cache is None or sequence.quality is not None or len(tokens) < LEAST_TOKENS or cache.busy:
             return
-        if self._engine.length(sequence.id) != len(tokens):
-            return
-        if not cache.holds(tokens):
-            cache.save(tokens.copy(), self._engine.snapshot(sequence.id))
+        with contextlib.suppress(Exception):  # MemoryError, no more threads, ...: it is only a cache
+            if self._engine.length(sequence.id) == len(tokens) and not cache.holds(tokens):
+                cache.save(tokens.copy(), self._engine.snapshot(sequence.id))
 
     def keep_all(self) -> None:
         """The same for all of them, until it is written."""
-        for sequence in self.all:
-            self.keep(sequence)
-            if self._cache is not None:
+        if self._cache is not None:
+            for sequence in self.all:
                 self._cache.wait()
+                self.keep(sequence)
+            self._cache.wait()
 
     def make_room(self) -> bool:
         """Frees what the idle sequence holds that was used least recently; false if none holds anything."""
         for sequence in self.idle:
-            if sequence.tokens:
+            if sequence.tokens or self._engine.length(sequence.id):
                 self.keep(sequence)
                 self.empty(sequence)
                 return True
         return False
 
-    def room(self) -> int:
-        """Positions that can be written without a session's losing its sequence."""
-        held = sum(self._engine.held_positions(sequence.id) for sequence in self.idle)
-        return self._engine.free_positions() + held
+    def shared(self, session: Session) -> int:
+        """Positions of whole blocks that a session can share with one that runs."""
+        running = (one for one in self.all if one.holder is not None)
+        return max((_saved(one, session) for one in running), default=0) // BLOCK * BLOCK
+
+    def room(self, positions: int) -> int:
+        """Positions, of all that there are, that can be written without a session's losing its sequence."""
+        free = self._engine.free_positions()
+        free += sum(self._engine.held_positions(sequence.id) for sequence in self.idle)
+        # Blocks that idle ones share with each other count for none of them.
+        held = sum(-(-len(one.tokens) // BLOCK) * BLOCK for one in self.all if one.holder is not None)
+        return max(free, positions - held)
 
     def _load(self, target: EngineSequence, tokens: list[int]) -> bool:
         """Puts what the prompt cache has of these tokens in place of what a sequence holds."""
-        assert self._cache is not None
-        found = self._cache.load(tokens)
-        if found is None:
-            return False
+        cache, engine = self._cache, self._engine
+        assert cache is not None
         self.keep(target)
         self.empty(target)
         try:
-            self._engine.restore(target.id, found[1])
-        except (StateError, ValueError):  # no room, or not a state of this engine
-            self.empty(target)
-            return False
-        target.tokens = found[0]
-        return True
+            found = cache.load(tokens)
+            while found is not None:
+                try:
+                    engine.restore(target.id, found[1])
+                    break
+                except StateError:
+                    if not self.make_room():
+                        found = None
+            if found is not None and engine.length(target.id) == len(found[0]):
+                target.tokens = found[0]
+                return True
+        except Exception:  # not a state of this engine, no memory, ...: it is only a cache
+            cache.forget(tokens)
+        self.empty(target)
+        return False
 
     def _share(self, source: EngineSequence, target: EngineSequence, length: int) -> bool:
         """Puts the first `length` positions of one sequence in place of what another one holds, or as many as the
@@ -141,6 +159,9 @@ class EngineSequences:
                     target.id = engine.fork(source.id, possible)
                 except StateError:  # a window has moved on, or a recurrence went over it
                     continue
+                except BaseException:
+                    target.id = engine.add_sequence()
+                    raise
                 target.tokens, target.quality = source.tokens[:possible], source.quality
                 return True
         target.id = engine.add_sequence()

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.engine import Count
+from edgemoe.errors import EdgemoeError
 from edgemoe.options import Quality
 
 
@@ -63,7 +64,7 @@ class Session:
 
     tokens: so far; the drawer appends to them. prompt: how many of them are the prompt. computed: positions that its
     passes computed. count: of what the engine counted in its steps. quality: of its rows, None for the engine's.
-    waiting: how many are waiting for what comes next. ahead: so much may be drawn before it is fetched, where that
+    waiting: somebody waits for what comes next. ahead: so much may be drawn before it is fetched, where that
     helps others too. eager: draw as far ahead whether or not others do. sequence: the one that it was given last, which
     is its own as long as that says so.
     """
@@ -100,7 +101,7 @@ class Session:
         self.error: BaseException | None = None
         self.cancelled = False
         self.done = False  # nothing more will be drawn, and it needs no sequence any more
-        self.waiting = 0
+        self.waiting = False
         self.eager = False
         self.ahead = 4
         self.fetched = 0.0  # time.monotonic() when something was fetched last
@@ -120,9 +121,12 @@ class Session:
             except Exception as error:
                 self.fail(error)
                 return
-            except BaseException as error:
-                self.fail(error)
+            except (KeyboardInterrupt, SystemExit):  # on the thread that happens to drive
+                self.fail(EdgemoeError("the drawing of its token was interrupted"))
                 raise
+            except BaseException as error:  # a library's panic
+                self.fail(EdgemoeError(f"its token could not be drawn: {error}"))
+                return
             if drawn.reason:
                 self.done = True
             self.drawn.append(drawn)
@@ -195,7 +199,7 @@ class LogitsDrawer:
     """For who wants the logits themselves."""
 
     def draw(self, logits: NDArray[np.float32], tokens: list[int], computed: int) -> Drawn:
-        return Drawn("", None, "done", computed, time.perf_counter(), logits=logits)
+        return Drawn("", None, "done", computed, time.perf_counter(), logits=logits.copy())
 
     def finish(self, reason: str, tokens: list[int], computed: int) -> Drawn:
         return Drawn("", None, reason, computed, time.perf_counter())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import pytest
 
 import edgemoe
 from edgemoe.convert import convert
-from edgemoe.serving.prompt_cache import PromptCache
+from edgemoe.formats.read import read_index
+from edgemoe.options import EngineOptions
+from edgemoe.serving.prompt_cache import PromptCache, state_key
 
 GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
 TEXT = random.Random(1).choices(range(1, 320), k=300)
@@ -131,3 +134,36 @@ def test_a_killed_process_leaves_nothing_wrong(pack: Path, tmp_path: Path) -> No
     texts = [rng.choices(range(1, 320), k=300) for _ in range(3)]
     expected = [answer(pack, text, None)[0] for text in texts]
     assert [answer(pack, text, folder)[0] for text in texts] == expected
+
+
+def test_a_state_finds_room_beside_others(pack: Path, tmp_path: Path) -> None:
+    """In a pool that idle sequences have filled; and what another quality left behind is not kept."""
+    folder = tmp_path / "states"
+    texts = [random.Random(seed).choices(range(1, 320), k=300) for seed in range(4)]
+    expected = [answer(pack, text, None) for text in texts]
+    with edgemoe.load(pack, threads=1, parallel=3, context=1024, prompt_cache_dir=folder) as model:
+        for _ in range(2):
+            for text, (said, _computed) in zip(texts, expected, strict=True):
+                generation = model.generate(text, **GREEDY)
+                assert "".join(generation) == said
+                model._scheduler.keep()
+        assert generation.result.computed_prompt_tokens == 1
+
+
+def test_a_fault_of_the_cache_is_nobodys(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answer(pack, TEXT, tmp_path / "states")[0]
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    for name in ("_read_state", "save"):
+        with monkeypatch.context() as patched:
+            patched.setattr(PromptCache, name, fail)
+            assert answer(pack, TEXT, tmp_path / "states")[0] == expected
+
+
+def test_rotary_angles_that_depend_on_the_context_are_part_of_the_key(pack: Path) -> None:
+    index = read_index(pack)
+    options = EngineOptions(threads=1, context=512, chunk=64)
+    other = replace(index, spec=replace(index.spec, context=1000))
+    assert state_key(index, options) != state_key(other, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import linecache
 import subprocess
 import sys
 import textwrap
@@ -399,3 +400,60 @@ def test_a_program_may_end_while_the_scheduler_works(pack: Path) -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
+
+
+def test_interrupts_leave_the_model_usable(pack: Path) -> None:
+    """Ctrl-C after any line of the scheduler."""
+    with edgemoe.load(pack, threads=1) as model:
+        expected = "".join(model.generate(FIRST, **GREEDY))
+        files = ("scheduler.py", "sequences.py", "session.py")
+
+        for target in range(1, 400, 3):
+            seen = 0
+
+            def trace(frame: Any, event: str, _: Any) -> Any:
+                nonlocal seen
+                if not frame.f_code.co_filename.endswith(files):
+                    return None if event == "call" and "generation" not in frame.f_code.co_filename else trace
+                line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+                # Signals are handled at calls, though not before a `with` block's lock is released.
+                if event == "line" and "(" in line and not line.startswith("with "):
+                    seen += 1
+                    if seen == target:  # noqa: B023
+                        raise KeyboardInterrupt
+                return trace
+
+            generation = model.generate(FIRST, **GREEDY)
+            sys.settrace(trace)
+            try:
+                next(generation)
+                next(generation)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            del generation
+            text: list[str] = []
+            thread = threading.Thread(target=lambda: text.append("".join(model.generate(FIRST, **GREEDY))))  # noqa: B023
+            thread.start()
+            thread.join(30)
+            assert text == [expected], target
+
+
+def test_room_is_found_after_a_pass_of_the_user(pack: Path) -> None:
+    with edgemoe.load(pack, parallel=4, context=256) as model:
+        list(model.generate(FIRST, max_tokens=1))
+        model.forward([5] * 200, range(31, 231), [0] * 200, [])
+        generation = model.generate([*SECOND * 6][:200], max_tokens=3, ignore_eos=True)
+        assert len(list(generation)) and generation.result.finish_reason == "length"
+
+
+def test_a_restored_state_is_of_nobody_else(pack: Path) -> None:
+    with edgemoe.load(pack, parallel=1) as model:
+        expected = "".join(model.generate(FIRST, **GREEDY))
+        list(model.generate(SECOND, max_tokens=2))
+        saved = model.snapshot()
+        generation = model.generate(FIRST, **GREEDY)
+        text = next(generation)
+        model.restore(saved)
+        assert text + "".join(generation) == expected

@@ -226,7 +226,11 @@ RoutingArrays take_routing(BoundEngine& bound) {
 py::array_t<uint8_t> snapshot(BoundEngine& engine, int id) {
     const edgemoe::SequenceState& state = engine.sequence(id);
     py::array_t<uint8_t> target(static_cast<py::ssize_t>(state.snapshot_bytes()));
-    state.snapshot({reinterpret_cast<std::byte*>(target.mutable_data()), state.snapshot_bytes()});
+    const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(target.mutable_data()), state.snapshot_bytes());
+    {
+        const py::gil_scoped_release release;
+        state.snapshot(bytes);
+    }
     return target;
 }
 
@@ -240,7 +244,10 @@ py::tuple residency(const BoundEngine& bound) {
 
 void restore(BoundEngine& engine, int id, const py::buffer& source) {
     const py::buffer_info info = source.request();
-    engine.sequence(id).restore(bytes_of(info));
+    const auto bytes = bytes_of(info);
+    edgemoe::SequenceState& state = engine.sequence(id);
+    const py::gil_scoped_release release;
+    state.restore(bytes);
 }
 
 void bind_records(py::module_& module) {
