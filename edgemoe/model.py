@@ -351,9 +351,9 @@ class Model:
         """One pass of the engine: logits float32 [wanted, vocab] after those tokens whose indexes are in `wanted`.
 
         Token i stands at positions[i] of sequence sequence_ids[i], of 0 to parallel - 1; a sequence goes on where it
-        ends. Generations use the same sequences; what they find changed they compute again. A token's experts are
-        computed at qualities[quality[i]], or at qualities[0] without `quality`; without both at the model's. Raises
-        ContextLengthError, ReadError, OptionError, ValueError.
+        ends, or begins anew at position 0. Generations use the same sequences; what they find changed they compute
+        again. A token's experts are computed at qualities[quality[i]], or at qualities[0] without `quality`; without
+        both at the model's. Raises ContextLengthError, ReadError, OptionError, ValueError.
         """
         ids = token_ids(tokens, self.spec.vocab_size, "the text")
         return self._scheduler.forward(ids, positions, sequence_ids, wanted, qualities, quality)

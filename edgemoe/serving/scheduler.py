@@ -256,13 +256,17 @@ class Scheduler:
         qualities: Sequence[Quality],
         quality: ArrayLike | None,
     ) -> NDArray[np.float32]:
-        """`Engine.forward` in any of the sequences; what they hold is not known afterwards. What it counts is of no
-        session."""
+        """`Engine.forward` in any of the sequences, where one with a row at position 0 begins anew; what they hold is
+        not known afterwards. What it counts is of no session."""
         places = np.asarray(positions, np.int32).reshape(-1)
+        ids = np.asarray(sequence_ids, np.int32).reshape(-1)
+        begun = ids[places == 0] if len(ids) == len(places) else ids[:0]
         with self._alone():
             self._engine.check_open()
             for sequence in self._sequences.all:
                 sequence.hold([])
+                if sequence.id in begun:
+                    self._engine.truncate(sequence.id, 0)
             self._count([])
             try:
                 return self._engine.forward(tokens, places, sequence_ids, wanted, qualities=qualities, quality=quality)
