@@ -85,14 +85,14 @@ class Requests:
             other = None
             if beside:
                 other = self._model.generate(self._prompt(number + 1), ignore_eos=True, max_tokens=10_000)
-                for _ in range(8):
-                    await anext(other)
 
                 async def read(generation: edgemoe.Generation) -> None:
                     async for _ in generation:
                         pass
 
                 reader = asyncio.create_task(read(other))
+                while other.result.generated_tokens < BEGIN:  # of a synthetic model, few tokens have a text
+                    await asyncio.sleep(0.01)
             begin = time.perf_counter()
             generation = self._model.generate(self._prompt(number, length), ignore_eos=True, max_tokens=1)
             async for _ in generation:

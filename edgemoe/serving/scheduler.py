@@ -566,7 +566,9 @@ class Scheduler:
                 common = common_prefix(sequence.tokens, session.tokens)
                 self._sequences.go_back(sequence, min(common, len(session.tokens) - 1))
                 sequence.known, sequence.quality = True, session.quality
-            (streams if len(session.tokens) - len(sequence.tokens) == 1 else prompts).append(session)
+            # Who has nothing yet waits for no turn of others.
+            goes_on = len(session.tokens) - len(sequence.tokens) == 1 and len(session.tokens) > session.prompt
+            (streams if goes_on else prompts).append(session)
         self._paced = len(streams) > 1 and not prompts and not self._resident
         if self._paced:
             streams = self._pace.choose(streams)
