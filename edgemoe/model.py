@@ -26,8 +26,6 @@ from edgemoe.loading import load_engine, quality_of
 from edgemoe.memory import Budget, format_size
 from edgemoe.model_files import Progress, resolve
 from edgemoe.options import EngineOptions, LoadOptions, Quality
-from edgemoe.protocols import chat_completions
-from edgemoe.protocols.answers import Reply
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Generation, GenerationResult, Tally, TextDrawer, figures
@@ -217,6 +215,9 @@ class Model:
         all of SamplingOptions. Raises FieldError (an OptionError), which names what is unknown or wrong, and as
         `chat_parts`.
         """
+        from edgemoe.protocols import chat_completions  # not what a first token should wait for
+        from edgemoe.protocols.answers import Reply
+
         request = chat_completions.parse_call({"messages": list(messages), "stream": stream, **fields})
         template = self.tokenizer.chat_template or ""
         answers: list[Answer] = []

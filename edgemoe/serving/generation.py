@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 import time
@@ -215,13 +214,15 @@ class Generation:
     async def __anext__(self) -> str:
         """The same on an event loop, which it does not block. A task that is cancelled leaves the generation as it is;
         `close` ends it."""
+        from asyncio import CancelledError
+
         self._enter()
         try:
             while self._goes_on():
                 piece = self._read(await self._scheduler.next_async(self._session))
                 if piece:
                     return piece
-        except asyncio.CancelledError:
+        except CancelledError:
             raise
         except BaseException as error:
             self._failed(error)

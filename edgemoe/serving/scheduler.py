@@ -10,7 +10,6 @@ is held between two steps, so a session may stop anywhere, for as long as it lik
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import itertools
@@ -32,6 +31,8 @@ from edgemoe.serving.sequences import EngineSequences, common_prefix
 from edgemoe.serving.session import Drawn, EngineSequence, LogitsDrawer, Session
 
 if TYPE_CHECKING:
+    import asyncio
+
     from edgemoe.profiling.trace import TraceWriter
 
 # A session that nobody has waited for so many seconds may lose its sequence to one that has none.
@@ -131,6 +132,8 @@ class Scheduler:
 
     async def next_async(self, session: Session) -> Drawn | None:
         """The same on an event loop."""
+        import asyncio  # takes longer to import than a first token should wait, and not everybody needs it
+
         loop = asyncio.get_running_loop()
         while (drawn := session.fetch()) is None and not session.done:
             self._engine.check_open()
