@@ -26,7 +26,7 @@ from bench import _command
 from bench._machine import machine, peer_version, say
 from edgemoe import _core
 from edgemoe.formats.gguf_index import GgufSource, build_index
-from tools.model_files import write_gguf
+from tools.model_files import write_gguf, write_pack
 from tools.synthesize import SyntheticModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,15 +100,15 @@ def take_turns(found: Sequence[Contender], repetitions: int, decimals: int, **re
 
 
 @contextlib.contextmanager
-def subject(options: argparse.Namespace) -> Iterator[Path]:
-    """The GGUF: the one named, or a synthetic one that is deleted in the end."""
+def subject(options: argparse.Namespace, kind: str = "gguf") -> Iterator[Path]:
+    """The model: the one named, or a synthetic one ("gguf", or a pack: "emoe") that is deleted in the end."""
     if options.model:
         yield options.model
         return
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.work or Path.cwd()) as folder:
-        path = Path(folder) / f"synthetic-{options.layers}.gguf"
+        path = Path(folder) / f"synthetic-{options.layers}.{kind}"
         say(f"writing {path}")
-        write_gguf(SyntheticModel(layers=options.layers), path, 4, 4)
+        (write_gguf if kind == "gguf" else write_pack)(SyntheticModel(layers=options.layers), path, 4, 4)
         yield path
 
 

@@ -22,9 +22,8 @@ import contextlib
 import hashlib
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ sys.path.append(str(ROOT))
 from bench._command import parser as command_line  # noqa: E402
 from bench._command import percentages, publish  # noqa: E402
 from bench._machine import machine, say  # noqa: E402
+from bench._rates import subject  # noqa: E402
 from edgemoe.disk import reading_threads  # noqa: E402
 from edgemoe.engine import Engine, plan_memory  # noqa: E402
 from edgemoe.errors import EdgemoeError  # noqa: E402
@@ -45,8 +45,6 @@ from edgemoe.formats.index import ModelIndex  # noqa: E402
 from edgemoe.formats.read import read_index  # noqa: E402
 from edgemoe.model_files import default_cache_dir  # noqa: E402
 from edgemoe.options import EngineOptions  # noqa: E402
-from tools.model_files import write_pack  # noqa: E402
-from tools.synthesize import SyntheticModel  # noqa: E402
 
 PROMPT = 8  # tokens of each stream before the first that is measured
 
@@ -184,19 +182,6 @@ def report(facts: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@contextlib.contextmanager
-def subject(options: argparse.Namespace) -> Iterator[Path]:
-    """The model: the one named, or a synthetic one that is deleted in the end."""
-    if options.model:
-        yield options.model
-        return
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.work or Path.cwd()) as folder:
-        path = Path(folder) / f"synthetic-{options.layers}.emoe"
-        say(f"writing {path}")
-        write_pack(SyntheticModel(layers=options.layers), path, 4, 4)
-        yield path
-
-
 def counts(text: str) -> list[int]:
     """The type of an option such as "1,2,4"."""
     values = [int(value) for value in text.split(",")]
@@ -225,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} must be positive")
     entries: list[dict[str, Any]] = []
     try:
-        with subject(options) as path:
+        with subject(options, "emoe") as path:
             index = read_index(path)
             layer = max(index.spec.layers, key=lambda layer: layer.experts)
             facts = machine() | {

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgemoe.engine import Count, Engine
 from edgemoe.errors import ContextLengthError, OptionError, OverloadedError, TokenizerError
-from edgemoe.families import ToolFormat
 from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.read import load_tokenizer, read_index
 from edgemoe.loading import load_engine, quality_of
@@ -29,18 +28,19 @@ from edgemoe.options import EngineOptions, LoadOptions, Quality
 from edgemoe.serving.answer import Answer
 from edgemoe.serving.conversations import Conversations
 from edgemoe.serving.generation import Generation, GenerationResult, Tally, TextDrawer, figures
-from edgemoe.serving.prompt_cache import PromptCache, state_key
 from edgemoe.serving.scheduler import Scheduler
 from edgemoe.serving.session import Session
 from edgemoe.spec import ModelSpec
-from edgemoe.text.answer import AnswerSplitter, check_format, mark_ids
-from edgemoe.text.call_syntax import CallReader
 from edgemoe.text.sampling import Sampler, SamplingOptions
 from edgemoe.text.stream import StopStrings, TextStream
 from edgemoe.text.tokenizer import Tokenizer, check_vocabulary
 from edgemoe.text.tokens import token_ids
-from edgemoe.text.tool_messages import prepared, template_tools
-from edgemoe.text.tools import ToolUse
+
+# What conversations and prompt caches need is imported where it is used: a first token waits for nothing else.
+if TYPE_CHECKING:
+    from edgemoe.families import ToolFormat
+    from edgemoe.serving.prompt_cache import PromptCache
+    from edgemoe.text.tools import ToolUse
 
 MAX_LOGPROBS = 20
 """As OpenAI's API has it."""
@@ -160,6 +160,8 @@ class Model:
         chat_template_kwargs: further variables of the template, such as enable_thinking.
         The other options are those of `generate`. Raises TokenizerError where the model has no chat template.
         """
+        from edgemoe.text.tools import ToolUse
+
         text = self._chat_prompt(messages, ToolUse(), chat_template_kwargs)
         return self._answer(text, ToolUse(), None, max_tokens, stop, sampling)
 
@@ -191,6 +193,11 @@ class Model:
 
         Raises OptionError, which names the tool or the message, and as `chat`.
         """
+        from edgemoe.text.answer import AnswerSplitter, check_format
+        from edgemoe.text.call_syntax import CallReader
+        from edgemoe.text.tool_messages import template_tools
+        from edgemoe.text.tools import ToolUse
+
         check_format(reasoning_format)
         use = ToolUse.given(tools, tool_choice, parallel_tool_calls)
         if response_schema is not None:
@@ -239,6 +246,8 @@ class Model:
     ) -> str:
         if self.tokenizer.chat_template is None:
             raise TokenizerError(f"{self.path}: the model has no chat template; use generate()")
+        from edgemoe.text.tool_messages import prepared
+
         told, more = prepared(messages, use, self.tokenizer, self.spec.family)
         return self.tokenizer.apply_chat_template(
             told, add_generation_prompt=True, variables={**more, **(variables or {})}
@@ -260,6 +269,8 @@ class Model:
             rest = self.tokenizer.encode(prompt[len(text) :], limit=COUNTED * self.context)
             tokens = [*tokens, *rest] if not rest or self.tokenizer.is_special(rest[0]) else []
         tokens = tokens or self.tokenizer.encode(prompt, limit=COUNTED * self.context)
+        from edgemoe.text.answer import mark_ids
+
         stream = TextStream(self.tokenizer, spelled=mark_ids(self.tokenizer, form))
         return self._start(tokens, stream, max_tokens, stop, sampling, prompt, use, form)
 
@@ -301,6 +312,7 @@ class Model:
         constraint = None
         if prompt is not None and (form is not None or options.grammar is not None or options.json_schema is not None):
             from edgemoe.text.answer_grammar import answer_constraint
+            from edgemoe.text.tools import ToolUse
 
             # A grammar is for the answer, not for its frame and the thoughts before it.
             constraint = answer_constraint(
@@ -479,6 +491,8 @@ class Model:
 def _prompt_cache(index: ModelIndex, engine: EngineOptions, options: LoadOptions) -> PromptCache | None:
     if options.prompt_cache_dir is None:
         return None
+    from edgemoe.serving.prompt_cache import PromptCache, state_key
+
     goes_back = all(
         layer.attention.kind in ("full", "mla") and not layer.attention.window for layer in index.spec.layers
     )

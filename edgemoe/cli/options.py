@@ -62,6 +62,21 @@ def load_option(name: str, *flags: str, metavar: str | None = None, **changes: A
     return click.option(*flags, name, **{**settings, **changes})
 
 
+def predict_option(help: str) -> Callable[[Function], Function]:
+    """-n: how many tokens there may be, None for any number."""
+    return click.option(
+        "-n",
+        "--predict",
+        "--max-tokens",
+        "max_tokens",
+        type=int,
+        default=-1,
+        callback=token_limit,
+        metavar="N",
+        help=f"{help}  [default: -1]",
+    )
+
+
 def memory_option(function: Function) -> Function:
     """-M: the bytes that the process may take, None for what is free."""
     return load_option("memory", "-M", "--memory", metavar="auto|SIZE", callback=memory_size)(function)

@@ -27,9 +27,9 @@ from edgemoe.cli.options import (
     load_option,
     model_options,
     open_model,
+    predict_option,
     sampling_options,
     template_options,
-    token_limit,
 )
 from edgemoe.errors import OptionError
 
@@ -51,17 +51,7 @@ MAX_PROMPT = 16 * 1024**2
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt. Without MODEL, for the bundled model.")
 @click.option("-f", "--file", metavar="FILE", help="The prompt is in this file; - is the standard input.")
 @click.option("-sys", "--system-prompt", metavar="TEXT", help="Instructions before the conversation.")
-@click.option(
-    "-n",
-    "--predict",
-    "--max-tokens",
-    "max_tokens",
-    type=int,
-    default=-1,
-    callback=token_limit,
-    metavar="N",
-    help="At most N tokens; -1 until the model ends or the context is full.  [default: -1]",
-)
+@predict_option("At most N tokens; -1 until the model ends or the context is full.")
 @context_option
 @model_options
 @sampling_options

@@ -22,9 +22,9 @@ from edgemoe.cli.options import (
     memory_size,
     model_options,
     open_model,
+    predict_option,
     read_text,
     template_options,
-    token_limit,
 )
 
 if TYPE_CHECKING:
@@ -69,17 +69,7 @@ BYTES_PER_TOKEN = 32
 @load_option("prompt_cache_dir", "--prompt-cache-dir", metavar="DIR", type=click.Path(file_okay=False))
 @load_option("prompt_cache_size", "--prompt-cache-size", metavar="SIZE", callback=memory_size, show_default=True)
 @context_option
-@click.option(
-    "-n",
-    "--predict",
-    "--max-tokens",
-    "max_tokens",
-    type=int,
-    default=-1,
-    callback=token_limit,
-    metavar="N",
-    help="No answer is longer, whatever a request says; -1 for no limit.  [default: -1]",
-)
+@predict_option("No answer is longer, whatever a request says; -1 for no limit.")
 @model_options
 @load_option("eviction", "--eviction")
 @load_option("prefetch", "--no-prefetch", help="Read no expert before it is known to be needed.")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import TYPE_CHECKING
 
 from edgemoe.errors import EdgemoeError
 from edgemoe.serving.generation import BUSY, Generation, GenerationResult
-from edgemoe.text.answer import AnswerSplitter
 from edgemoe.text.parts import Part
+
+if TYPE_CHECKING:
+    from edgemoe.text.answer import AnswerSplitter
 
 
 class Answer:

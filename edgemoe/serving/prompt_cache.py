@@ -29,8 +29,6 @@ from edgemoe.options import EngineOptions
 
 ARITHMETIC = 1
 """To be raised whenever the same tokens give other bits than before (tests/test_golden.py), or a state another form."""
-LEAST_TOKENS = 256
-"""Fewer are computed again as fast."""
 _MAGIC = b"edgemoe state 1\n"
 _MAX_HEADER = 1 << 12
 _MAX_TOKENS = 1 << 24

@@ -26,7 +26,6 @@ from edgemoe.engine import Cancel, Cancelled, Count, Engine, EngineCounters
 from edgemoe.errors import EdgemoeError, StateError
 from edgemoe.options import EngineOptions, Quality
 from edgemoe.serving.pace import Pace
-from edgemoe.serving.prompt_cache import PromptCache
 from edgemoe.serving.sequences import EngineSequences, common_prefix
 from edgemoe.serving.session import Drawn, EngineSequence, LogitsDrawer, Session
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from edgemoe.profiling.trace import TraceWriter
+    from edgemoe.serving.prompt_cache import PromptCache
 
 # A session that nobody has waited for so many seconds may lose its sequence to one that has none.
 PAUSE = 0.02
@@ -44,7 +44,7 @@ COUNTED = 0.01
 INTERVAL = 0.1
 LEAST_ROWS = 32
 # A prompt of which so many tokens were computed goes to the prompt cache at once.
-KEPT = 1024
+KEPT_AT_ONCE = 1024
 # So many positions must be free for each session when another one begins, so that it need not leave again at once.
 MARGIN = 128
 # How far a session may be drawn ahead of who reads it on an event loop.
@@ -289,7 +289,6 @@ class Scheduler:
             self._engine.check_open()
             idle = self._sequences.idle
             sequence = idle[0] if idle else min(self._sequences.all, key=lambda sequence: sequence.turn)
-            sequence.take_away()
             sequence.hold([])
             while True:
                 try:
@@ -564,7 +563,7 @@ class Scheduler:
             sequence = session.sequence
             assert sequence is not None
             if not sequence.known or len(sequence.tokens) >= len(session.tokens):
-                if sequence.quality != session.quality:
+                if sequence.quality != session.quality:  # the same tokens have left something else behind
                     sequence.hold([])
                 common = common_prefix(sequence.tokens, session.tokens)
                 self._sequences.go_back(sequence, min(common, len(session.tokens) - 1))
@@ -652,7 +651,11 @@ class Scheduler:
             part.sequence.tokens.extend(part.tokens)
             part.sequence.known = True
             part.session.computed += len(part.tokens)
-            if part.wanted and part.session.computed >= KEPT and len(part.session.tokens) == part.session.prompt:
+            if (
+                part.wanted
+                and part.session.computed >= KEPT_AT_ONCE
+                and len(part.session.tokens) == part.session.prompt
+            ):
                 self._sequences.keep(part.sequence)
             if self._marks and len(part.sequence.tokens) == part.session.prompt - 1:
                 self._engine.mark(part.sequence.id)

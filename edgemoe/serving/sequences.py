@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from edgemoe.engine import Engine
 from edgemoe.errors import StateError
-from edgemoe.serving.prompt_cache import LEAST_TOKENS, PromptCache
 from edgemoe.serving.session import EngineSequence, Session
 
+if TYPE_CHECKING:
+    from edgemoe.serving.prompt_cache import PromptCache
+
+# Fewer tokens are computed again as fast as the prompt cache is read.
+KEPT = 256
 # A shorter common beginning is computed again rather than shared.
 SHARED = 16
 # Positions of a block, which sequences share whole.
@@ -52,7 +57,7 @@ class EngineSequences:
             if common > shared or (common == shared > 0 and one.holder is None and best.holder is not None):
                 best, shared = one, common
         cache = self._cache if session.quality is None else None
-        if cache is not None and cache.find(tokens) >= shared + LEAST_TOKENS and self._load(oldest, tokens):
+        if cache is not None and cache.find(tokens) >= shared + KEPT and self._load(oldest, tokens):
             oldest.give(session)
             return oldest
         chosen = best
@@ -86,7 +91,7 @@ class EngineSequences:
     def keep(self, sequence: EngineSequence) -> None:
         """Has the prompt cache keep what the sequence holds, if it is worth it."""
         cache, tokens = self._cache, sequence.tokens
-        if cache is None or sequence.quality is not None or len(tokens) < LEAST_TOKENS or cache.busy:
+        if cache is None or sequence.quality is not None or len(tokens) < KEPT or cache.busy:
             return
         with contextlib.suppress(Exception):  # MemoryError, no more threads, ...: it is only a cache
             if self._engine.length(sequence.id) == len(tokens) and not cache.holds(tokens):

@@ -178,9 +178,6 @@ class EngineSequence:
 
     def give(self, session: Session) -> None:
         self._holder = weakref.ref(session)
-        if self.quality != session.quality:  # the same tokens have left something else behind
-            self.tokens = []
-            self.quality = session.quality
         self.known = False
         session.sequence = self
 

@@ -141,7 +141,7 @@ def test_a_state_finds_room_beside_others(pack: Path, tmp_path: Path) -> None:
     folder = tmp_path / "states"
     texts = [random.Random(seed).choices(range(1, 320), k=300) for seed in range(4)]
     expected = [answer(pack, text, None) for text in texts]
-    with edgemoe.load(pack, threads=1, parallel=3, context=1024, prompt_cache_dir=folder) as model:
+    with edgemoe.load(pack, threads=1, parallel=3, context=640, prompt_cache_dir=folder) as model:
         for _ in range(2):
             for text, (said, _computed) in zip(texts, expected, strict=True):
                 generation = model.generate(text, **GREEDY)

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nested
 import pytest
 
 import edgemoe
 from edgemoe.convert import convert
 from edgemoe.errors import EdgemoeError
+from edgemoe.options import Quality
 from edgemoe.profiling.trace import read_trace
 from edgemoe.serving import scheduler
 from edgemoe.serving.session import LogitsDrawer, Session
@@ -444,7 +446,7 @@ def test_room_is_found_after_a_pass_of_the_user(pack: Path) -> None:
     with edgemoe.load(pack, parallel=4, context=256) as model:
         list(model.generate(FIRST, max_tokens=1))
         model.forward([5] * 200, range(31, 231), [0] * 200, [])
-        generation = model.generate([*SECOND * 6][:200], max_tokens=3, ignore_eos=True)
+        generation = model.generate([*SECOND * 7][:200], max_tokens=3, ignore_eos=True)
         assert len(list(generation)) and generation.result.finish_reason == "length"
 
 
@@ -457,3 +459,84 @@ def test_a_restored_state_is_of_nobody_else(pack: Path) -> None:
         text = next(generation)
         model.restore(saved)
         assert text + "".join(generation) == expected
+
+
+def test_texts_of_different_quality_share_nothing(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path) -> None:
+    """What the same tokens leave behind is not the same."""
+    lossy = Quality(level_cap=0)
+    convert(tiny_qwen3_moe(), tmp_path / "floats.emoe", 32)
+    path = nested.write_nested_pack(tmp_path / "floats.emoe", tmp_path / "nested.emoe")
+    with edgemoe.load(path, parallel=1, threads=1) as model:
+
+        def logits(quality: Quality | None) -> bytes:
+            session = Session(list(FIRST), LogitsDrawer(), quality)
+            drawn = model._scheduler.next(session)
+            assert drawn is not None and drawn.logits is not None
+            return drawn.logits.tobytes()
+
+        alone = {None: model.logits(FIRST, len(FIRST) - 1).tobytes()}
+        positions = range(len(FIRST))
+        alone[lossy] = model.forward(FIRST, positions, [0] * len(FIRST), [len(FIRST) - 1], qualities=[lossy]).tobytes()
+        assert alone[lossy] != alone[None]
+        for quality in (None, lossy, None, None, lossy, lossy, None):
+            assert logits(quality) == alone[quality]
+
+
+def test_a_first_token_waits_for_no_turn(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where streams take turns, a text that has nothing yet is in the next pass."""
+    with edgemoe.load(pack, parallel=3, threads=1, expert_slots=8, chunk=32) as model:
+        paced: list[int] = []
+        choose = model._scheduler._pace.choose
+
+        def noted(streams: Any) -> Any:
+            paced.extend(len(session.tokens) - session.prompt for session in streams)
+            return choose(streams)
+
+        monkeypatch.setattr(model._scheduler._pace, "choose", noted)
+
+        async def read(generation: edgemoe.Generation) -> None:
+            async for _ in generation:
+                pass
+
+        async def one_after_two() -> None:
+            options: dict[str, Any] = {"ignore_eos": True, "max_tokens": 480, "seed": 1}
+            running = [model.generate(prompt[:9], **options) for prompt in (FIRST, SECOND)]
+            tasks = [asyncio.create_task(read(generation)) for generation in running]
+            while not all(generation.result.tokens for generation in running):
+                await asyncio.sleep(0.001)
+            # Beside two streams there are 30 rows for 31 tokens, beside one there are 31 for 32.
+            for number in range(16):
+                prompt = [number + 200, *THIRD][: 31 + number % 2]
+                await read(model.generate(prompt, ignore_eos=True, max_tokens=1))
+            for generation in running:
+                generation.close()
+            await asyncio.gather(*tasks)
+
+        asyncio.run(one_after_two())
+        assert paced and min(paced) > 0
+
+
+def test_a_text_that_shares_its_beginning_needs_room_for_the_rest_only(pack: Path) -> None:
+    begin = [*FIRST, *SECOND, *THIRD, *FIRST, *SECOND]  # with room to grow, two of these do not fit side by side
+    with edgemoe.load(pack, parallel=2, context=512) as model:
+        list(model.generate(begin, max_tokens=1))
+        engine: Any = model.engine
+        core = engine._core
+        together: list[int] = []
+
+        class Noted(Calls):
+            def forward(self, tokens: Any, positions: Any, ids: Any, *arguments: Any) -> Any:
+                together.append(len(set(ids.tolist())))
+                return self._core.forward(tokens, positions, ids, *arguments)
+
+        engine._core = Noted(core)
+
+        async def read(last: int) -> None:
+            async for _ in model.generate([*begin, last], **GREEDY):
+                pass
+
+        async def both() -> None:
+            await asyncio.gather(read(7), read(8))
+
+        asyncio.run(both())
+        assert max(together) == 2
