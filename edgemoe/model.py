@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from edgemoe.engine import Count, Engine
 from edgemoe.errors import ContextLengthError, OptionError, OverloadedError, TokenizerError
 from edgemoe.formats.index import ModelIndex
-from edgemoe.formats.read import load_tokenizer, read_index
+from edgemoe.formats.read import read_model
 from edgemoe.loading import load_engine, quality_of
 from edgemoe.memory import Budget, format_size
 from edgemoe.model_files import Progress, resolve
@@ -92,11 +92,10 @@ class Model:
 
     def __init__(self, path: Path, options: LoadOptions) -> None:
         """From a pack or GGUF file; otherwise as `load`."""
-        index = read_index(path)
+        index, self.tokenizer = read_model(path)
         self.path = path
         self.spec = index.spec
         self.generation_defaults = dict(index.generation)
-        self.tokenizer = load_tokenizer(path)
         check_vocabulary(self.tokenizer, self.spec)
         loaded = load_engine(index, options)
         self.engine, self.options, self.budget = loaded.engine, loaded.options, loaded.budget

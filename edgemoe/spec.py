@@ -7,6 +7,7 @@ fields and knows nothing else about the model. `None`, `False`, `0` and `1.0` me
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -368,6 +369,11 @@ def _attention_tensors(attention: AttentionSpec, hidden: int) -> dict[str, tuple
     return shapes
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _decode(kind: Any, value: Any, where: str) -> Any:
     """Checks `value` against the annotation `kind` and builds the dataclasses in it (the file is not trusted)."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -381,7 +387,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise UnsupportedModelError(f"{where}: a map was expected, not {quote(value)}")
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         arguments_by_name: dict[str, Any] = {}
         for field in dataclasses.fields(kind):
             if field.name in value:

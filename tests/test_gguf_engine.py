@@ -332,7 +332,7 @@ def test_dense_matrices_that_need_padding_lie_alone(tmp_path: Path) -> None:
 
 def test_generates_text(tmp_path: Path) -> None:
     path = tiny(tmp_path, {"": "q4_k", "ffn_down_exps": "q6_k"}, hidden=256, ffn=256)
-    with edgemoe.load(path, memory="2GB", threads=1) as model:
+    with edgemoe.load(path, threads=1) as model:
         first = list(model.generate("the hello", max_tokens=12, temperature=0, ignore_eos=True))
         again = finished(model.generate("the hello", max_tokens=12, temperature=0, ignore_eos=True))
         assert "".join(first) == again.text and again.generated_tokens == 12

@@ -48,7 +48,7 @@ def test_the_bundled_model(state: str, isa: str, monkeypatch: pytest.MonkeyPatch
     if isa == "scalar" and state != "f16" and len(ISAS) > 1:
         pytest.skip("scalar takes seconds for each")
     monkeypatch.setenv("EDGEMOE_ISA", isa)
-    with edgemoe.load(bundled_model(), cache_type_k=state, cache_type_v=state, memory="2GB") as model:
+    with edgemoe.load(bundled_model(), cache_type_k=state, cache_type_v=state) as model:
         assert digest(model, 70) == BUNDLED[state]
 
 
@@ -62,5 +62,5 @@ def test_a_model_made_of_integers(tmp_path: Path, isa: str, monkeypatch: pytest.
     write_safetensors(folder / "model.safetensors", tensors, dict.fromkeys(tensors, "F32"))
     convert(folder, tmp_path / "model.emoe", 32)
     monkeypatch.setenv("EDGEMOE_ISA", isa)
-    with edgemoe.load(tmp_path / "model.emoe", memory="2GB") as model:
+    with edgemoe.load(tmp_path / "model.emoe") as model:
         assert digest(model, 200) == TINY

@@ -264,7 +264,7 @@ def test_residency_counts_levels(mixed: Path) -> None:
     """Of experts with 1, 2 or 3 levels, read as far as they were needed."""
     most = np.add.outer(np.arange(LAYERS), np.arange(EXPERTS)) % 3 + 1
     for options, allowed in (({}, {0, 1, 2, 3}), ({"level_cap": 0}, {0, 1})):
-        with edgemoe.load(mixed, memory="2GB", expert_slots=LAYERS * EXPERTS, prefetch=False, **options) as model:
+        with edgemoe.load(mixed, expert_slots=LAYERS * EXPERTS, prefetch=False, **options) as model:
             model.logits(TOKENS)
             levels, reads = model.engine.residency()
             sections = model.engine.counters().sections_read

@@ -270,8 +270,12 @@ def _unescape(text: str) -> str:
 
 
 def open_model(path: str | None, **options: Any) -> Model:
-    """`edgemoe.load`, saying on stderr what it does where that takes a while (converting a folder)."""
+    """`edgemoe.load`, saying on stderr what it does where that takes a while (converting a folder).
+
+    A command has one text at a time, unless the options say how many in `parallel`."""
     import edgemoe
+
+    options.setdefault("parallel", 1)
 
     with progress_bar("converting") as advance:
         model = edgemoe.load(path, announce=lambda text: click.echo(text, err=True), progress=advance, **options)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from edgemoe.errors import TokenizerError
 from edgemoe.formats.gguf import GgufModel, is_gguf
-from edgemoe.formats.gguf_index import GgufSource, build_index
 from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.pack import Pack
 from edgemoe.text.tokenizer import Tokenizer
@@ -17,7 +16,23 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 def read_index(path: Path) -> ModelIndex:
     """Of a pack or of a GGUF file. Raises PackError, SourceError, UnsupportedModelError, TokenizerError."""
-    return build_index(GgufSource.open(path)) if is_gguf(path) else Pack.open(path).index
+    if not is_gguf(path):
+        return Pack.open(path).index
+    from edgemoe.formats.gguf_index import GgufSource, build_index
+
+    return build_index(GgufSource.open(path))
+
+
+def read_model(path: Path) -> tuple[ModelIndex, Tokenizer]:
+    """`read_index` and `load_tokenizer` of a file that is opened and checked once."""
+    if not is_gguf(path):
+        pack = Pack.open(path)
+        return pack.index, pack_tokenizer(pack)
+    from edgemoe.formats.gguf_index import GgufSource, build_index
+    from edgemoe.text.gguf_tokenizer import tokenizer_from_gguf
+
+    source = GgufSource.open(path)
+    return build_index(source), tokenizer_from_gguf(source.model.metadata, str(path))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -37,7 +37,7 @@ def test_converts(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
 def test_levels(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     source, target, text = tiny_qwen3_moe(), tmp_path / "a.emoe", tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 40)
-    arguments = ["--calibration", text, "--quality-text", text, "--quality-tokens", 512, "-M", "1GB", "-t", 1]
+    arguments = ["--calibration", text, "--quality-text", text, "--quality-tokens", 512, "-M", "4GB", "-t", 1]
     result = run("convert", source, target, "--levels", "3,5", *arguments)
     assert result.exit_code == 0, result.stderr
     pack = Pack.open(target)

@@ -30,7 +30,7 @@ CASES = {**FAMILY_CASES, **mixer_table.CASES}
 # Every kind of layer, and of router.
 KINDS = ("qwen2_moe", "gpt_oss", "gemma4", "phimoe", "deepseek_v3", "lfm2_moe", "qwen3_next")
 
-F32_STATE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "memory": "2GB"}
+F32_STATE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32"}
 Load = Callable[..., edgemoe.Model]
 
 
@@ -172,7 +172,7 @@ def test_levels_are_calibrated(name: str, tmp_path: Path) -> None:
     tokenizer.save(path)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"<{i}>" for i in np.random.default_rng(3).integers(0, VOCABULARY, 600)))
-    nested = NestedOptions((2, 8), text, tokens=512, quality_text=text, quality_tokens=256, memory=10**9, threads=1)
+    nested = NestedOptions((2, 8), text, tokens=512, quality_text=text, quality_tokens=256, threads=1)
     convert(tmp_path / "hf", tmp_path / "a.emoe", dense_bits=32, nested=nested)
     coarse, fine = Pack.open(tmp_path / "a.emoe").index.quality.levels
     assert 5 * fine.kl < coarse.kl

@@ -38,7 +38,7 @@ from family_table import (
 )
 
 TOKENS = np.random.default_rng(2).integers(0, VOCABULARY, 150).astype(np.int32)
-F32_STATE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "memory": "2GB", "context": 512}
+F32_STATE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "context": 512}
 
 
 def folder_of(path: Path, name: str) -> Path:
@@ -176,11 +176,11 @@ def test_a_window_takes_the_memory_of_a_window(tmp_path: Path) -> None:
     convert(folder, tmp_path / "all.emoe", 32)
     state = {}
     for name in ("window", "all"):
-        with edgemoe.load(tmp_path / f"{name}.emoe", memory="2GB", context=8192, parallel=1) as model:
+        with edgemoe.load(tmp_path / f"{name}.emoe", context=8192, parallel=1) as model:
             state[name] = model.budget.state
     # 8192 positions are 128 blocks; a window of 70 and a chunk of 512 lie in 11.
     assert state["window"] * 128 == state["all"] * 11
-    with edgemoe.load(tmp_path / "window.emoe", memory="2GB", context=8192, parallel=1) as model:
+    with edgemoe.load(tmp_path / "window.emoe", context=8192, parallel=1) as model:
         tokens = np.resize(TOKENS, 1500)
         model.logits(tokens)
         engine = model.engine

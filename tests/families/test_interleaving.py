@@ -61,7 +61,7 @@ def prompts() -> list[list[int]]:
 
 
 def load(path: Path, **options: Any) -> edgemoe.Model:
-    return edgemoe.load(path, memory="2GB", context=256, threads=1, **options)
+    return edgemoe.load(path, context=256, threads=1, **options)
 
 
 @pytest.mark.parametrize("name", slow_except(KINDS, "gpt_oss", "qwen3_next"))

@@ -205,9 +205,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def load(path: Path, chunk: int = 512, slots: int | None = None, **options: Any) -> edgemoe.Model:
-    return edgemoe.load(
-        path, chunk=chunk, expert_slots=slots, **{"memory": "2GB", "context": 256, "parallel": 1, **options}
-    )
+    return edgemoe.load(path, chunk=chunk, expert_slots=slots, **{"context": 256, "parallel": 1, **options})
 
 
 # -- states ---------------------------------------------------------------------------------------------------------
@@ -333,7 +331,7 @@ def test_a_failed_pass_leaves_no_trace(
 
 def test_memory_counts_each_kind_of_state(packs: Callable[[str], Path]) -> None:
     def state(name: str, context: int) -> int:
-        with edgemoe.load(packs(name), memory="2GB", context=context, parallel=1) as model:
+        with edgemoe.load(packs(name), context=context, parallel=1) as model:
             return model.budget.state
 
     # Latents of 32 and rotated keys of 8, in float16, in blocks of 64 positions, for 3 layers.

@@ -19,6 +19,7 @@ from edgemoe.formats.index import PARTS
 from edgemoe.formats.layouts import packed_size, unpack_level
 from edgemoe.formats.pack import Pack, PackWriter
 from edgemoe.formats.safetensors import SafetensorsFolder
+from edgemoe.memory import used_now
 from edgemoe.quantize import nested_experts
 from edgemoe.quantize.calibration import Statistics
 from edgemoe.quantize.layerwise import LayerwiseModel
@@ -28,7 +29,7 @@ from edgemoe.source import SourceModel, read_matrix
 
 Make = Callable[..., Path]
 TARGET = 15.0
-PLAIN = NestedOptions(calibrate=False, threads=2, memory=10**9)
+PLAIN = NestedOptions(calibrate=False, threads=2)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_without_calibration(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
 
 def test_calibrated_and_measured(tiny_qwen3_moe: Make, tmp_path: Path, text: Path) -> None:
     source, target = tiny_qwen3_moe(max_position_embeddings=64, mlp_only_layers=[0]), tmp_path / "a.emoe"
-    options = NestedOptions((2, 4), calibration=text, quality_text=text, quality_tokens=256, threads=2, memory=10**9)
+    options = NestedOptions((2, 4), calibration=text, quality_text=text, quality_tokens=256, threads=2)
     convert(source, target, nested=options)
     pack = Pack.open(target)
     assert relative_error(source, target) < 0.02
@@ -118,7 +119,7 @@ def test_progress_goes_on_while_a_text_runs_through_the_model(
     tiny_qwen3_moe: Make, tmp_path: Path, text: Path, target_bits: float | None
 ) -> None:
     source, target = tiny_qwen3_moe(max_position_embeddings=64), tmp_path / "a.emoe"
-    options = NestedOptions((2, 4, 8), text, True, 1024, target_bits, text, 128, memory=10**9, threads=2)
+    options = NestedOptions((2, 4, 8), text, True, 1024, target_bits, text, 128, threads=2)
     passes: list[int] = []  # windows that went through a layer, as of each call
     calls: list[tuple[int, int]] = []
     real = LayerwiseModel.run
@@ -147,7 +148,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
 def test_target_bits(tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tiny_qwen3_moe(), tmp_path / "a.emoe"
     # Of so small an expert much is padding.
-    options = NestedOptions(calibration=text, target_bits=TARGET, threads=2, memory=10**9)
+    options = NestedOptions(calibration=text, target_bits=TARGET, threads=2)
     monkeypatch.setattr(nested_experts, "super_experts", lambda peaks: {(1, 2)})
     convert(source, target, nested=options)
     pack = Pack.open(target)
@@ -168,7 +169,7 @@ def test_target_bits(tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypat
 
 def test_errors_are_those_of_all_three_matrices(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
     model = SourceModel.open(tiny_qwen3_moe())
-    options = NestedOptions(target_bits=3.0, threads=1, memory=10**9)
+    options = NestedOptions(target_bits=3.0, threads=1)
     experts = NestedExperts(model.folder.folder, model, options, tmp_path)
     rng = np.random.default_rng(0)
     layer, tokens = model.spec.layers[1], 50
@@ -239,10 +240,12 @@ def test_resumes_where_it_was(
     tiny_qwen3_moe: Make, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, target_bits: float | None
 ) -> None:
     source = tiny_qwen3_moe()
-    options = NestedOptions(calibration=text, target_bits=target_bits, threads=2, memory=10**9)
+    room = 10**9
+    options = NestedOptions(calibration=text, target_bits=target_bits, threads=2, memory=used_now() + room)
     convert(source, tmp_path / "whole.emoe", nested=options)
     whole = (tmp_path / "whole.emoe").read_bytes()
-    convert(source, tmp_path / "alone.emoe", nested=dataclasses.replace(options, threads=1, memory=2 * 10**9))
+    other = dataclasses.replace(options, threads=1, memory=used_now() + 2 * room)
+    convert(source, tmp_path / "alone.emoe", nested=other)
     assert (tmp_path / "alone.emoe").read_bytes() == whole
     sections = len(Pack.open(tmp_path / "whole.emoe").index.sections)
     add, quantize = PackWriter.add, NestedExperts._quantize_expert

@@ -38,7 +38,7 @@ class TracedModel(ReferenceModel):
 
 
 def logits(path: Path) -> np.ndarray:
-    with edgemoe.load(path, memory="1GB", threads=1, context=64, cache_type_k="f32", cache_type_v="f32") as model:
+    with edgemoe.load(path, threads=1, context=64, cache_type_k="f32", cache_type_v="f32") as model:
         return model.logits(TOKENS)
 
 
@@ -134,7 +134,7 @@ def test_levels_are_those_of_a_nested_pack(
     for cap in (0, 2):
         found = []
         for path in (small, wide):
-            with edgemoe.load(path, memory="1GB", threads=1, context=64, level_cap=cap) as engine:
+            with edgemoe.load(path, threads=1, context=64, level_cap=cap) as engine:
                 found.append(engine.logits(TOKENS))
         # Not the same bits: sums are longer, and activations of the repeated units are rounded alike but added up anew.
         np.testing.assert_allclose(found[1], found[0], atol=2e-3 * np.ptp(found[0]))

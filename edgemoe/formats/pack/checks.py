@@ -259,6 +259,8 @@ class IndexChecker:
             for i, level in enumerate(value["levels"])
         )
         self._are_nested(where, levels)
+        # Once for all experts: a model has thousands.
+        sizes = [{name: tensor_size(part.layout, part.shape) for name, part in level.parts.items()} for level in levels]
         sections = value.get("sections")
         if not isinstance(sections, list) or len(sections) != experts:
             raise self._error(f"{where}: sections is not a list of {experts} experts")
@@ -272,14 +274,13 @@ class IndexChecker:
                     f"{where}, expert {expert}: {quote(numbers)} are not 1 to {len(levels)} of"
                     f" {len(self._section_lengths)} sections"
                 )
-            for level, section in zip(levels, numbers, strict=False):
+            for level, size, section in zip(levels, sizes, numbers, strict=False):
                 lengths = self._extent_lengths[section]
                 for name, part in level.parts.items():
                     tensor = f"layers.{number}.experts.{expert}.{name}"
                     if part.extent >= len(lengths):
                         raise self._error(f"tensor {tensor}: extent {part.extent} of {len(lengths)}")
-                    size = tensor_size(part.layout, part.shape)
-                    self._fits(tensor, part.offset, size, lengths[part.extent], f"section {section}")
+                    self._fits(tensor, part.offset, size[name], lengths[part.extent], f"section {section}")
         return ExpertLayer(levels, tuple(tuple(numbers) for numbers in sections))
 
     def _level(self, where: str, value: Any, shapes: dict[str, tuple[int, int]]) -> Level:
