@@ -387,7 +387,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise UnsupportedModelError(f"{where}: a map was expected, not {quote(value)}")
-        hints = _hints(kind)
+        hints = _hints(typing.cast(type, kind))
         arguments_by_name: dict[str, Any] = {}
         for field in dataclasses.fields(kind):
             if field.name in value:

@@ -42,6 +42,7 @@ def digest(model: edgemoe.Model, count: int) -> str:
     return hashlib.sha256(model.logits(tokens).tobytes()).hexdigest()[:16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("state", BUNDLED)
 def test_the_bundled_model(state: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,7 @@ def expected_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", slow_except(SHAPES))
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 32), ("bfloat16", 16), ("float16", 16)])
 def test_logits_equal_transformers(tmp_path: Path, shape: str, dtype: str, bits: int) -> None:

@@ -20,6 +20,7 @@ with edgemoe.load(memory="2GB") as model:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity masks")
 def test_an_affinity_mask_counts_everywhere() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)

@@ -183,6 +183,7 @@ with edgemoe.load(memory=limit, **options) as model:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="cgroups")
 def test_the_budget_holds_under_a_hard_limit_of_that_size() -> None:
     group = Path("/sys/fs/cgroup/memory") / f"edgemoe-test-{os.getpid()}"

@@ -57,6 +57,7 @@ def peer(mistake: float) -> Any:
     return theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mistake", "status", "verdict"), [(0, 0, "<= 0.001 |"), (20, 1, "> 0.001 |")])
 def test_table(
     mistake: float,

@@ -30,6 +30,7 @@ def test_changes_are_named_with_the_largest_difference() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_change_is_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / digests.LIST).write_text("[]")
     command = ["--models", str(tmp_path), "--only", "bundled, fast"]

@@ -165,6 +165,7 @@ def test_options_reach_the_model(model: FakeModel) -> None:
         "eviction": "lru",
         "prefetch": False,
         "quality": "fast",
+        "parallel": 1,
     }
     assert model.options == {
         "max_tokens": 5,
@@ -220,7 +221,7 @@ def test_only_what_was_given_reaches_the_model(model: FakeModel) -> None:
     assert 0 <= seed < 1 << 32
     assert model.options == {"max_tokens": None, "stop": ()}
     defaults = {"memory": None, "threads": None, "context": None, "cache_type_k": "f16", "cache_type_v": "f16"}
-    assert model.loaded[1] == {**defaults, "eviction": "next_use", "prefetch": True, "quality": "exact"}
+    assert model.loaded[1] == {**defaults, "eviction": "next_use", "prefetch": True, "quality": "exact", "parallel": 1}
 
 
 @pytest.mark.parametrize(("size", "bytes_"), [("8GB", 8 * 10**9), ("6GiB", 6 * 2**30), ("512M", 512 * 10**6)])

@@ -42,6 +42,7 @@ def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[s
         process.stderr.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_ends_the_answers_and_the_process(number: signal.Signals, status: int) -> None:
     with served("--api-key", "k", "-np", "2") as (process, url, said):
@@ -69,6 +70,7 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded() -> None:
     assert "--port" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("host", "url"), [("localhost", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
 def test_addresses_of_both_kinds(host: str, url: str) -> None:
     try:

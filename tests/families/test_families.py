@@ -64,6 +64,7 @@ def tokens_of(name: str) -> np.ndarray:
     return np.random.default_rng(1).integers(0, VOCABULARY, CASES[name].positions).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_logits_equal_transformers(model: tuple[str, Path], load: Load) -> None:
     name, folder = model
     tokens = tokens_of(name)

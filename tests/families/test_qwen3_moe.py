@@ -186,6 +186,7 @@ ODD = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(QWEN3_30B_A3B.keys() - {"model_type"})), ODD, min_size=1, max_size=4))
 def test_odd_values_give_a_spec_or_a_refusal(changes: dict[str, Any]) -> None:

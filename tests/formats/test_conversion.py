@@ -219,6 +219,7 @@ class Stop:
             raise self.error
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_continues(tiny_qwen3_moe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tiny_qwen3_moe(num_experts=3), tmp_path / "out" / "a.emoe"
     target.parent.mkdir()
@@ -276,6 +277,7 @@ def test_interrupted_again_and_again(tiny_qwen3_moe: Make, tmp_path: Path) -> No
     assert target.read_bytes() == (tmp_path / "whole.emoe").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["data", "cut data", "cut journal", "journal", "no journal", "options", "source"])
 def test_what_is_wrong_in_the_leftovers_is_done_again(tiny_qwen3_moe: Make, tmp_path: Path, harm: str) -> None:
     source, target = tiny_qwen3_moe(), tmp_path / "a.emoe"

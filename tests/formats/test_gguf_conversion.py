@@ -132,6 +132,7 @@ def test_a_type_that_cannot_be_read(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
+@pytest.mark.slow
 def test_logits_like_transformers(tmp_path: Path) -> None:
     """Names, shapes and meaning of every tensor and key, as others read them."""
     torch = pytest.importorskip("torch")

@@ -171,6 +171,7 @@ def test_hostile_shard_index(tmp_path: Path, change: dict[str, Any], message: st
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(min_size=1, max_size=4), st.integers(0, 400), st.booleans())
 def test_mutated_headers_are_read_or_refused(tmp_path: Path, noise: bytes, at: int, insert: bool) -> None:

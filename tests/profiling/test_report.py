@@ -199,6 +199,7 @@ def test_the_page_stands_alone_and_escapes(trace_file: Path, tmp_path: Path) -> 
     assert json.loads(data[1])["model"] == "a <model> & more"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_shows_the_page_without_overflow(tmp_path: Path, width: int) -> None:

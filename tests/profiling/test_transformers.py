@@ -48,6 +48,7 @@ def models() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(models()))
 def test_choices_are_caught(kind: str) -> None:
     torch.manual_seed(0)

@@ -244,6 +244,7 @@ def test_order_of_the_schemes() -> None:
             assert ours < 0.55 * output_error(weights, naive.astype(np.float32), inputs)
 
 
+@pytest.mark.slow
 def test_rows_are_independent_and_stackable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nested, "_ROWS", 512)
     weights, hessian, _ = layer(2, 700, 130)
@@ -346,6 +347,7 @@ def test_a_sub_group_s_line_is_fitted_in_one_step() -> None:
     assert (after[turned] < least[turned]).all() and turned.any() and (least < 0.9 * before).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "most"), [((8,), 0.008), ((4,), 0.1), (BITS, 0.11)])
 def test_error_of_rounding_gaussian_weights(bits: tuple[int, ...], most: float) -> None:
     weights, _, _ = layer(9, 64, 512)

@@ -83,6 +83,7 @@ def test_without_calibration(tiny_qwen3_moe: Make, tmp_path: Path) -> None:
         assert np.isfinite(model.logits([1, 2, 3])).all()
 
 
+@pytest.mark.slow
 def test_calibrated_and_measured(tiny_qwen3_moe: Make, tmp_path: Path, text: Path) -> None:
     source, target = tiny_qwen3_moe(max_position_embeddings=64, mlp_only_layers=[0]), tmp_path / "a.emoe"
     options = NestedOptions((2, 4), calibration=text, quality_text=text, quality_tokens=256, threads=2)

@@ -114,6 +114,7 @@ def test_chat_completions(family: tuple[str, dict[str, Any]], stream: bool) -> N
     assert again.usage is not None and again.usage.prompt_tokens > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_messages(family: tuple[str, dict[str, Any]], stream: bool) -> None:
     url, fields = family
@@ -141,6 +142,7 @@ def test_messages(family: tuple[str, dict[str, Any]], stream: bool) -> None:
     assert client.messages.create(**asked).usage.output_tokens == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_responses(family: tuple[str, dict[str, Any]], stream: bool) -> None:
     url, fields = family

@@ -44,6 +44,7 @@ def forced_url() -> Iterator[str]:
             yield url
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", sorted(DELIBERATE))
 def test_llm_comply_finds_nothing(forced_url: str, protocol: str) -> None:
     program = shutil.which("llm-comply")
@@ -67,6 +68,7 @@ def test_clients_of_langchain_and_llamaindex(forced_url: str) -> None:
     assert said.stdout.split() == ["langchain", "llamaindex"], said.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_nothing(bundled: edgemoe.Model, tmp_path: Path) -> None:
     """Requests that the description allows, and such that it does not: no server error, and no answer that is not
     described."""

@@ -158,6 +158,7 @@ def test_paths_and_methods_that_are_none_are_told_as_json(http: httpx2.Client) -
     assert "GET" in wrong.json()["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [

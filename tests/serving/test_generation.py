@@ -151,6 +151,7 @@ def test_stop_ends_a_long_prompt_on_another_thread(model: edgemoe.Model, expecte
     assert "".join(model.generate(PROMPTS[0], **GREEDY)) == expected[PROMPTS[0]]
 
 
+@pytest.mark.slow
 def test_two_threads_in_one_generation_are_refused(model: edgemoe.Model) -> None:
     generation = model.generate([7] * 400, max_tokens=100, temperature=0, ignore_eos=True)
     failures: list[Exception] = []
@@ -174,6 +175,7 @@ def test_two_threads_in_one_generation_are_refused(model: edgemoe.Model) -> None
     assert generation.result.text == alone
 
 
+@pytest.mark.slow
 def test_generations_may_be_dropped_anywhere(model: edgemoe.Model, expected: dict[str, str]) -> None:
     """By the garbage collector, an error in the reader, on other threads, while others run."""
     stop = threading.Event()

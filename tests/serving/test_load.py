@@ -117,6 +117,7 @@ def pack(tiny_qwen3_moe: Callable[..., Path], tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "tiny.emoe"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_five_clients_on_threads_and_five_on_a_loop(pack: Path, parallel: int) -> None:
     requests = Requests(pack)

@@ -64,6 +64,7 @@ def test_states_are_of_a_model_and_its_options(pack: Path, tmp_path: Path, tiny_
     assert answer(tmp_path / "renamed.emoe", TEXT, folder)[1] == 1
 
 
+@pytest.mark.slow
 def test_damaged_files_are_not_used(pack: Path, tmp_path: Path) -> None:
     folder = tmp_path / "states"
     expected = answer(pack, TEXT, folder)
@@ -109,6 +110,7 @@ def test_a_folder_that_cannot_be_written_is_refused(pack: Path, tmp_path: Path) 
         edgemoe.load(pack, prompt_cache_dir=tmp_path / "file")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
 def test_a_killed_process_leaves_nothing_wrong(pack: Path, tmp_path: Path) -> None:
     """At any moment while it writes states."""

@@ -404,6 +404,7 @@ def test_a_program_may_end_while_the_scheduler_works(pack: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
 
 
+@pytest.mark.slow
 def test_interrupts_leave_the_model_usable(pack: Path) -> None:
     """Ctrl-C after any line of the scheduler."""
     with edgemoe.load(pack, threads=1) as model:

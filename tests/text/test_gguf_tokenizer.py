@@ -63,6 +63,7 @@ def vector(request: pytest.FixtureRequest) -> tuple[Tokenizer, list[tuple[str, l
     return real(request.param)[1], pairs
 
 
+@pytest.mark.slow
 def test_as_in_llama_cpp(vector: tuple[Tokenizer, list[tuple[str, list[int]]]]) -> None:
     tokenizer, pairs = vector
     for text, ids in pairs:
@@ -85,6 +86,7 @@ FACTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_facts_of_real_vocabularies(name: str) -> None:
     metadata, tokenizer = real(name)
@@ -137,6 +139,7 @@ def joined(text: str, ids: dict[str, int], scores: list[float]) -> list[int]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-spm", "phi-3"])
 def test_sentencepiece_by_its_definition(name: str) -> None:
     metadata, tokenizer = real(name)
@@ -214,6 +217,7 @@ def test_words(pre: str) -> None:
     assert "|".join(pieces(pre, SPLITS[pre].replace("|", ""))) == SPLITS[pre]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", pre_tokenizer_names())
 def test_every_pre_tokenizer_keeps_the_text(pre: str, tmp_path: Path) -> None:
     if pre not in _PRE_TOKENIZERS:

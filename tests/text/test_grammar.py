@@ -169,6 +169,7 @@ def test_fifty_seeds_give_json_of_the_schema(byte_level: Tokenizer, seeds: int, 
         assert value["home"] is None or isinstance(value["home"]["x"], (int, float))
 
 
+@pytest.mark.slow
 def test_fifty_seeds_give_any_json(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
     for tokenizer in (byte_level, sentencepiece):
         logits = np.zeros(tokenizer.vocab_size, np.float32)

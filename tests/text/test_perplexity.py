@@ -85,6 +85,7 @@ LINES = st.lists(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(lines=LINES, data=st.data())
 def test_pieces_of_a_file_give_the_tokens_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory,

@@ -164,6 +164,7 @@ OPTIONS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(options=OPTIONS, size=st.sampled_from([1, 7, 300, 3000]), seed=st.integers(0, 1000), spread=st.floats(0.5, 8))
 def test_every_chain_is_llama_cpps(options: SamplingOptions, size: int, seed: int, spread: float) -> None:
@@ -533,6 +534,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_extreme_options_give_a_token_or_an_error_of_the_options() -> None:
     random = np.random.default_rng(1)

@@ -164,6 +164,7 @@ FRAGMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())

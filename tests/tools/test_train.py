@@ -249,6 +249,7 @@ def test_training_starts_from_a_folder(prepared: Path, tmp_path: Path) -> None:
         loop.train(arguments(tmp_path / "other", tmp_path, *start, "--steps", "1"))
 
 
+@pytest.mark.slow
 def test_unpacked_weights_are_those_of_the_pack(prepared: Path, tmp_path: Path) -> None:
     model = tiny_folder(prepared, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "whole.emoe", 16)
