@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,6 +153,42 @@ class Cancel:
         """From any thread."""
 
     def is_set(self) -> bool: ...
+
+class Device:
+    """A device by itself, for tests. Addresses are numbers; 0 is none. Operations are computed in their order; those of
+    an emulated device not before something is read or waited for, unless it is `eager`.
+
+    order, seed, eager, memory: of an emulated one. In which order warps and lanes take turns, and bytes that it has.
+
+    Raises DeviceError for what a device refuses, and if it failed; DeviceMemoryError.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["emulated"],
+        *,
+        order: Literal["ascending", "descending", "shuffled"] = "ascending",
+        seed: int = 0,
+        eager: bool = False,
+        memory: int = ...,
+    ) -> None: ...
+    def allocate(self, nbytes: int) -> int: ...
+    def release(self, address: int) -> None: ...
+    def write(self, address: int, data: Buffer) -> None: ...
+    def read(self, address: int, nbytes: int) -> bytes: ...
+    def copy(self, to: int, from_: int, nbytes: int) -> None: ...
+    def launch(self, name: str, groups: int, arguments: Sequence[int | bytes]) -> None:
+        """Arguments: addresses, or the bytes of a number or struct (native/gpu/kernel_list.h)."""
+
+    def upload(self, address: int, data: Buffer) -> int:
+        """Beside the other operations. Returns its number."""
+
+    def done(self, upload: int) -> bool: ...
+    def wait(self, upload: int | None = None) -> None:
+        """For an upload, or for all that is not one."""
+
+    def facts(self) -> dict[str, str | int | bool]:
+        """name, memory, available, unified"""
 
 class Engine:
     def __init__(self, index: ModelIndex, options: EngineOptions) -> None:

@@ -68,6 +68,14 @@ class ThreadError(EdgemoeError):
     """The system does not let the process start as many threads as were asked for; what was loaded stays usable."""
 
 
+class DeviceError(EdgemoeError):
+    """A device (a GPU) failed, or does not do what it was asked; what was loaded is not usable any more."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A device has no room for so much."""
+
+
 class TraceError(EdgemoeError):
     """A routing trace is missing, truncated, or not one."""
 

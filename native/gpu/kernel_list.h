@@ -72,9 +72,9 @@ EDGEMOE_KERNEL(clip, 256)
 // (inout float x, in float norm, in float cosine, in float sine, HeadsShape): RMSNorm of each head if there is a norm,
 // then its rotation by row r's cosine[r * pairs ...], if pairs. A group for each (row, head).
 EDGEMOE_KERNEL(turn_heads, 128)
-// (in float keys, in i32 positions, in i32 sequences, in i32 tables, StateShape): Kernels::store_key of [rows, kv_heads,
-// dim]. Row r is position positions[r] of the sequence whose table is tables[sequences[r] * blocks ...]. A group for
-// each (row, kv head).
+// (in float keys, in i32 positions, in i32 sequences, in i32 tables, StateShape): Kernels::store_key of [rows,
+// kv_heads, dim]. Row r is position positions[r] of the sequence whose table is tables[sequences[r] * blocks ...]. A
+// group for each (row, kv head).
 EDGEMOE_KERNEL(store_keys, 128)
 // The same with values.
 EDGEMOE_KERNEL(store_values, 128)

@@ -2,9 +2,7 @@
 // Addresses in them are the device's, as numbers; 0 is none.
 #pragma once
 
-#ifdef EDGEMOE_DEVICE_TEXT  // dialect.h has the types then
-typedef unsigned long long u64;
-#else
+#ifndef EDGEMOE_DEVICE_TEXT  // dialect.h has the types otherwise
 #include <cstdint>
 namespace edgemoe::gpu {
 using u8 = uint8_t;
@@ -15,15 +13,15 @@ using u64 = unsigned long long;
 // One matrix [rows, cols] times some rows of input. Pair i of `count` reads input row `first + i`, or where there are
 // `inputs`, inputs[first + i], and is written to out + (first + i) * rows.
 struct Job {
-    u64 data;       // weights as on the CPU (weight_layouts.h); of nested ones level 0
-    u64 later[7];   // nested: levels 1, 2, ... of those that work
-    u64 inputs;     // const i32*
-    u64 out;        // float*
+    u64 data;      // weights as on the CPU (weight_layouts.h); of nested ones level 0
+    u64 later[7];  // nested: levels 1, 2, ... of those that work
+    u64 inputs;    // const i32*
+    u64 out;       // float*
     i32 rows, first, count;
-    i32 begin;      // this job's first workgroup of the launch: it has row blocks * tiles of kTilePairs pairs
-    i32 levels;     // nested: how many work
-    i32 parameters; // nested: levels after level 0 that it has parameters of
-    u8 bits[8];     // nested: that each level adds
+    i32 begin;       // this job's first workgroup of the launch: it has row blocks * tiles of kTilePairs pairs
+    i32 levels;      // nested: how many work
+    i32 parameters;  // nested: levels after level 0 that it has parameters of
+    u8 bits[8];      // nested: that each level adds
 };
 
 #define TILE_PAIRS 4
@@ -57,8 +55,8 @@ struct MultiplyShape {
 
 struct ActivateShape {
     i32 size, count;
-    i32 kind;  // 0 silu, 1 gelu_tanh, 2 clamped_swiglu: as Activation
-    i32 first; // row 0 is this one of `experts`
+    i32 kind;   // 0 silu, 1 gelu_tanh, 2 clamped_swiglu: as Activation
+    i32 first;  // row 0 is this one of `experts`
     float alpha, limit;
 };
 

@@ -20,6 +20,15 @@
 
 namespace edgemoe {
 
+// The device has failed, or does not do what is asked of it.
+struct DeviceError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+// It has no room for so much.
+struct DeviceMemoryError : DeviceError {
+    using DeviceError::DeviceError;
+};
+
 // All kernels there are, by name.
 enum class Kernel : uint16_t {
 #define EDGEMOE_KERNEL(name, threads) name,
@@ -28,21 +37,13 @@ enum class Kernel : uint16_t {
 };
 std::string_view kernel_name(Kernel kernel);
 int kernel_threads(Kernel kernel);
+Kernel kernel_from_name(std::string_view name);  // throws DeviceError
 
 struct DeviceFacts {
     std::string name;      // as its maker calls it
     size_t memory = 0;     // bytes of it
     size_t available = 0;  // of these
     bool unified = false;  // it sees the host's memory
-};
-
-// The device has failed, or does not do what is asked of it.
-struct DeviceError : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-// It has no room for so much.
-struct DeviceMemoryError : DeviceError {
-    using DeviceError::DeviceError;
 };
 
 // An argument of a kernel: an address in the device's memory, or a struct (native/gpu/shapes.h) that is copied.

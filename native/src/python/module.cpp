@@ -5,6 +5,7 @@
 
 #include "bytes.h"
 #include "edgemoe/crc32c.h"
+#include "edgemoe/device.h"
 #include "edgemoe/direct_file.h"
 #include "edgemoe/engine.h"
 #include "edgemoe/recorders.h"
@@ -12,6 +13,7 @@
 
 namespace py = pybind11;
 
+void bind_device(py::module_& module);
 void bind_engine(py::module_& module);
 void bind_kernels(py::module_& module);
 void bind_profiling(py::module_& module);
@@ -35,6 +37,10 @@ void translate(std::exception_ptr pointer) {
         raise("ContextLengthError", error);
     } catch (const edgemoe::ThreadError& error) {
         raise("ThreadError", error);
+    } catch (const edgemoe::DeviceMemoryError& error) {
+        raise("DeviceMemoryError", error);
+    } catch (const edgemoe::DeviceError& error) {
+        raise("DeviceError", error);
     }
 }
 
@@ -51,6 +57,7 @@ PYBIND11_MODULE(_core, module) {
     module.attr("__version__") = EDGEMOE_VERSION;
     py::register_exception_translator(&translate);
     module.def("crc32c", &crc32c, py::arg("buffer"), py::arg("crc") = 0);
+    bind_device(module);
     bind_engine(module);
     bind_kernels(module);
     bind_profiling(module);

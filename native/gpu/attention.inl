@@ -1,0 +1,1 @@
+// Heads, keys and values, and attention.

@@ -1,0 +1,1 @@
+// Activations as codes, and products with matrices of every layout.

@@ -1,0 +1,137 @@
+// edgemoe._core.Device: a device by itself, for tests.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "bytes.h"
+#include "edgemoe/device.h"
+#include "edgemoe/emulated_device.h"
+
+namespace py = pybind11;
+
+void bind_device(py::module_& module);
+
+namespace {
+
+using edgemoe::Argument;
+using edgemoe::Device;
+using edgemoe::WarpOrder;
+
+std::byte* pointer(uint64_t address) { return reinterpret_cast<std::byte*>(static_cast<uintptr_t>(address)); }
+
+WarpOrder order_from_name(const std::string& name) {
+    if (name == "ascending") return WarpOrder::ascending;
+    if (name == "descending") return WarpOrder::descending;
+    if (name == "shuffled") return WarpOrder::shuffled;
+    throw py::value_error("unknown order '" + name + "'; known: ascending, descending, shuffled");
+}
+
+class PythonDevice {
+  public:
+    PythonDevice(const std::string& kind, const std::string& order, uint32_t seed, bool eager, size_t memory) {
+        if (kind != "emulated") throw py::value_error("unknown kind of device '" + kind + "'; known: emulated");
+        device_ = edgemoe::emulated_device({order_from_name(order), seed, eager, memory});
+    }
+
+    uint64_t allocate(size_t bytes) { return reinterpret_cast<uintptr_t>(device_->allocate(bytes)); }
+    void release(uint64_t address) {
+        const py::gil_scoped_release unlocked;
+        device_->release(pointer(address));
+    }
+
+    void write(uint64_t address, const py::buffer& data) {
+        const py::buffer_info info = data.request();
+        device_->write(pointer(address), edgemoe::python::bytes_of(info));
+    }
+
+    py::bytes read(uint64_t address, size_t bytes) {
+        std::vector<std::byte> data(bytes);
+        {
+            const py::gil_scoped_release unlocked;
+            device_->read(data, pointer(address));
+        }
+        return {reinterpret_cast<const char*>(data.data()), data.size()};
+    }
+
+    void copy(uint64_t to, uint64_t from, size_t bytes) { device_->copy(pointer(to), pointer(from), bytes); }
+
+    void launch(const std::string& name, int groups, const std::vector<std::variant<uint64_t, py::bytes>>& values) {
+        std::vector<std::string> structs(values.size());
+        std::vector<Argument> arguments;
+        for (size_t i = 0; i < values.size(); ++i)
+            if (const auto* address = std::get_if<uint64_t>(&values[i])) {
+                arguments.push_back({address, sizeof *address});
+            } else {
+                structs[i] = std::get<py::bytes>(values[i]);
+                arguments.push_back({structs[i].data(), structs[i].size()});
+            }
+        const py::gil_scoped_release unlocked;
+        device_->launch(edgemoe::kernel_from_name(name), groups, std::span<const Argument>(arguments));
+    }
+
+    // The bytes are kept here until somebody has been told that the upload is done.
+    uint64_t upload(uint64_t address, const py::buffer& data) {
+        const py::buffer_info info = data.request();
+        const auto bytes = edgemoe::python::bytes_of(info);
+        std::vector<std::byte> copy(bytes.begin(), bytes.end());
+        const uint64_t number = device_->upload(pointer(address), copy);
+        uploads_.emplace(number, std::move(copy));
+        return number;
+    }
+
+    bool done(uint64_t upload) {
+        const bool result = device_->done(upload);
+        if (result) uploads_.erase(upload);
+        return result;
+    }
+
+    void wait(std::optional<uint64_t> upload) {
+        {
+            const py::gil_scoped_release unlocked;
+            upload ? device_->wait(*upload) : device_->wait();
+        }
+        if (upload) uploads_.erase(*upload);
+    }
+
+    py::dict facts() const {
+        const edgemoe::DeviceFacts facts = device_->facts();
+        py::dict result;
+        result["name"] = facts.name;
+        result["memory"] = facts.memory;
+        result["available"] = facts.available;
+        result["unified"] = facts.unified;
+        return result;
+    }
+
+  private:
+    std::map<uint64_t, std::vector<std::byte>> uploads_;
+    std::unique_ptr<Device> device_;
+};
+
+}  // namespace
+
+void bind_device(py::module_& module) {
+    using py::arg;
+    py::class_<PythonDevice>(module, "Device")
+        .def(py::init<const std::string&, const std::string&, uint32_t, bool, size_t>(), arg("kind"), py::kw_only(),
+             arg("order") = "ascending", arg("seed") = 0, arg("eager") = false,
+             arg("memory") = edgemoe::EmulatedOptions{}.memory)
+        .def("allocate", &PythonDevice::allocate, arg("nbytes"))
+        .def("release", &PythonDevice::release, arg("address"))
+        .def("write", &PythonDevice::write, arg("address"), arg("data"))
+        .def("read", &PythonDevice::read, arg("address"), arg("nbytes"))
+        .def("copy", &PythonDevice::copy, arg("to"), arg("from_"), arg("nbytes"))
+        .def("launch", &PythonDevice::launch, arg("name"), arg("groups"), arg("arguments"))
+        .def("upload", &PythonDevice::upload, arg("address"), arg("data"))
+        .def("done", &PythonDevice::done, arg("upload"))
+        .def("wait", &PythonDevice::wait, arg("upload") = py::none())
+        .def("facts", &PythonDevice::facts);
+}
