@@ -96,6 +96,11 @@ class Device {
     virtual uint64_t upload(std::byte* to, std::span<const std::byte> from) = 0;
     virtual bool done(uint64_t upload) = 0;
     virtual void wait(uint64_t upload) = 0;
+
+    // Memory of the host that many uploads come from: these take less time and do not hold up the caller, once the
+    // device knows it. It stays where it is until unpin(). False where it cannot be pinned; it is as before then.
+    virtual bool pin(std::span<std::byte>) { return false; }
+    virtual void unpin(std::byte*) {}
 };
 
 }  // namespace edgemoe
