@@ -159,25 +159,28 @@ class Device:
     an emulated device not before something is read or waited for, unless it is `eager`.
 
     order, seed, eager, memory: of an emulated one. In which order warps and lanes take turns, and bytes that it has.
+    library, image: of CUDA. The driver's, and the kernels' PTX if it is not the package's.
 
     Raises DeviceError for what a device refuses, and if it failed; DeviceMemoryError.
     """
 
     def __init__(
         self,
-        kind: Literal["emulated"],
+        kind: Literal["emulated", "cuda"],
         *,
         order: Literal["ascending", "descending", "shuffled"] = "ascending",
         seed: int = 0,
         eager: bool = False,
         memory: int = ...,
+        library: str = "libcuda.so.1",
+        image: bytes | None = None,
     ) -> None: ...
     def allocate(self, nbytes: int) -> int: ...
     def release(self, address: int) -> None: ...
     def write(self, address: int, data: Buffer) -> None: ...
     def read(self, address: int, nbytes: int) -> bytes: ...
     def copy(self, to: int, from_: int, nbytes: int) -> None: ...
-    def launch(self, name: str, groups: int, arguments: Sequence[int | bytes]) -> None:
+    def launch(self, name: str, groups: int, arguments: Sequence[int | bytes], times: int = 1) -> None:
         """Arguments: addresses, or the bytes of a number or struct (native/gpu/kernel_list.h)."""
 
     def upload(self, address: int, data: Buffer) -> int:

@@ -12,6 +12,8 @@
 #include <set>
 #include <utility>
 
+#include "device/emulated_kernels.h"
+
 namespace edgemoe {
 namespace {
 
@@ -310,10 +312,11 @@ class CudaDevice final : public Device {
     }
 
     void launch(Kernel kernel, int groups, std::span<const Argument> arguments) override {
+        check_launch(kernel, groups, arguments);  // the driver reads what it believes is there
         context_.enter();
-        std::array<void*, kMostArguments> values;
-        if (arguments.size() > values.size()) throw DeviceError("a kernel has fewer arguments");
-        for (size_t i = 0; i < arguments.size(); ++i) values[i] = const_cast<void*>(arguments[i].value);
+        std::vector<void*> values;
+        values.reserve(arguments.size());
+        for (const Argument& argument : arguments) values.push_back(const_cast<void*>(argument.value));
         const auto threads = static_cast<unsigned>(kernel_threads(kernel));
         const Status status =
             driver_.cuLaunchKernel(functions_[static_cast<size_t>(kernel)], static_cast<unsigned>(groups), 1, 1,
@@ -404,7 +407,6 @@ class CudaDevice final : public Device {
     }
 
   private:
-    static constexpr size_t kMostArguments = 16;
     static constexpr size_t kLanding = size_t{1} << 20;
 
     // Of an upload that may be under way; none of one that is done.

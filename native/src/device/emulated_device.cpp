@@ -76,16 +76,12 @@ class EmulatedDevice final : public Device {
         const std::lock_guard lock(mutex_);
         check_health();
         const std::string name(kernel_name(kernel));
-        const EmulatedKernel* text = emulated_kernel(kernel);
-        if (!text) throw DeviceError("there is no text of kernel " + name);
-        if (groups < 1) throw DeviceError(name + " is launched with " + std::to_string(groups) + " groups");
-        if (arguments.size() != text->parameters.size())
-            throw DeviceError(name + " has " + std::to_string(text->parameters.size()) + " arguments, not " +
-                              std::to_string(arguments.size()));
+        const EmulatedKernel& text = check_launch(kernel, groups, arguments);
         for (size_t i = 0; i < arguments.size(); ++i)
-            check_argument(name + ", argument " + std::to_string(i), text->parameters[i], arguments[i]);
+            if (text.parameters[i].address)
+                check_address(name + ", argument " + std::to_string(i), text.parameters[i], arguments[i]);
         push([this, groups, threads = kernel_threads(kernel),
-              thread = text->bind(arguments)] { machine_.run(groups, threads, thread); },
+              thread = text.bind(arguments)] { machine_.run(groups, threads, thread); },
              name);
     }
 
@@ -185,12 +181,8 @@ class EmulatedDevice final : public Device {
         return memory;
     }
 
-    void check_argument(const std::string& what, const EmulatedKernel::Parameter& parameter,
-                        const Argument& argument) const {
-        if (argument.size != parameter.size)
-            throw DeviceError(what + ": " + std::to_string(parameter.size) + " bytes are wanted, not " +
-                              std::to_string(argument.size));
-        if (!parameter.address) return;
+    void check_address(const std::string& what, const EmulatedKernel::Parameter& parameter,
+                       const Argument& argument) const {
         uint64_t address;
         std::memcpy(&address, argument.value, sizeof address);
         if (address == 0) return;

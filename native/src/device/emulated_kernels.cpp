@@ -66,4 +66,19 @@ const EmulatedKernel* emulated_kernel(Kernel kernel) {
     return found.bind ? &found : nullptr;
 }
 
+const EmulatedKernel& check_launch(Kernel kernel, int groups, std::span<const Argument> arguments) {
+    const auto refuse = [kernel](const std::string& why) { throw DeviceError(std::string(kernel_name(kernel)) + why); };
+    const EmulatedKernel* text = emulated_kernel(kernel);
+    if (!text) throw DeviceError("there is no text of kernel " + std::string(kernel_name(kernel)));
+    const std::vector<EmulatedKernel::Parameter>& parameters = text->parameters;
+    if (groups < 1) refuse(" is launched with " + std::to_string(groups) + " groups");
+    if (arguments.size() != parameters.size())
+        refuse(" has " + std::to_string(parameters.size()) + " arguments, not " + std::to_string(arguments.size()));
+    for (size_t i = 0; i < arguments.size(); ++i)
+        if (arguments[i].size != parameters[i].size)
+            refuse(", argument " + std::to_string(i) + ": " + std::to_string(parameters[i].size) +
+                   " bytes are wanted, not " + std::to_string(arguments[i].size));
+    return *text;
+}
+
 }  // namespace edgemoe

@@ -23,4 +23,7 @@ struct EmulatedKernel {
 // Null if there is no text of it yet.
 const EmulatedKernel* emulated_kernel(Kernel kernel);
 
+// That a kernel has such arguments, on whatever device: as many, of these sizes. Throws DeviceError.
+const EmulatedKernel& check_launch(Kernel kernel, int groups, std::span<const Argument> arguments);
+
 }  // namespace edgemoe

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bytes.h"
+#include "edgemoe/cuda_device.h"
 #include "edgemoe/device.h"
 #include "edgemoe/emulated_device.h"
 
@@ -36,9 +37,19 @@ WarpOrder order_from_name(const std::string& name) {
 
 class PythonDevice {
   public:
-    PythonDevice(const std::string& kind, const std::string& order, uint32_t seed, bool eager, size_t memory) {
-        if (kind != "emulated") throw py::value_error("unknown kind of device '" + kind + "'; known: emulated");
-        device_ = edgemoe::emulated_device({order_from_name(order), seed, eager, memory});
+    PythonDevice(const std::string& kind, const std::string& order, uint32_t seed, bool eager, size_t memory,
+                 const std::string& library, const std::optional<py::bytes>& image) {
+        if (kind == "emulated") {
+            device_ = edgemoe::emulated_device({order_from_name(order), seed, eager, memory});
+        } else if (kind == "cuda") {
+            const py::bytes ptx =
+                image ? *image : py::bytes(py::module_::import("edgemoe.kernel_images").attr("ptx")());
+            const std::string_view text = ptx;
+            const py::gil_scoped_release unlocked;
+            device_ = edgemoe::open_cuda_device(text, library);
+        } else {
+            throw py::value_error("unknown kind of device '" + kind + "'; known: emulated, cuda");
+        }
     }
 
     uint64_t allocate(size_t bytes) { return reinterpret_cast<uintptr_t>(device_->allocate(bytes)); }
@@ -63,7 +74,8 @@ class PythonDevice {
 
     void copy(uint64_t to, uint64_t from, size_t bytes) { device_->copy(pointer(to), pointer(from), bytes); }
 
-    void launch(const std::string& name, int groups, const std::vector<std::variant<uint64_t, py::bytes>>& values) {
+    void launch(const std::string& name, int groups, const std::vector<std::variant<uint64_t, py::bytes>>& values,
+                int times) {
         std::vector<std::string> structs(values.size());
         std::vector<Argument> arguments;
         for (size_t i = 0; i < values.size(); ++i)
@@ -74,7 +86,8 @@ class PythonDevice {
                 arguments.push_back({structs[i].data(), structs[i].size()});
             }
         const py::gil_scoped_release unlocked;
-        device_->launch(edgemoe::kernel_from_name(name), groups, std::span<const Argument>(arguments));
+        for (int i = 0; i < times; ++i)
+            device_->launch(edgemoe::kernel_from_name(name), groups, std::span<const Argument>(arguments));
     }
 
     // The bytes are kept here until somebody has been told that the upload is done.
@@ -121,15 +134,17 @@ class PythonDevice {
 void bind_device(py::module_& module) {
     using py::arg;
     py::class_<PythonDevice>(module, "Device")
-        .def(py::init<const std::string&, const std::string&, uint32_t, bool, size_t>(), arg("kind"), py::kw_only(),
-             arg("order") = "ascending", arg("seed") = 0, arg("eager") = false,
-             arg("memory") = edgemoe::EmulatedOptions{}.memory)
+        .def(py::init<const std::string&, const std::string&, uint32_t, bool, size_t, const std::string&,
+                      const std::optional<py::bytes>&>(),
+             arg("kind"), py::kw_only(), arg("order") = "ascending", arg("seed") = 0, arg("eager") = false,
+             arg("memory") = edgemoe::EmulatedOptions{}.memory, arg("library") = edgemoe::kCudaLibrary,
+             arg("image") = py::none())
         .def("allocate", &PythonDevice::allocate, arg("nbytes"))
         .def("release", &PythonDevice::release, arg("address"))
         .def("write", &PythonDevice::write, arg("address"), arg("data"))
         .def("read", &PythonDevice::read, arg("address"), arg("nbytes"))
         .def("copy", &PythonDevice::copy, arg("to"), arg("from_"), arg("nbytes"))
-        .def("launch", &PythonDevice::launch, arg("name"), arg("groups"), arg("arguments"))
+        .def("launch", &PythonDevice::launch, arg("name"), arg("groups"), arg("arguments"), arg("times") = 1)
         .def("upload", &PythonDevice::upload, arg("address"), arg("data"))
         .def("done", &PythonDevice::done, arg("upload"))
         .def("wait", &PythonDevice::wait, arg("upload") = py::none())
