@@ -33,6 +33,8 @@ FN float exp_of(float x) {
     return p * first * second;
 }
 
+FN float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(0.0f - x)); }
+
 FN float float_from_half(u32 half) {
     const u32 sign = (half & 0x8000u) << 16;
     const u32 exponent = half >> 10 & 31u;
@@ -57,8 +59,8 @@ FN u32 half_from_float(float value) {
 
 FN float float_from_bf16(u32 bits) { return bits_float(bits << 16); }
 
-// Folds the 16 accumulators that lanes 0 to 15 and, the same ones, lanes 16 to 31 have: i takes in i + 8, then i + 4,
-// i + 2, i + 1. All lanes of the warp get here, and have the result but for which NaN it is.
+// Folds the 16 accumulators of lanes 0 to 15, and those of lanes 16 to 31, be they the same or others: i takes in i + 8,
+// then i + 4, i + 2, i + 1. All lanes of the warp get here, and have their half's result but for which NaN it is.
 FN float fold_sum(float x) {
     for (int width = 8; width >= 1; width /= 2) x += shuffle_xor(x, width);
     return x;

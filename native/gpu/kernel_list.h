@@ -70,7 +70,8 @@ EDGEMOE_KERNEL(split_gates, 256)
 // (inout float x, VectorShape): limits to +-factor as CpuBackend::store does; a thread for each element
 EDGEMOE_KERNEL(clip, 256)
 // (inout float x, in float norm, in float cosine, in float sine, HeadsShape): RMSNorm of each head if there is a norm,
-// then its rotation by row r's cosine[r * pairs ...], if pairs. A group for each (row, head).
+// then its rotation by row r's cosine[r * pairs ...], if pairs; of interleaved pairs at most 1024. A group for each (row,
+// head).
 EDGEMOE_KERNEL(turn_heads, 128)
 // (in float keys, in i32 positions, in i32 sequences, in i32 tables, StateShape): Kernels::store_key of [rows,
 // kv_heads, dim]. Row r is position positions[r] of the sequence whose table is tables[sequences[r] * blocks ...]. A

@@ -18,6 +18,11 @@ GUARD = 4096
 """Bytes behind every array, of which a kernel must not change one."""
 
 
+def groups_for(elements: int) -> int:
+    """Of a kernel that has a thread for each element."""
+    return -(-elements // 256)
+
+
 def emulated(seed: int = 0) -> Device:
     """A device with one of the three orders, by its seed."""
     return Device("emulated", order=ORDERS[seed % 3], seed=seed)
@@ -52,6 +57,26 @@ class Memory:
         data = self.device.read(address, size + GUARD)
         assert not any(data[size:]), "something was written behind an array"
         return np.frombuffer(data[:size], dtype).reshape(shape)
+
+
+def run(device: Device, kernel: str, groups: int, *arguments: NDArray[Any] | bytes | None) -> list[NDArray[Any]]:
+    """Runs a kernel by itself. Arguments are arrays, structs, or None for an address that is 0. All arrays come back in
+    their order, those that the kernel only reads too."""
+    memory = Memory(device)
+    given = [memory.put(one) if isinstance(one, np.ndarray) else one or 0 for one in arguments]
+    device.launch(kernel, groups, given)
+    results = [memory.get(address) for address in memory.arrays]
+    for address in memory.arrays:
+        device.release(address)
+    return results
+
+
+def canonical(values: NDArray[Any]) -> NDArray[Any]:
+    """Whatever is not a number as the one NaN that a device writes. The processor leaves others where they do not
+    last."""
+    values = np.array(values, np.float32)
+    values.view(np.uint32)[np.isnan(values)] = 0x7FC00000
+    return values
 
 
 def number(value: int | float) -> bytes:

@@ -399,7 +399,7 @@ Bytes store(const std::string& isa, const std::string& type_name, bool keys, con
 
 py::tuple attend(const std::string& isa, const std::string& key_name, const std::string& value_name,
                  const Floats& queries, const Floats& keys, const Floats& values, float scale, int start,
-                 const std::optional<std::vector<int32_t>>& table) {
+                 const std::optional<std::vector<int32_t>>& table, const std::optional<Floats>& sinks) {
     const Kernels& kernels = edgemoe::select_kernels(isa);
     const KvType key_type = kv_type(key_name);
     const KvType value_type = kv_type(value_name);
@@ -414,6 +414,11 @@ py::tuple attend(const std::string& isa, const std::string& key_name, const std:
     const Cache cache(kernels, key_type, value_type, keys, &values, start, table);
     const std::vector<float> none(heads, -std::numeric_limits<float>::infinity()), zeros(size_t(heads) * dim);
     Floats maximum(heads, none.data()), sum(heads, zeros.data()), accumulator({heads, dim}, zeros.data());
+    if (sinks) {  // scores before all others, whose values are zeros
+        require_length(*sinks, heads, "sinks");
+        std::copy_n(sinks->data(), heads, maximum.mutable_data());
+        std::fill_n(sum.mutable_data(), heads, 1.0f);
+    }
     kernels.attend(key_type, value_type, queries.data(), heads, dim, scale, cache.blocks(), start,
                    static_cast<int>(keys.shape(0)), maximum.mutable_data(), sum.mutable_data(),
                    accumulator.mutable_data());
@@ -586,7 +591,7 @@ void bind_kernels(py::module_& module) {
     kernels.def("rope", rope, arg("isa"), arg("head"), arg("cosine"), arg("sine"));
     kernels.def("store", store, arg("isa"), arg("type"), arg("keys"), arg("vectors"));
     kernels.def("attend", attend, arg("isa"), arg("key_type"), arg("value_type"), arg("queries"), arg("keys"),
-                arg("values"), arg("scale"), arg("start") = 0, arg("table") = py::none());
+                arg("values"), arg("scale"), arg("start") = 0, arg("table") = py::none(), arg("sinks") = py::none());
     kernels.def("attend_latent", attend_latent, arg("isa"), arg("type"), arg("queries"), arg("keys"), arg("value_dim"),
                 arg("scale"), arg("start") = 0, arg("table") = py::none());
     kernels.def("sigmoid_multiply", sigmoid_multiply, arg("isa"), arg("gate"), arg("x"));
