@@ -180,8 +180,11 @@ class Device:
     def write(self, address: int, data: Buffer) -> None: ...
     def read(self, address: int, nbytes: int) -> bytes: ...
     def copy(self, to: int, from_: int, nbytes: int) -> None: ...
-    def launch(self, name: str, groups: int, arguments: Sequence[int | bytes], times: int = 1) -> None:
+    def launch(self, name: str, groups: int, arguments: Sequence[int | bytes]) -> None:
         """Arguments: addresses, or the bytes of a number or struct (native/gpu/kernel_list.h)."""
+
+    def launches(self, name: str, groups: int, arguments: Sequence[Sequence[int | bytes]], times: int) -> None:
+        """So many, with each list of arguments in turn: for measuring."""
 
     def upload(self, address: int, data: Buffer) -> int:
         """Beside the other operations. Returns its number."""

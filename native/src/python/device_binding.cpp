@@ -35,6 +35,29 @@ WarpOrder order_from_name(const std::string& name) {
     throw py::value_error("unknown order '" + name + "'; known: ascending, descending, shuffled");
 }
 
+using Values = std::vector<std::variant<uint64_t, py::bytes>>;  // addresses, and the bytes of a number or struct
+
+// Of a launch, with what they are of.
+class Arguments {
+  public:
+    explicit Arguments(const Values& values) {
+        for (const auto& value : values)
+            if (const auto* address = std::get_if<uint64_t>(&value))
+                bytes_.emplace_back(reinterpret_cast<const char*>(address), sizeof *address);
+            else
+                bytes_.push_back(std::get<py::bytes>(value));
+        for (const std::string& one : bytes_) list_.push_back({one.data(), one.size()});
+    }
+    Arguments(const Arguments&) = delete;
+    Arguments(Arguments&&) = default;  // the strings stay where they are
+
+    std::span<const Argument> list() const { return list_; }
+
+  private:
+    std::vector<std::string> bytes_;
+    std::vector<Argument> list_;
+};
+
 class PythonDevice {
   public:
     PythonDevice(const std::string& kind, const std::string& order, uint32_t seed, bool eager, size_t memory,
@@ -74,20 +97,19 @@ class PythonDevice {
 
     void copy(uint64_t to, uint64_t from, size_t bytes) { device_->copy(pointer(to), pointer(from), bytes); }
 
-    void launch(const std::string& name, int groups, const std::vector<std::variant<uint64_t, py::bytes>>& values,
-                int times) {
-        std::vector<std::string> structs(values.size());
-        std::vector<Argument> arguments;
-        for (size_t i = 0; i < values.size(); ++i)
-            if (const auto* address = std::get_if<uint64_t>(&values[i])) {
-                arguments.push_back({address, sizeof *address});
-            } else {
-                structs[i] = std::get<py::bytes>(values[i]);
-                arguments.push_back({structs[i].data(), structs[i].size()});
-            }
+    void launch(const std::string& name, int groups, const Values& values) {
+        const Arguments arguments(values);
         const py::gil_scoped_release unlocked;
-        for (int i = 0; i < times; ++i)
-            device_->launch(edgemoe::kernel_from_name(name), groups, std::span<const Argument>(arguments));
+        device_->launch(edgemoe::kernel_from_name(name), groups, arguments.list());
+    }
+
+    // So many launches, with each of the lists in turn.
+    void launches(const std::string& name, int groups, const std::vector<Values>& lists, size_t times) {
+        if (lists.empty()) throw py::value_error("no arguments");
+        std::vector<Arguments> arguments(lists.begin(), lists.end());
+        const py::gil_scoped_release unlocked;
+        const edgemoe::Kernel kernel = edgemoe::kernel_from_name(name);
+        for (size_t i = 0; i < times; ++i) device_->launch(kernel, groups, arguments[i % arguments.size()].list());
     }
 
     // The bytes are kept here until somebody has been told that the upload is done.
@@ -144,7 +166,8 @@ void bind_device(py::module_& module) {
         .def("write", &PythonDevice::write, arg("address"), arg("data"))
         .def("read", &PythonDevice::read, arg("address"), arg("nbytes"))
         .def("copy", &PythonDevice::copy, arg("to"), arg("from_"), arg("nbytes"))
-        .def("launch", &PythonDevice::launch, arg("name"), arg("groups"), arg("arguments"), arg("times") = 1)
+        .def("launch", &PythonDevice::launch, arg("name"), arg("groups"), arg("arguments"))
+        .def("launches", &PythonDevice::launches, arg("name"), arg("groups"), arg("arguments"), arg("times"))
         .def("upload", &PythonDevice::upload, arg("address"), arg("data"))
         .def("done", &PythonDevice::done, arg("upload"))
         .def("wait", &PythonDevice::wait, arg("upload") = py::none())
