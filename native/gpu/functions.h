@@ -59,8 +59,8 @@ FN u32 half_from_float(float value) {
 
 FN float float_from_bf16(u32 bits) { return bits_float(bits << 16); }
 
-// Folds the 16 accumulators of lanes 0 to 15, and those of lanes 16 to 31, be they the same or others: i takes in i + 8,
-// then i + 4, i + 2, i + 1. All lanes of the warp get here, and have their half's result but for which NaN it is.
+// Folds the 16 accumulators of lanes 0 to 15, and those of lanes 16 to 31, be they the same or others: i takes in i +
+// 8, then i + 4, i + 2, i + 1. All lanes of the warp get here, and have their half's result but for which NaN it is.
 FN float fold_sum(float x) {
     for (int width = 8; width >= 1; width /= 2) x += shuffle_xor(x, width);
     return x;

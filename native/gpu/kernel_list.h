@@ -70,8 +70,8 @@ EDGEMOE_KERNEL(split_gates, 256)
 // (inout float x, VectorShape): limits to +-factor as CpuBackend::store does; a thread for each element
 EDGEMOE_KERNEL(clip, 256)
 // (inout float x, in float norm, in float cosine, in float sine, HeadsShape): RMSNorm of each head if there is a norm,
-// then its rotation by row r's cosine[r * pairs ...], if pairs; of interleaved pairs at most 1024. A group for each (row,
-// head).
+// then its rotation by row r's cosine[r * pairs ...], if pairs; of interleaved pairs at most 1024. A group for each
+// (row, head).
 EDGEMOE_KERNEL(turn_heads, 128)
 // (in float keys, in i32 positions, in i32 sequences, in i32 tables, StateShape): Kernels::store_key of [rows,
 // kv_heads, dim]. Row r is position positions[r] of the sequence whose table is tables[sequences[r] * blocks ...]. A
@@ -83,6 +83,14 @@ EDGEMOE_KERNEL(store_values, 128)
 // attended, StateShape): CpuBackend::attend, with gates if `gated`; sinks and projected may be missing. A group for
 // each (row, head).
 EDGEMOE_KERNEL(attend, 128)
+
+// (inout float queries, inout float latents, in float norm, in float cosine, in float sine, in i32 positions, in i32
+// sequences, in i32 tables, LatentShape): CpuBackend::store_latents; `first` and `count` do not matter. Groups: 1 +
+// heads for each row.
+EDGEMOE_KERNEL(store_latents, 128)
+// (in float queries, inout float asked, in i32 positions, in i32 sequences, in i32 tables, out float found,
+// LatentShape): CpuBackend::attend_latents. A group for each (row, head of `count`).
+EDGEMOE_KERNEL(attend_latents, 128)
 
 // --- routing.inl
 

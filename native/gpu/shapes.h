@@ -90,6 +90,19 @@ struct StateShape {
     float scale;
 };
 
+// Latents [rows, rank + rope_dim], stored as the keys of the one head that `state` has, of that many elements; `heads`
+// of it are those of queries.
+struct LatentShape {
+    StateShape state;
+    i32 rank, rope_dim;
+    i32 head_dim;     // of queries, whose last rope_dim elements are turned
+    i32 first;        // attend_latents: the first of the heads dealt with
+    i32 count;        // of them
+    i32 pairs;        // that are turned
+    i32 interleaved;  // as in HeadsShape
+    float epsilon;    // of the latents' norm
+};
+
 struct ChooseShape {
     i32 experts, top_k;
     i32 scores;  // as RouterScores

@@ -105,6 +105,16 @@ def test_norm_and_rotation_of_heads(
     same_bytes(expected, results[0])
 
 
+def tables_for(lengths: list[int], rng: np.random.Generator) -> tuple[Array, int]:
+    """Where sequences' blocks lie, anywhere in a pool of so many; entries beyond a sequence must not be read."""
+    needed = [-(-length // BLOCK) for length in lengths]
+    places = rng.permutation(2 * sum(needed)).tolist()
+    tables = np.full((len(lengths), max(needed) + 1), UNKEPT, np.int32)
+    for sequence, count in enumerate(needed):
+        tables[sequence, :count] = [places.pop() for _ in range(count)]
+    return tables, 2 * sum(needed)
+
+
 @dataclass
 class State:
     """Sequences in blocks anywhere in a pool, the heads of a block side by side."""
@@ -121,13 +131,8 @@ class State:
         self.head = self.key_bytes + kernels.kv_block_bytes(self.value_type, self.dim)
         self.before = 128  # of other layers in a block
         self.stride = self.before + self.kv_heads * self.head + 64
-        self.entries = max(-(-length // BLOCK) for length in self.lengths) + 1
-        needed = [-(-length // BLOCK) for length in self.lengths]
-        places = self.rng.permutation(2 * sum(needed)).tolist()
-        self.tables = np.full((len(self.lengths), self.entries), UNKEPT, np.int32)
-        for sequence, count in enumerate(needed):
-            self.tables[sequence, :count] = [places.pop() for _ in range(count)]
-        self.pool = np.full((2 * sum(needed), self.stride), 0xFF, np.uint8)
+        self.tables, blocks = tables_for(self.lengths, self.rng)
+        self.pool = np.full((blocks, self.stride), 0xFF, np.uint8)
 
     def fill(self, keys: list[Array], values: list[Array]) -> None:
         """Of each sequence [length, kv heads, dim]: as the processor stores them."""
@@ -147,7 +152,7 @@ class State:
 
     def shape(self, pool: int, heads: int, window: int = 0, gated: bool = False, scale: float = 1.0) -> bytes:
         kinds = [KV_TYPES.index(kind) for kind in (self.key_type, self.value_type)]
-        integers = numbers(heads, self.kv_heads, self.dim, *kinds, window, gated, self.entries)
+        integers = numbers(heads, self.kv_heads, self.dim, *kinds, window, gated, self.tables.shape[1])
         addresses = struct.pack("<4Q", pool + self.before, self.stride, self.key_bytes, self.head)
         return integers + addresses + number(scale) + bytes(4)
 
@@ -326,3 +331,132 @@ def test_long_sequences(order: str, length: int, window: int) -> None:
         with_sinks=window == 64,
         wild=False,
     )
+
+
+# --- latents --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Latents:
+    """Sequences whose latents lie anywhere in a pool, and rows (sequence, position) of a chunk."""
+
+    kind: str
+    heads: int
+    head_dim: int
+    rank: int
+    rope_dim: int
+    lengths: list[int]
+    rng: np.random.Generator
+
+    def __post_init__(self) -> None:
+        self.dim = self.rank + self.rope_dim
+        self.block = kernels.kv_block_bytes(self.kind, self.dim)
+        self.tables, blocks = tables_for(self.lengths, self.rng)
+        self.pool = np.full((blocks, self.block + 64), 0xFF, np.uint8)
+
+    def fill(self, latents: list[Array]) -> None:
+        for sequence, length in enumerate(self.lengths):
+            for first in range(0, length, BLOCK):
+                data = kernels.store("scalar", self.kind, True, latents[sequence][first : first + BLOCK])
+                self.pool[self.tables[sequence, first // BLOCK], : self.block] = data
+
+    def shape(self, pool: int, *, scale: float = 1.0, more: bytes) -> bytes:
+        kind, entries = KV_TYPES.index(self.kind), self.tables.shape[1]
+        state = numbers(self.heads, 1, self.dim, kind, kind, 0, 0, entries)
+        state += struct.pack("<4Q", pool, self.block + 64, 0, 0) + number(scale) + bytes(4)
+        whole = state + numbers(self.rank, self.rope_dim, self.head_dim) + more
+        return whole + bytes(-len(whole) % 8)
+
+
+@orders
+@pytest.mark.parametrize("kind", KV_TYPES)
+@settings(max_examples=6, deadline=None)
+@given(
+    seed=seeds,
+    heads=st.integers(1, 4),
+    rank=st.integers(1, 150),
+    rope_dim=st.integers(0, 70),
+    interleaved=st.booleans(),
+    wild=st.booleans(),
+)
+def test_stored_latents(
+    order: str, kind: str, seed: int, heads: int, rank: int, rope_dim: int, interleaved: bool, wild: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    if kind == "q8_0":
+        rank += -(rank + rope_dim) % 32
+    pairs, head_dim = int(rng.integers(0, rope_dim // 2 + 1)), rope_dim + int(rng.integers(0, 40))
+    lengths = rng.integers(1, 9 if seed % 4 else 70, 2).tolist()
+    state = Latents(kind, heads, max(head_dim, 1), rank, rope_dim, lengths, rng)
+    rows = [(sequence, position) for sequence, length in enumerate(lengths) for position in range(length)]
+    rng.shuffle(rows)
+    sequences, positions = np.array(rows, np.int32).T
+    queries = floats(rng, len(rows), heads, state.head_dim, wild=wild)
+    latents, norm = floats(rng, len(rows), state.dim, wild=wild), floats(rng, rank, wild=wild)
+    cosine, sine = floats(rng, 2, len(rows), pairs)
+    new_queries, new_latents = queries.copy(), latents.copy()
+    stored = [np.zeros((length, state.dim), np.float32) for length in lengths]
+    for row, (sequence, position) in enumerate(rows):
+        new_latents[row, :rank] = kernels.rms_norm("scalar", latents[row, :rank], norm, 0.25)
+        new_latents[row, rank:] = turned(latents[row, rank:], cosine[row], sine[row], interleaved)
+        for head in range(heads):
+            begin = state.head_dim - rope_dim
+            new_queries[row, head, begin:] = turned(queries[row, head, begin:], cosine[row], sine[row], interleaved)
+        stored[sequence][position] = new_latents[row]
+    memory = Memory(Device("emulated", order=order, seed=seed))
+    pool = memory.put(state.pool)
+    first, *given_arrays = [
+        memory.put(array) for array in (queries, latents, norm, cosine, sine, positions, sequences, state.tables)
+    ]
+    shape = state.shape(pool, more=numbers(0, 0, pairs, interleaved, 0.25))
+    memory.device.launch("store_latents", len(rows) * (1 + heads), [first, *given_arrays, shape])
+    state.fill(stored)
+    same_bytes(new_queries, memory.get(first))
+    same_bytes(new_latents, memory.get(given_arrays[0]))
+    same_bytes(state.pool, memory.get(pool))
+
+
+@orders
+@pytest.mark.parametrize("kind", KV_TYPES)
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=seeds,
+    heads=st.integers(1, 4),
+    rank=st.one_of(st.integers(1, 100), st.integers(100, 300)),
+    rope_dim=st.integers(0, 40),
+    lengths=st.lists(st.one_of(st.integers(1, 200), st.integers(510, 600)), min_size=1, max_size=2),
+    wild=st.booleans(),
+)
+def test_attention_over_latents(
+    order: str, kind: str, seed: int, heads: int, rank: int, rope_dim: int, lengths: list[int], wild: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    if kind == "q8_0":
+        rank += -(rank + rope_dim) % 32
+    state = Latents(kind, heads, rope_dim + 5, rank, rope_dim, lengths, rng)
+    latents = [floats(rng, length, state.dim) for length in lengths]
+    rows = [(0, lengths[0] - 1), (len(lengths) - 1, int(rng.integers(0, lengths[-1])))]
+    first = int(rng.integers(0, heads))
+    count = int(rng.integers(1, heads - first + 1))
+    queries, asked = floats(rng, 2, heads, state.head_dim), floats(rng, 2, count, state.dim)
+    if wild:
+        for vectors in [*latents, queries, asked]:
+            vectors.reshape(-1)[rng.integers(0, vectors.size, 2)] = rng.choice(SPECIAL, 2)
+    state.fill(latents)
+    scale = float(np.float32(state.dim**-0.5))
+    expected = np.zeros((2, count, rank), np.float32)
+    whole = asked.copy()
+    whole[:, :, rank:] = queries[:, first : first + count, 5:]
+    for row, (sequence, position) in enumerate(rows):
+        past = latents[sequence][: position + 1]
+        _, total, found = kernels.attend_latent("scalar", kind, whole[row], past, rank, scale)
+        with np.errstate(all="ignore"):
+            expected[row] = canonical(found / total[:, None])
+    memory = Memory(Device("emulated", order=order, seed=seed))
+    pool = memory.put(state.pool)
+    sequences, positions = np.array(rows, np.int32).T
+    addresses = [memory.put(array) for array in (queries, asked, positions, sequences, state.tables)]
+    out = memory.room(expected.shape)
+    shape = state.shape(pool, scale=scale, more=numbers(first, count, 0, 0, 0.0))
+    memory.device.launch("attend_latents", 2 * count, [*addresses, out, shape])
+    same_bytes(expected, memory.get(out))
