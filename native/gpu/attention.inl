@@ -115,7 +115,7 @@ FN float score_of(i32 type, const GLOBAL float* query, const GLOBAL u8* keys, i3
         const GLOBAL u16* scales = (const GLOBAL u16*)(keys + dim * KV_BLOCK);
         for (int group = 0; group < dim / KV_GROUP; ++group) {
             const float scale = float_from_half(scales[group * KV_BLOCK + place]);
-            UNROLL(32)
+            ROUNDS(32)
             for (int i = 0; i < KV_GROUP; ++i) {
                 const int d = group * KV_GROUP + i;
                 score = fused(query[d], float(codes[d * KV_BLOCK + place]) * scale, score);
@@ -123,11 +123,11 @@ FN float score_of(i32 type, const GLOBAL float* query, const GLOBAL u8* keys, i3
         }
     } else if (type == 1) {
         const GLOBAL u16* halves = (const GLOBAL u16*)keys;
-        UNROLL(32)
+        ROUNDS(32)
         for (int d = 0; d < dim; ++d) score = fused(query[d], float_from_half(halves[d * KV_BLOCK + place]), score);
     } else {
         const GLOBAL float* floats = (const GLOBAL float*)keys;
-        UNROLL(32)
+        ROUNDS(32)
         for (int d = 0; d < dim; ++d) score = fused(query[d], floats[d * KV_BLOCK + place], score);
     }
     return score;
@@ -140,18 +140,18 @@ FN float add_values(i32 type, const LOCAL float* probabilities, const GLOBAL u8*
         const GLOBAL i8* codes = (const GLOBAL i8*)values;
         const GLOBAL u16* scales = (const GLOBAL u16*)(values + dim * KV_BLOCK);
         const int groups = dim / KV_GROUP, group = d / KV_GROUP;
-        UNROLL(16)
+        ROUNDS(16)
         for (int place = begin; place < end; ++place)
             sum = fused(probabilities[place],
                         float(codes[place * dim + d]) * float_from_half(scales[place * groups + group]), sum);
     } else if (type == 1) {
         const GLOBAL u16* halves = (const GLOBAL u16*)values;
-        UNROLL(16)
+        ROUNDS(16)
         for (int place = begin; place < end; ++place)
             sum = fused(probabilities[place], float_from_half(halves[place * dim + d]), sum);
     } else {
         const GLOBAL float* floats = (const GLOBAL float*)values;
-        UNROLL(16)
+        ROUNDS(16)
         for (int place = begin; place < end; ++place) sum = fused(probabilities[place], floats[place * dim + d], sum);
     }
     return sum;
@@ -337,7 +337,7 @@ KERNEL(attend_latents, IN(0, float, queries), OUT(1, float, asked), IN(2, i32, p
                 element = element * corrections[block];
                 for (int from = 0; from < places; from += PIECE_PLACES) {
                     const int some = min(PIECE_PLACES, places - from);
-                    UNROLL(8)
+                    ROUNDS(8)
                     for (int i = WARP; i < elements; i += ATTEND_THREADS / 32)
                         if (LANE < some)
                             piece[i * PIECE_STRIDE + LANE] =
