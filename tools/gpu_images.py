@@ -18,12 +18,15 @@ import argparse
 import ctypes
 import gzip
 import hashlib
+import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,14 +183,16 @@ class Compiler:
 
     def ptx(self, text: Mapping[str, str], options: Sequence[str] = OPTIONS) -> str:
         """PTX of all kernels."""
-        made = self._compile(text, [f"--gpu-architecture={ARCHITECTURE}", *options], "PTX")
+        made, _ = self._compile(text, [f"--gpu-architecture={ARCHITECTURE}", *options], "PTX")
         return made.rstrip(b"\0").decode()
 
-    def cubin(self, text: Mapping[str, str], architecture: str) -> bytes:
-        """Machine code of all kernels."""
-        return self._compile(text, [f"--gpu-architecture={architecture}", *OPTIONS], "CUBIN")
+    def cubin(self, text: Mapping[str, str], architecture: str) -> tuple[bytes, dict[str, str]]:
+        """Machine code of all kernels, and what each takes of a processor."""
+        options = [f"--gpu-architecture={architecture}", *OPTIONS, "--ptxas-options=-v"]
+        made, log = self._compile(text, options, "CUBIN")
+        return made, what_kernels_take(log)
 
-    def _compile(self, text: Mapping[str, str], options: Sequence[str], kind: str) -> bytes:
+    def _compile(self, text: Mapping[str, str], options: Sequence[str], kind: str) -> tuple[bytes, str]:
         program = ctypes.c_void_p()
         names = list(text)
         sources = (ctypes.c_char_p * len(names))(*(text[name].encode() for name in names))
@@ -203,10 +208,11 @@ class Compiler:
         )
         try:
             arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-            if self._library.nvrtcCompileProgram(program, len(options), arguments):
-                log = self._get("nvrtcGetProgramLog", program).rstrip(b"\0").decode()
+            failed = self._library.nvrtcCompileProgram(program, len(options), arguments)
+            log = self._get("nvrtcGetProgramLog", program).rstrip(b"\0").decode()
+            if failed:
                 raise ImageError(f"the kernels do not compile:\n{log}")
-            return self._get(f"nvrtcGet{kind}", program)
+            return self._get(f"nvrtcGet{kind}", program), log
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -223,24 +229,29 @@ class Compiler:
             raise ImageError(f"{function} failed with {status}")
 
 
-def assembled(ptx: str, architecture: str, folder: Path) -> tuple[Path, dict[str, str]]:
+def assembled(ptx: str, architecture: str) -> tuple[bytes, dict[str, str]]:
     """Machine code made of PTX, and what each kernel takes of a processor."""
-    folder.mkdir(parents=True, exist_ok=True)
     ptxas = unpacked(ASSEMBLER) / "nvidia" / "cu13" / "bin" / "ptxas"
     ptxas.chmod(0o755)  # zipfile does not keep modes
-    source, target = folder / "kernels.ptx", folder / f"{architecture}.ptxas.cubin"
-    source.write_text(ptx)
-    command = [str(ptxas), "-v", f"-arch={architecture}", str(source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ImageError(f"the PTX does not assemble for {architecture}:\n{done.stderr.strip()}")
-    kernel, takes = "", {}
-    for line in done.stderr.splitlines():
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "kernels.ptx"), Path(folder, "kernels.cubin")
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"-arch={architecture}", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ImageError(f"the PTX does not assemble for {architecture}:\n{done.stderr.strip()}")
+        return target.read_bytes(), what_kernels_take(done.stderr)
+
+
+def what_kernels_take(log: str) -> dict[str, str]:
+    """Registers, spills and shared memory, as ptxas tells them, by kernel."""
+    kernel, takes = "", dict[str, str]()
+    for line in log.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)'", line):
             kernel, takes[found[1]] = found[1], ""
         elif "spill" in line or "Used" in line:
-            takes[kernel] += ("; " if takes[kernel] else "") + re.sub(r"^ptxas info\s*:\s*", "", line).strip()
-    return target, takes
+            takes[kernel] += ("; " if takes[kernel] else "") + re.sub(r"^ptxas\s*(?:info\s*:|\.)?\s*", "", line).strip()
+    return takes
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -272,17 +283,19 @@ def write_cubins(folder: Path) -> None:
     """Writes machine code for every architecture, and prints what the kernels take."""
     text = kernel_text()
     compiler, ptx = Compiler(), make(text)
-    for architecture in (*CUBINS, *LATER_CUBINS):
-        target, takes = assembled(ptx, architecture, folder)
-        if architecture in CUBINS:
-            target.unlink()
-            target = folder / f"{architecture}.cubin"
-            target.write_bytes(compiler.cubin(text, architecture))
-        else:
-            target = target.rename(folder / f"{architecture}.cubin")
-        print(f"{architecture}: {target.stat().st_size} bytes")
-        for kernel, line in takes.items():
-            print(f"  {kernel:18} {line}")
+    unpacked(ASSEMBLER)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def made(architecture: str) -> tuple[bytes, dict[str, str]]:
+        return compiler.cubin(text, architecture) if architecture in CUBINS else assembled(ptx, architecture)
+
+    architectures = (*CUBINS, *LATER_CUBINS)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for architecture, (cubin, takes) in zip(architectures, threads.map(made, architectures), strict=True):
+            (folder / f"{architecture}.cubin").write_bytes(cubin)
+            print(f"{architecture}: {len(cubin)} bytes")
+            for kernel, line in takes.items():
+                print(f"  {kernel:18} {line}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
