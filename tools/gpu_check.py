@@ -54,6 +54,7 @@ def shapes() -> dict[str, np.dtype[Any]]:
     text = re.sub(r"//.*", "", (GPU / "shapes.h").read_text())
     numbers = {name: int(value) for name, value in re.findall(r"#define (\w+) (\d+)", text)}
     types: dict[str, Any] = {"u8": np.uint8, "i32": np.int32, "u64": np.uint64, "float": np.float32}
+    numbers_only = set(types)
     for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
         fields: list[Any] = []
         for declaration in filter(None, map(str.strip, body.split(";"))):
@@ -62,7 +63,7 @@ def shapes() -> dict[str, np.dtype[Any]]:
                 size = (numbers.get(count) or int(count),) if count else ()
                 fields.append((member, types[kind], *([size] if size else [])))
         types[name] = np.dtype(fields, align=True)
-    return {name: kind for name, kind in types.items() if isinstance(kind, np.dtype)}
+    return {name: kind for name, kind in types.items() if name not in numbers_only}
 
 
 def struct(name: str, **members: Any) -> bytes:
@@ -86,13 +87,13 @@ Argument = str | None | bytes | Callable[[Addresses], bytes]
 @dataclass
 class Case:
     """A launch: buffers by name, what is in them, and arguments: a buffer's name, none, or a value, which may hold
-    addresses."""
+    addresses. Some buffers hold addresses of others, or none."""
 
     kernel: str
     groups: int
     buffers: dict[str, Array]
     arguments: list[Argument]
-    addresses: Addresses = field(default_factory=dict)
+    pointers: dict[str, list[str | None]] = field(default_factory=dict)
 
 
 class Placed:
@@ -104,6 +105,10 @@ class Placed:
             self.addresses[name] = device.allocate(array.nbytes + GUARD)
             device.write(self.addresses[name], np.ascontiguousarray(array).reshape(-1).view(np.uint8))
             device.write(self.addresses[name] + array.nbytes, b"\xa5" * GUARD)
+        for name, targets in case.pointers.items():
+            numbers = np.array([self.addresses[target] if target else 0 for target in targets], np.uint64)
+            self.addresses[name] = device.allocate(numbers.nbytes)
+            device.write(self.addresses[name], numbers)
 
     def arguments(self) -> list[int | bytes]:
         """For `Device.launch`."""
@@ -119,10 +124,12 @@ class Placed:
         ]
 
     def results(self) -> dict[str, bytes]:
-        """What is in all buffers and behind them; they are given back."""
-        found = {}
-        for name, address in self.addresses.items():
-            found[name] = self.device.read(address, self.case.buffers[name].nbytes + GUARD)
+        """What is in all buffers and behind them, but for addresses; they are given back."""
+        found = {
+            name: self.device.read(self.addresses[name], array.nbytes + GUARD)
+            for name, array in self.case.buffers.items()
+        }
+        for address in self.addresses.values():
             self.device.release(address)
         return found
 
@@ -369,6 +376,86 @@ def attention(rng: Rng, kernel: str, wild: bool) -> Case:
     return Case(kernel, rows * heads, buffers, arguments)
 
 
+def latents(rng: Rng, kernel: str, wild: bool) -> Case:
+    """Keys that all heads have in common, of which the first elements are values too."""
+    heads, rank, rope_dim, rows = int(rng.integers(1, 4)), 32 * int(rng.integers(1, 6)), 32, int(rng.integers(1, 4))
+    head_dim, dim, blocks, kind = 64, rank + rope_dim, 11, int(rng.integers(0, 3))
+    stride = {0: dim * 256, 1: dim * 128, 2: dim * 64 + dim // 32 * 128}[kind]
+    pairs, first = int(rng.integers(0, rope_dim // 2 + 1)), int(rng.integers(0, heads))
+    count = heads - first
+    buffers = {
+        "positions": (np.arange(rows) + rng.integers(0, blocks * 64 - rows)).astype(np.int32),
+        "sequences": np.zeros(rows, np.int32),
+        "tables": rng.permutation(blocks).astype(np.int32),
+        "pool": (rng.standard_normal(blocks * stride // 2) * 0.5).astype(np.float16).view(np.uint8),
+        "queries": floats(rng, rows, heads, head_dim, wild=wild),
+    }
+
+    def value(at: Addresses) -> bytes:
+        result = np.zeros((), shapes()["LatentShape"])
+        state = {"heads": heads, "kv_heads": 1, "dim": dim, "key_type": kind, "value_type": kind, "blocks": blocks}
+        state |= {"pool": at["pool"], "stride": stride, "values": stride, "head": stride, "scale": dim**-0.5}
+        for name, given in state.items():
+            result["state"][name] = given
+        members = {"rank": rank, "rope_dim": rope_dim, "head_dim": head_dim, "first": first, "count": count}
+        members |= {"pairs": pairs, "interleaved": int(pairs % 2), "epsilon": 1e-6}
+        for name, given in members.items():
+            result[name] = given
+        return result.tobytes()
+
+    where = ["positions", "sequences", "tables"]
+    if kernel == "store_latents":
+        buffers |= {"latents": floats(rng, rows, dim, wild=wild), "norm": floats(rng, rank)}
+        buffers |= {"cosine": floats(rng, rows, max(pairs, 1)), "sine": floats(rng, rows, max(pairs, 1))}
+        names = ["queries", "latents", "norm", "cosine", "sine", *where]
+        return Case(kernel, rows * (1 + heads), buffers, [*names, value])
+    buffers |= {"asked": floats(rng, rows, count, dim), "found": nothing(rows, count, rank)}
+    return Case(kernel, rows * count, buffers, ["queries", "asked", *where, "found", value])
+
+
+def recurrence(rng: Rng, kernel: str, wild: bool) -> Case:
+    """Rows of one sequence, which each see what the one before left; the first begins, or goes on elsewhere."""
+    rows, begin = int(rng.integers(1, 5)), int(rng.choice([0, 3]))
+    buffers: dict[str, Array] = {"positions": (begin + np.arange(rows)).astype(np.int32)}
+    pointers: dict[str, list[str | None]] = {"states": ["state"] * rows, "before": [None] * rows}
+    if begin:
+        pointers["before"][0] = "earlier"
+    if kernel == "convolve":
+        channels, taps = int(rng.integers(1, 300)), int(rng.integers(2, 5))
+        blocks = -(-channels // 16)
+        buffers |= {"weights": floats(rng, blocks, taps, 16), "x": floats(rng, rows, channels, wild=wild)}
+        buffers |= {"state": floats(rng, taps, channels), "earlier": floats(rng, taps, channels)}
+        buffers["out"] = nothing(rows, channels)
+        shape = struct("ConvolveShape", channels=channels, taps=taps, rows=rows, silu=int(rng.integers(2)))
+        names = ["weights", "x", "states", "before", "positions", "out", shape]
+        return Case(kernel, -(-channels // threads()[kernel]), buffers, names, pointers)
+    kv_heads, key_dim, value_dim = int(rng.integers(1, 3)), int(rng.integers(1, 80)), int(rng.integers(1, 80))
+    heads, fused = kv_heads * int(rng.integers(1, 4)), int(rng.integers(2))
+    members = {"heads": heads, "kv_heads": kv_heads, "key_dim": key_dim, "value_dim": value_dim, "rows": rows}
+    tiled = int(rng.integers(2))
+    shape = struct("DeltaShape", **members, tiled_heads=tiled, fused_beta_alpha=fused, epsilon=1e-6)
+    if kernel == "finish_delta":
+        buffers = {"out": floats(rng, rows, heads, value_dim, wild=wild), "gates": floats(rng, rows, heads, value_dim)}
+        buffers["head_norm"] = floats(rng, value_dim)
+        return Case(kernel, rows * heads, buffers, [*buffers, shape])
+    shares = {"mixed": floats(rng, rows, 2 * kv_heads * key_dim + heads * value_dim, wild=wild)}
+    shares["beta"] = floats(rng, rows, heads * (2 if fused else 1))
+    if not fused:
+        shares["alpha"] = floats(rng, rows, heads)
+    alpha = None if fused else "alpha"
+    if kernel == "prepare_delta":
+        norms = {"query_norm": floats(rng, key_dim), "key_norm": floats(rng, key_dim)}
+        rates = {"decay_rate": -abs(floats(rng, heads)), "step_bias": floats(rng, heads)}
+        names = ["mixed", "beta", alpha, *norms, *rates, shape]
+        return Case(kernel, rows * (2 * kv_heads + 1), shares | norms | rates, names)
+    assert kernel == "gated_delta", kernel
+    buffers |= shares
+    buffers |= {name: floats(rng, heads, key_dim, value_dim) for name in ("state", "earlier")}
+    buffers["out"] = nothing(rows, heads, value_dim)
+    names = ["mixed", "beta", alpha, "states", "before", "positions", "out", shape]
+    return Case(kernel, heads * -(-value_dim // 32), buffers, names, pointers)
+
+
 def choose(rng: Rng, wild: bool) -> Case:
     rows, scores = int(rng.integers(1, 5)), int(rng.integers(0, 4))
     groups = int(rng.choice([1, 4])) if scores != 3 else 1
@@ -413,6 +500,10 @@ def cases(kernel: str, seed: int, rounds: int) -> Iterator[Case]:
             yield choose(rng, wild)
         elif kernel in ("split_gates", "turn_heads", "store_keys", "store_values", "attend"):
             yield attention(rng, kernel, wild)
+        elif kernel in ("convolve", "prepare_delta", "gated_delta", "finish_delta"):
+            yield recurrence(rng, kernel, wild)
+        elif kernel in ("store_latents", "attend_latents"):
+            yield latents(rng, kernel, wild)
         else:
             yield elementwise(rng, kernel, wild)
 
