@@ -92,6 +92,26 @@ EDGEMOE_KERNEL(store_latents, 128)
 // LatentShape): CpuBackend::attend_latents. A group for each (row, head of `count`).
 EDGEMOE_KERNEL(attend_latents, 128)
 
+// --- recurrence.inl
+
+// In these `states` are each row's address of what its sequence has in this layer (SequenceState::convolution() or
+// recurrence()), `before` that of what must be copied there first, or 0: convolution_before() or recurrence_before()
+// where the row's position is the sequence's length.
+
+// (in float weights, in float x, in u64 states, in u64 before, in i32 positions, out float out, ConvolveShape):
+// CpuBackend::convolve. weights as a matrix of the f32 layout. A thread for each channel.
+EDGEMOE_KERNEL(convolve, 128)
+// (inout float mixed, inout float beta, inout float alpha, in float query_norm, in float key_norm, in float decay_rate,
+// in float step_bias, DeltaShape): what CpuBackend::gated_delta does first. alpha may be missing if fused_beta_alpha.
+// Groups: 2 * kv_heads + 1 for each row.
+EDGEMOE_KERNEL(prepare_delta, 128)
+// (in float mixed, in float beta, in float alpha, in u64 states, in u64 before, in i32 positions, out float out,
+// DeltaShape): Kernels::gated_delta of all rows and heads. Groups: heads * (value_dim / 32, rounded up).
+EDGEMOE_KERNEL(gated_delta, 32)
+// (inout float out, in float gates, in float head_norm, DeltaShape): the norm and gates after it. A group for each
+// (row, head).
+EDGEMOE_KERNEL(finish_delta, 128)
+
 // --- routing.inl
 
 // (inout float scores, in float selection_bias, in float expert_scale, out i32 picks, out float weights, out float

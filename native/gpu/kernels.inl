@@ -8,4 +8,5 @@
 #include "products.inl"
 #include "elementwise.inl"
 #include "attention.inl"
+#include "recurrence.inl"
 #include "routing.inl"

@@ -103,6 +103,19 @@ struct LatentShape {
     float epsilon;    // of the latents' norm
 };
 
+struct ConvolveShape {
+    i32 channels, taps, rows;
+    i32 silu;
+};
+
+// As DeltaHeads.
+struct DeltaShape {
+    i32 heads, kv_heads, key_dim, value_dim;
+    i32 tiled_heads, fused_beta_alpha;
+    i32 rows;
+    float epsilon;  // of the heads' norm
+};
+
 struct ChooseShape {
     i32 experts, top_k;
     i32 scores;  // as RouterScores
