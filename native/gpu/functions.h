@@ -35,15 +35,6 @@ FN float exp_of(float x) {
 
 FN float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(0.0f - x)); }
 
-FN float float_from_half(u32 half) {
-    const u32 sign = (half & 0x8000u) << 16;
-    const u32 exponent = half >> 10 & 31u;
-    const u32 mantissa = half & 0x3FFu;
-    if (exponent == 31u) return bits_float(sign | 0x7F800000u | mantissa << 13 | (mantissa != 0u ? 0x400000u : 0u));
-    if (exponent == 0u) return bits_float(sign | float_bits(float(mantissa) * 5.9604644775390625e-8f));  // 2^-24
-    return bits_float(sign | (exponent + 112u) << 23 | mantissa << 13);
-}
-
 // Half to even, as src/kernels/half.h.
 FN u32 half_from_float(float value) {
     const u32 bits = float_bits(value);

@@ -2,13 +2,14 @@
 
 // Kernels::softmax by one warp, in place: lanes 0 to 15 are the accumulators. All lanes see the result after it.
 FN void softmax_of(GLOBAL float* x, i32 size) {
-    const int own = LANE & 15, padded = (size + 15) / 16 * 16;
+    const int padded = (size + 15) / 16 * 16;
     float largest = -infinity();
-    for (int i = own; i < padded; i += 16) largest = maximum_of(largest, i < size ? x[i] : -infinity());
+    if (LANE < 16)
+        for (int i = LANE; i < padded; i += 16) largest = maximum_of(largest, i < size ? x[i] : -infinity());
     largest = fold_max(largest);
     float total = 0.0f;
     if (LANE < 16)
-        for (int i = own; i < size; i += 16) {
+        for (int i = LANE; i < size; i += 16) {
             const float distance = x[i] - largest;
             const float share = exp_of(distance < -64.0f ? -104.0f : distance);
             x[i] = share;
@@ -16,7 +17,7 @@ FN void softmax_of(GLOBAL float* x, i32 size) {
         }
     total = fold_sum(total);
     if (LANE < 16)
-        for (int i = own; i < size; i += 16) x[i] = canonical(x[i] / total);
+        for (int i = LANE; i < size; i += 16) x[i] = canonical(x[i] / total);
     BARRIER();
 }
 
