@@ -193,6 +193,10 @@ class Device:
     def wait(self, upload: int | None = None) -> None:
         """For an upload, or for all that is not one."""
 
+    def pin(self, data: Buffer) -> bool:
+        """Makes uploads from there faster; false where the device cannot."""
+
+    def unpin(self, data: Buffer) -> None: ...
     def facts(self) -> dict[str, str | int | bool]:
         """name, memory, available, unified"""
 

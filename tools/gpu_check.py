@@ -641,9 +641,12 @@ def host_exchange(device: Device, nbytes: int, least: float) -> Row:
 
     result = {
         "round_trip_seconds": seconds_of(device, round_trips, least),
-        "upload_bytes_per_second": megabytes.nbytes / seconds_of(device, uploads, least),
         "write_bytes_per_second": megabytes.nbytes / seconds_of(device, writes, least),
+        "upload_bytes_per_second": megabytes.nbytes / seconds_of(device, uploads, least),
     }
+    if device.pin(megabytes):
+        result["pinned_upload_bytes_per_second"] = megabytes.nbytes / seconds_of(device, uploads, least)
+        device.unpin(megabytes)
     device.release(address)
     return result
 
@@ -703,8 +706,8 @@ def measure(device: Device, of: Sizes) -> dict[str, Any]:
     print(f"a copy on the device moves {bandwidth / 1e9:.0f} GB/s", flush=True)
     exchange = host_exchange(device, min(64 << 20, sizes[-1]), of.seconds)
     print(f"8 KiB there and 512 bytes back: {exchange['round_trip_seconds'] * 1e6:.1f} us", flush=True)
-    for name in ("upload", "write"):
-        print(f"{name}: {exchange[f'{name}_bytes_per_second'] / 1e9:.1f} GB/s", flush=True)
+    for name in ("write", "upload", "pinned_upload"):
+        print(f"{name}: {exchange.get(f'{name}_bytes_per_second', 0) / 1e9:.1f} GB/s", flush=True)
     small = small_kernels(device, (512, 4096, 16384) if of.megabytes >= 64 else (100,), of.seconds)
     for row in small:
         what = f"{row['kernel']} over {row['positions']} positions" if row["positions"] else row["kernel"]

@@ -112,13 +112,11 @@ class PythonDevice {
         for (size_t i = 0; i < times; ++i) device_->launch(kernel, groups, arguments[i % arguments.size()].list());
     }
 
-    // The bytes are kept here until somebody has been told that the upload is done.
+    // The bytes are kept until somebody has been told that the upload is done.
     uint64_t upload(uint64_t address, const py::buffer& data) {
-        const py::buffer_info info = data.request();
-        const auto bytes = edgemoe::python::bytes_of(info);
-        std::vector<std::byte> copy(bytes.begin(), bytes.end());
-        const uint64_t number = device_->upload(pointer(address), copy);
-        uploads_.emplace(number, std::move(copy));
+        py::buffer_info info = data.request();
+        const uint64_t number = device_->upload(pointer(address), edgemoe::python::bytes_of(info));
+        uploads_.emplace(number, std::move(info));
         return number;
     }
 
@@ -136,6 +134,20 @@ class PythonDevice {
         if (upload) uploads_.erase(*upload);
     }
 
+    bool pin(const py::buffer& data) {
+        py::buffer_info info = data.request(true);
+        const auto bytes = edgemoe::python::bytes_of(info);
+        if (!device_->pin({static_cast<std::byte*>(info.ptr), bytes.size()})) return false;
+        pinned_.insert_or_assign(info.ptr, std::move(info));
+        return true;
+    }
+
+    void unpin(const py::buffer& data) {
+        const py::buffer_info info = data.request();
+        device_->unpin(static_cast<std::byte*>(info.ptr));
+        pinned_.erase(info.ptr);
+    }
+
     py::dict facts() const {
         const edgemoe::DeviceFacts facts = device_->facts();
         py::dict result;
@@ -147,7 +159,8 @@ class PythonDevice {
     }
 
   private:
-    std::map<uint64_t, std::vector<std::byte>> uploads_;
+    std::map<uint64_t, py::buffer_info> uploads_;
+    std::map<void*, py::buffer_info> pinned_;
     std::unique_ptr<Device> device_;
 };
 
@@ -171,5 +184,7 @@ void bind_device(py::module_& module) {
         .def("upload", &PythonDevice::upload, arg("address"), arg("data"))
         .def("done", &PythonDevice::done, arg("upload"))
         .def("wait", &PythonDevice::wait, arg("upload") = py::none())
+        .def("pin", &PythonDevice::pin, arg("data"))
+        .def("unpin", &PythonDevice::unpin, arg("data"))
         .def("facts", &PythonDevice::facts);
 }
