@@ -10,7 +10,7 @@ KERNEL_OF(PRODUCT, IN(0, float, values), IN(1, i8, codes), IN(2, float, scales),
     SHARED(float, inputs, TILE_PAIRS * 64);  // [pair][column]
     int which = 0;
     while (which + 1 < jobs.count && GROUP_ID >= jobs.job[which + 1].begin) ++which;
-    const Job job = jobs.job[which];
+    ARG_OF(Job) job = jobs.job[which];
     const int row_blocks = (job.rows + 15) / 16;
     const int block = (GROUP_ID - job.begin) % row_blocks;
     const int first_pair = (GROUP_ID - job.begin) / row_blocks * TILE_PAIRS;

@@ -69,7 +69,7 @@ FN float group_parameter(const GLOBAL u32* parameters, int row) {
     return float_from_half(fetch(parameters + row / 2) >> (row % 2 * 16) & 0xFFFFu);
 }
 
-FN Weights q8g64_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q8g64_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const i64 groups = (cols + 63) / 64;
     const GLOBAL u32* group = ADDRESS(const u32, job.data) + (block * groups + g) * 272;
     Weights weights;
@@ -78,7 +78,7 @@ FN Weights q8g64_weights(const Job job, int cols, int block, int g, int row, int
     return weights;
 }
 
-FN Weights q4g64_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q4g64_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const i64 groups = (cols + 63) / 64;
     const GLOBAL u32* group = ADDRESS(const u32, job.data) + (block * groups + g) * 144;
     Weights weights;
@@ -98,7 +98,7 @@ FN u32 nested_row_word(const GLOBAL u32* parameters, int row) {
     return word;
 }
 
-FN Weights nested_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights nested_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const i64 groups = (cols + 63) / 64, chunks = (groups + 3) / 4;
     const int lines = 4 + max(job.parameters - 2 + 3, 0) / 4;  // of a chunk's parameters, 16 words each
     const i64 block_words = chunks * (lines * 16) + groups * (job.bits[0] * 32);
@@ -165,7 +165,7 @@ struct GgmlBlock {
 };
 
 // words, parameter_bytes: of a block of one row. chunk: blocks whose words lie together.
-FN GgmlBlock ggml_block(const Job job, i64 blocks, int block, int i, int row, int words, int parameter_bytes,
+FN GgmlBlock ggml_block(ARG_OF(Job) job, i64 blocks, int block, int i, int row, int words, int parameter_bytes,
                         i64 chunk) {
     const i64 inside = i % chunk, first = i - inside;
     const i64 count = blocks - first < chunk ? blocks - first : chunk;
@@ -184,7 +184,7 @@ FN u32 parameter_of(const GgmlBlock block, int i, int row) {
 }
 
 // Of the two blocks of 32 columns in a group one for each half; the last group may have only one.
-FN GgmlBlock small_block(const Job job, int cols, int block, int g, int row, int half, int words, int parameter_bytes,
+FN GgmlBlock small_block(ARG_OF(Job) job, int cols, int block, int g, int row, int half, int words, int parameter_bytes,
                          i64 chunk) {
     return ggml_block(job, cols / 32, block, min(2 * g + half, cols / 32 - 1), row, words, parameter_bytes, chunk);
 }
@@ -199,7 +199,7 @@ FN Weights low_and_high_nibbles(const GgmlBlock block, int first_word) {
     return weights;
 }
 
-FN Weights q4_0_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q4_0_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = small_block(job, cols, block, g, row, half, 4, 2, 2);
     Weights weights = low_and_high_nibbles(found, 0);
     UNROLL for (int i = 0; i < 8; ++i) weights.codes[i] = bytes_minus(weights.codes[i], 8u);
@@ -207,7 +207,7 @@ FN Weights q4_0_weights(const Job job, int cols, int block, int g, int row, int 
     return weights;
 }
 
-FN Weights q4_1_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q4_1_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = small_block(job, cols, block, g, row, half, 4, 4, 1);
     Weights weights = low_and_high_nibbles(found, 0);
     weights.scale = float_from_half(parameter_of(found, 0, row));
@@ -220,7 +220,7 @@ FN Weights with_fifth_bits(Weights weights, u32 bits) {
     return weights;
 }
 
-FN Weights q5_0_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q5_0_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = small_block(job, cols, block, g, row, half, 5, 2, 2);
     Weights weights = with_fifth_bits(low_and_high_nibbles(found, 1), word_of(found, 0));
     UNROLL for (int i = 0; i < 8; ++i) weights.codes[i] = bytes_minus(weights.codes[i], 16u);
@@ -228,7 +228,7 @@ FN Weights q5_0_weights(const Job job, int cols, int block, int g, int row, int 
     return weights;
 }
 
-FN Weights q5_1_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q5_1_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = small_block(job, cols, block, g, row, half, 5, 4, 1);
     Weights weights = with_fifth_bits(low_and_high_nibbles(found, 1), word_of(found, 0));
     weights.scale = float_from_half(parameter_of(found, 0, row));
@@ -236,7 +236,7 @@ FN Weights q5_1_weights(const Job job, int cols, int block, int g, int row, int 
     return weights;
 }
 
-FN Weights q8_0_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q8_0_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = small_block(job, cols, block, g, row, half, 8, 2, cols / 32);
     Weights weights;
     UNROLL for (int i = 0; i < 8; ++i) weights.codes[i] = word_of(found, i);
@@ -266,14 +266,14 @@ FN Weights table_nibbles(const GgmlBlock block, int first_word, u32 a, u32 b, u3
 // 0 1 2 3 4 6 8 12 and the same negative: doubled
 #define FP4_TABLE 0x03020100u, 0x0C080604u, 0xFDFEFF00u, 0xF4F8FAFCu
 
-FN Weights iq4_nl_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights iq4_nl_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = small_block(job, cols, block, g, row, half, 4, 2, 2);
     Weights weights = table_nibbles(found, 0, IQ4_TABLE);
     weights.scale = float_from_half(parameter_of(found, 0, row));
     return weights;
 }
 
-FN Weights mxfp4_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights mxfp4_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = small_block(job, cols, block, g, row, half, 4, 1, 4);
     Weights weights = table_nibbles(found, 0, FP4_TABLE);
     // 2^(e - 128): half of the format's 2^(e - 127), because the codes are doubled.
@@ -284,12 +284,12 @@ FN Weights mxfp4_weights(const Job job, int cols, int block, int g, int row, int
 
 // Of blocks of 256 columns: group g is quarter g % 4 of block g / 4. Halves are of each half of a group, because two
 // columns 32 apart lie in the same byte: part p of half h is columns 32 p + 16 h to 32 p + 16 h + 15.
-FN GgmlBlock large_block(const Job job, int cols, int block, int g, int row, int words, int parameter_bytes,
+FN GgmlBlock large_block(ARG_OF(Job) job, int cols, int block, int g, int row, int words, int parameter_bytes,
                          i64 chunk) {
     return ggml_block(job, cols / 256, block, g / 4, row, words, parameter_bytes, chunk);
 }
 
-FN Weights q2_k_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q2_k_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = large_block(job, cols, block, g, row, 20, 4, 1);
     const int quarter = g % 4;
     Weights weights;
@@ -309,7 +309,7 @@ FN Weights q2_k_weights(const Job job, int cols, int block, int g, int row, int 
     return weights;
 }
 
-FN Weights q3_k_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q3_k_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = large_block(job, cols, block, g, row, 27, 2, 2);
     const int quarter = g % 4;
     Weights weights;
@@ -346,7 +346,7 @@ FN Weights with_six_bit_scales(Weights weights, const GgmlBlock block, int quart
     return weights;
 }
 
-FN Weights q4_k_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q4_k_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = large_block(job, cols, block, g, row, 35, 4, 1);
     const int quarter = g % 4;
     Weights weights = with_six_bit_scales(low_and_high_nibbles(found, 3 + quarter * 8 + half * 4), found, quarter);
@@ -355,7 +355,7 @@ FN Weights q4_k_weights(const Job job, int cols, int block, int g, int row, int 
     return weights;
 }
 
-FN Weights q5_k_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q5_k_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = large_block(job, cols, block, g, row, 43, 4, 1);
     const int quarter = g % 4;
     Weights weights = with_six_bit_scales(low_and_high_nibbles(found, 11 + quarter * 8 + half * 4), found, quarter);
@@ -372,7 +372,7 @@ FN Weights q5_k_weights(const Job job, int cols, int block, int g, int row, int 
 // Where four words of a q6_k block lie, as a digit each: kQ6KPlaces of src/kernels/ggml_formats.h.
 FN int q6_k_word(int word) { return int(0x0A842CB976531ull >> (word / 4 * 4) & 15u) * 4 + word % 4; }
 
-FN Weights q6_k_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights q6_k_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = large_block(job, cols, block, g, row, 52, 2, 2);
     const int quarter = g % 4;
     Weights weights;
@@ -391,7 +391,7 @@ FN Weights q6_k_weights(const Job job, int cols, int block, int g, int row, int 
     return weights;
 }
 
-FN Weights iq4_xs_weights(const Job job, int cols, int block, int g, int row, int half) {
+FN Weights iq4_xs_weights(ARG_OF(Job) job, int cols, int block, int g, int row, int half) {
     const GgmlBlock found = large_block(job, cols, block, g, row, 33, 4, 1);
     const int quarter = g % 4;
     // A byte's nibbles are 16 columns apart here, as in blocks of 32: a half is one of them.

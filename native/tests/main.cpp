@@ -11,6 +11,7 @@ void test_placement();
 void test_store();
 void test_sequence_state();
 void test_backend();
+void test_emulator();
 void test_engine();
 void test_clients();
 void test_golden();
@@ -28,6 +29,7 @@ int main(int argc, char** argv) {
                                 {"store", test_store},
                                 {"sequence_state", test_sequence_state},
                                 {"backend", test_backend},
+                                {"emulator", test_emulator},
                                 {"engine", test_engine},
                                 {"clients", test_clients},
                                 {"golden", test_golden}};

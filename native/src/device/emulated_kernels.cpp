@@ -52,7 +52,7 @@ EmulatedKernel make(void (*text)(Parameters...)) {
             }};
 }
 
-EmulatedKernel make(std::nullptr_t) { return {}; }
+[[maybe_unused]] EmulatedKernel make(std::nullptr_t) { return {}; }
 
 }  // namespace
 
