@@ -267,8 +267,8 @@ def make(text: Mapping[str, str]) -> str:
     return ptx
 
 
-def check(path: Path = PTX) -> None:
-    """Raises ImageError unless the committed image is what the text gives, and the check of exactness can fail."""
+def check(path: Path = PTX) -> str:
+    """The committed PTX. Raises ImageError unless it is what the text gives, and the check of exactness can fail."""
     text = kernel_text()
     ptx, made_of = read_image(path)
     if made_of != digest(text):
@@ -277,12 +277,12 @@ def check(path: Path = PTX) -> None:
         raise ImageError(f"{path} is not what the text gives: run python -m tools.gpu_images")
     if not refused(Compiler().ptx(text, [option.replace("fmad=false", "fmad=true") for option in OPTIONS])):
         raise ImageError("PTX that may be fused was not refused")
+    return ptx
 
 
-def write_cubins(folder: Path) -> None:
+def write_cubins(text: Mapping[str, str], ptx: str, folder: Path) -> None:
     """Writes machine code for every architecture, and prints what the kernels take."""
-    text = kernel_text()
-    compiler, ptx = Compiler(), make(text)
+    compiler = Compiler()
     unpacked(ASSEMBLER)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -304,15 +304,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="compare the committed image with what the text gives")
     parser.add_argument("--cubins", type=Path, metavar="FOLDER", help="write machine code for every architecture")
     options = parser.parse_args(argv)
+    text = kernel_text()
     try:
+        ptx = check() if options.check else make(text)
         if options.check:
-            check()
             print(f"{PTX.name} is what the text gives")
         if options.cubins:
-            write_cubins(options.cubins)
+            write_cubins(text, ptx, options.cubins)
         if not options.check and not options.cubins:
-            text = kernel_text()
-            write_image(make(text), text)
+            write_image(ptx, text)
             print(f"{PTX}: {PTX.stat().st_size} bytes")
     except ImageError as error:
         raise SystemExit(f"gpu_images: {error}") from error
