@@ -47,6 +47,15 @@ class MemoryPlan:
     def minimum_slots(self) -> int:
         """Fewer than these do not hold what one token works with in a layer."""
 
+    @property
+    def device_dense(self) -> int:
+        """What a device has of `dense`, and `dense` has not; so for the others."""
+
+    @property
+    def device_state(self) -> int: ...
+    @property
+    def device_scratch(self) -> int: ...
+
 class EngineCounters:
     """What an engine has done since it was made, or between two times."""
 
@@ -201,9 +210,9 @@ class Device:
         """name, memory, available, unified"""
 
 class Engine:
-    def __init__(self, index: ModelIndex, options: EngineOptions) -> None:
+    def __init__(self, index: ModelIndex, options: EngineOptions, device: Device | None = None) -> None:
         """Raises TypeError for a field of these dataclasses that is missing, unknown or of another type than the
-        engine reads; ValueError for what the engine cannot compute; ReadError."""
+        engine reads; ValueError for what the engine cannot compute; ReadError; DeviceError."""
 
     def forward(
         self,

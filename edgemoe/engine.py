@@ -73,11 +73,11 @@ class Engine:
     After `close` every call but `counters` raises EdgemoeError.
     """
 
-    def __init__(self, index: ModelIndex, options: EngineOptions) -> None:
-        """Reads the dense weights. Raises TypeError for a field of `index` or `options` that is missing, unknown or of
+    def __init__(self, index: ModelIndex, options: EngineOptions, device: _core.Device | None = None) -> None:
+        """Reads the dense weights. device: what computes `options.device_layers`; nobody else uses it. Raises TypeError for a field of `index` or `options` that is missing, unknown or of
         another type than the engine reads; OptionError for what it cannot compute; ReadError; ThreadError."""
         with _named(index):
-            core = _core.Engine(index, options)
+            core = _core.Engine(index, options, device)
         self.lock = threading.RLock()
         self.isa = core.isa
         self.direct_io = core.direct_io

@@ -111,6 +111,9 @@ class EngineOptions:
     arrival_jitter_us: int = _option(
         Meaning("For tests: what was read arrives up to so many microseconds later.", least=0, most=1_000_000), 0
     )
+    device_layers: int = _option(
+        Meaning("The last so many layers are computed by a device; one more than there are: the head, too.", least=0), 0
+    )
     isa: str | None = _option(
         Meaning("The instruction set.", automatic="EDGEMOE_ISA, or the best that the processor has"), None
     )

@@ -18,21 +18,53 @@
 namespace edgemoe::tests {
 namespace {
 
-// The CPU's backend behind addresses that cannot be read: whoever but the backend looks behind a buffer is caught.
-class ForeignBackend final : public Backend {
+// Memory behind addresses that cannot be read. Weights stay where they are.
+class ForeignMemory final : public Memory {
   public:
-    explicit ForeignBackend(std::unique_ptr<CpuBackend> own) : own_(std::move(own)) {}
-    ~ForeignBackend() override {
+    explicit ForeignMemory(Memory& own) : own_(own) {}
+    ~ForeignMemory() override {
         for (const Piece& piece : pieces_) ::munmap(piece.shown, piece.bytes);
     }
 
-    std::string_view name() const override { return "foreign"; }
+    bool is_hosts() const override { return true; }
     std::byte* allocate(size_t bytes) override {
         void* shown = ::mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         check(shown != MAP_FAILED, "there are no addresses");
-        pieces_.push_back({static_cast<std::byte*>(shown), own_->allocate(bytes), bytes});
+        pieces_.push_back({static_cast<std::byte*>(shown), own_.allocate(bytes), bytes});
         return pieces_.back().shown;
     }
+    void write(std::byte* to, std::span<const std::byte> from) override { own_.write(real(to), from); }
+    void read(std::span<std::byte> to, const std::byte* from) override { own_.read(to, real(from)); }
+    void copy(std::byte* to, const std::byte* from, size_t bytes) override { own_.copy(real(to), real(from), bytes); }
+    const std::byte* keep(std::span<const std::byte> bytes) override { return bytes.data(); }
+
+    // What lies behind an address; null if it is none of this memory.
+    std::byte* real(const void* shown) const {
+        const auto* address = static_cast<const std::byte*>(shown);
+        for (const Piece& piece : pieces_)
+            if (address >= piece.shown && address < piece.shown + piece.bytes)
+                return piece.real + (address - piece.shown);
+        return nullptr;
+    }
+
+  private:
+    struct Piece {
+        std::byte* shown;
+        std::byte* real;
+        size_t bytes;
+    };
+
+    Memory& own_;
+    std::vector<Piece> pieces_;
+};
+
+// The CPU's backend behind addresses that cannot be read: whoever but the backend looks behind a buffer is caught.
+class ForeignBackend final : public Backend {
+  public:
+    explicit ForeignBackend(std::unique_ptr<CpuBackend> own) : own_(std::move(own)), memory_(own_->memory()) {}
+
+    std::string_view name() const override { return "foreign"; }
+    Memory& memory() override { return memory_; }
 
     void begin(const Rows& rows) override {
         own_->begin(rows);
@@ -126,7 +158,6 @@ class ForeignBackend final : public Backend {
     std::span<const int32_t> read(Buffer<const int32_t> buffer, size_t count) override {
         return own_->read(at(buffer), count);
     }
-    void write(std::span<const int32_t> values, Buffer<int32_t> buffer) override { own_->write(values, at(buffer)); }
     void wait() override {
         experts_at_work = false;
         finished = true;
@@ -138,18 +169,9 @@ class ForeignBackend final : public Backend {
     bool finished = true;          // everything was waited for
 
   private:
-    struct Piece {
-        std::byte* shown;
-        std::byte* real;
-        size_t bytes;
-    };
-
     template <class T>
     Buffer<T> at(Buffer<T> buffer) const {
-        const auto* address = reinterpret_cast<const std::byte*>(buffer.address());
-        for (const Piece& piece : pieces_)
-            if (address >= piece.shown && address < piece.shown + piece.bytes)
-                return Buffer<T>(reinterpret_cast<T*>(piece.real + (address - piece.shown)));
+        if (T* real = reinterpret_cast<T*>(memory_.real(buffer.address()))) return Buffer<T>(real);
         check(!buffer, "an activation lies outside the backend's memory");
         return buffer;
     }
@@ -158,7 +180,7 @@ class ForeignBackend final : public Backend {
     }
 
     std::unique_ptr<CpuBackend> own_;
-    std::vector<Piece> pieces_;
+    ForeignMemory memory_;
 };
 
 constexpr int kCount = 70;
@@ -202,7 +224,7 @@ void test_buffers_are_handles(const Model& model, const std::string& name) {
     check(std::ranges::all_of(expected.span(), [](float logit) { return std::isfinite(logit); }),
           name + " has logits that are not numbers");
     ForeignBackend* backend = nullptr;
-    Engine foreign(model.spec, model.index, some_options(),
+    Engine foreign(model.spec, model.index, some_options(), nullptr,
                    [&](const EngineOptions& options, const BackendSizes& sizes) {
                        auto made = std::make_unique<ForeignBackend>(
                            std::make_unique<CpuBackend>(select_kernels(options.isa), options.threads, sizes));

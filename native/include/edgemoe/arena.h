@@ -17,6 +17,8 @@ class Arena {
 
     std::byte* data() const { return data_; }
     size_t size() const { return size_; }
+    // Gives back the pages that lie within these bytes of it: what is read there afterwards are zeros, until written.
+    void release(const std::byte* first, size_t bytes);
 
   private:
     std::byte* data_ = nullptr;

@@ -15,6 +15,7 @@
 
 #include "edgemoe/buffer.h"
 #include "edgemoe/kernels.h"
+#include "edgemoe/memory.h"
 #include "edgemoe/model_spec.h"
 #include "edgemoe/sequence_state.h"
 
@@ -185,7 +186,8 @@ struct Head {
 
 // What a backend needs room for beside the buffers it is given: the largest of all layers.
 struct BackendSizes {
-    int rows = 0;             // of a chunk
+    int rows = 0;  // of a chunk
+    int hidden = 0;
     size_t input_groups = 0;  // groups of kGroup columns of a product's input, for one row
     size_t inner_groups =
         0;  // the same of what the last matrices of feed-forward parts multiply, for all rows or pairs
@@ -201,8 +203,8 @@ class Backend {
     virtual ~Backend() = default;
 
     virtual std::string_view name() const = 0;
-    // Zero-filled, 64-byte aligned, as long as the backend lives.
-    virtual std::byte* allocate(size_t bytes) = 0;
+    // Where its buffers, weights and states lie.
+    virtual Memory& memory() = 0;
 
     // Operations that read positions or states are for all of these rows, up to the next begin(); others take `count`
     // rows of what they are given. What `rows` refers to stays until
@@ -260,7 +262,11 @@ class Backend {
     // What a buffer holds, in host memory, until the next operation that is not a read().
     virtual std::span<const float> read(ConstFloats buffer, size_t count) = 0;
     virtual std::span<const int32_t> read(Buffer<const int32_t> buffer, size_t count) = 0;
-    virtual void write(std::span<const int32_t> values, Buffer<int32_t> buffer) = 0;
+    // What the host has, into a buffer.
+    template <class T>
+    void write(std::span<const T> values, Buffer<T> buffer) {
+        memory().write(reinterpret_cast<std::byte*>(buffer.address()), std::as_bytes(values));
+    }
     // Everything asked for so far has been computed: what it read may change.
     virtual void wait() = 0;
 };

@@ -37,7 +37,8 @@ struct EngineOptions {
     StoreOptions store;
     KvType key_type = KvType::f16;
     KvType value_type = KvType::f16;
-    std::string isa;  // empty: the best this processor has, or EDGEMOE_ISA
+    int device_layers = 0;  // the last so many are computed by a device, as far as it can; one more: the head, too
+    std::string isa;        // empty: the best this processor has, or EDGEMOE_ISA
 };
 
 // What an engine with these options takes, in bytes.
@@ -48,6 +49,8 @@ struct MemoryPlan {
     size_t slot = 0;     // memory of one expert, the largest with all its levels
     int experts = 0;     // slots that hold all experts of the model: more are never used
     int minimum_slots = 0;
+    // What a device takes of the same: none of it is counted above.
+    size_t device_dense = 0, device_state = 0, device_scratch = 0;
 };
 
 struct EngineCounters {
@@ -67,6 +70,7 @@ struct Residency {
     std::vector<uint64_t> reads;  // so far, of one level or of several at once
 };
 
+class Device;
 class ExpertStore;
 class Pass;
 class Weights;
@@ -76,8 +80,10 @@ using MakeBackend = std::function<std::unique_ptr<Backend>(const EngineOptions& 
 
 class Engine {
   public:
-    // Without `make_backend` the CPU computes.
-    Engine(ModelSpec spec, PackIndex index, EngineOptions options, const MakeBackend& make_backend = {});
+    // device: what computes EngineOptions::device_layers; it is used by nobody else meanwhile. Without `make_backend`
+    // the CPU computes all else. Throws DeviceError.
+    Engine(ModelSpec spec, PackIndex index, EngineOptions options, std::shared_ptr<Device> device = {},
+           const MakeBackend& make_backend = {});
     ~Engine();
 
     static MemoryPlan plan(const ModelSpec& spec, const PackIndex& index, const EngineOptions& options);
@@ -120,12 +126,14 @@ class Engine {
     void add_counts(const EngineCounters& more);  // what the store counts left out
     int place_sequence(std::unique_ptr<SequenceState> state);
     void check_batch(const Batch& batch, LayerRange layers);
+    void wait();
 
     ModelSpec spec_;
     PackIndex index_;
     EngineOptions options_;
     std::vector<std::unique_ptr<DirectFile>> files_;
     std::unique_ptr<Backend> backend_;
+    std::unique_ptr<Backend> device_;  // may be absent
     std::unique_ptr<Weights> weights_;
     std::unique_ptr<ExpertStore> store_;  // absent where every layer is dense
     std::unique_ptr<Pass> pass_;

@@ -20,6 +20,7 @@
 
 #include "edgemoe/arena.h"
 #include "edgemoe/kernels.h"
+#include "edgemoe/memory.h"
 
 namespace edgemoe {
 
@@ -79,9 +80,13 @@ class StatePool {
 
     // Sequences of together `room.positions` positions always fit: there are blocks for these, and for what the last
     // blocks of the sequences leave empty.
-    StatePool(std::vector<KvShape> layers, const StateRoom& room);
+    // memories: where each layer's blocks lie, null for the host's, as are those that are left out; they must outlive
+    // this. Constants are always the host's.
+    StatePool(std::vector<KvShape> layers, const StateRoom& room, std::vector<Memory*> memories = {});
 
     static size_t bytes(std::span<const KvShape> layers, const StateRoom& room);
+    // Of one layer's blocks.
+    static size_t block_bytes(const KvShape& layer, const StateRoom& room);
 
     std::span<const KvShape> layers() const { return layers_; }
     std::span<const Group> groups() const { return groups_; }
@@ -107,7 +112,8 @@ class StatePool {
     void begin_writing(std::span<const Writing> all);
 
     // The keys of a layer's first block: block n begins layers()[layer].block_bytes() * n bytes behind them.
-    std::byte* blocks(int layer) { return arena_.data() + begins_[layer]; }
+    std::byte* blocks(int layer) { return begins_[layer]; }
+    Memory& memory(int layer) { return *memories_[layer]; }
     // Throws StateError where fewer are free.
     void require_free(int group, int64_t blocks) const;
     // One without other references; there must be a free one.
@@ -123,7 +129,7 @@ class StatePool {
     // Recurrences and convolutions of one sequence: all layers' one after the other, several times.
     std::byte* constants(int place, int copy) { return constants(place, copy, 0); }
     std::byte* constants(int place, int copy, int layer) {
-        return arena_.data() + first_constants_ + constant_bytes_ * (copies_ * place + copy) + constant_begins_[layer];
+        return constants_ + constant_bytes_ * (copies_ * place + copy) + constant_begins_[layer];
     }
     size_t constant_bytes() const { return constant_bytes_; }  // of one copy
     // The constants themselves, what mark() keeps, and, where there are several sequences, those before the last pass:
@@ -138,15 +144,16 @@ class StatePool {
     StateRoom room_;
     std::vector<Group> groups_;
     std::vector<int> layer_groups_;
-    std::vector<size_t> begins_;           // [layers] blocks, from the beginning of the arena
+    HostMemory own_;
+    std::vector<Memory*> memories_;        // [layers]
+    std::vector<std::byte*> begins_;       // [layers] blocks
     std::vector<size_t> constant_begins_;  // [layers] from a sequence's first constants
-    size_t first_constants_ = 0;
+    std::byte* constants_ = nullptr;
     size_t constant_bytes_ = 0;
     int copies_;
     int scarcest_ = -1;
     std::vector<int> free_constants_;
     std::vector<int32_t> parted_;  // for require_room
-    Arena arena_;
 };
 
 // One sequence. It takes blocks from the pool before positions are written, and gives them back when it forgets the
@@ -192,6 +199,9 @@ class SequenceState {
     // Where the kernels find a layer's keys and values. Positions that are not kept, or not being written, have no
     // block: their entries in the table are negative.
     KvBlocks blocks(int layer, int kv_head);
+    // The block of the pool for each block of the context, negative for none, of a group of layers.
+    std::span<const int32_t> table(int group) const { return tables_[group]; }
+    const StatePool& pool() const { return pool_; }
 
     // Forgets all positions from `length` on. Throws StateError, and changes nothing, where a layer does not keep what
     // the next token would see; length 0 is always possible, and with a recurrence only that, marked() and length().

@@ -4,8 +4,8 @@ namespace edgemoe {
 
 GatedActivation activation_of(const LayerSpec& spec) { return {spec.activation, spec.swiglu_alpha, spec.swiglu_limit}; }
 
-DensePart::DensePart(const ModelSpec& model, const LayerSpec& spec, LayerWeights& weights, const std::string& name,
-                     int dim) {
+DensePart::DensePart(const ModelSpec& model, const LayerSpec& spec, const PlacedWeights& weights,
+                     const std::string& name, int dim) {
     const int hidden = model.hidden_size;
     part_.gate = weights.matrix(name + "gate", dim, hidden);
     part_.up = weights.matrix(name + "up", dim, hidden);

@@ -18,7 +18,8 @@ class DensePart {
     };
 
     // name: what the tensors' names begin with, "ffn." or "shared.".
-    DensePart(const ModelSpec& model, const LayerSpec& spec, LayerWeights& weights, const std::string& name, int dim);
+    DensePart(const ModelSpec& model, const LayerSpec& spec, const PlacedWeights& weights, const std::string& name,
+              int dim);
 
     // x [count, hidden] -> out [count, hidden].
     void run(Backend& backend, const Buffers& buffers, ConstFloats x, int count, Floats out) const {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/device/device_backend.h"
 #include "model/pass.h"
 
 namespace edgemoe {
@@ -24,6 +25,26 @@ StateRoom state_room(const EngineOptions& options) {
             .context = options.context,
             .positions = options.positions,
             .chunk = options.chunk};
+}
+
+DeviceShare device_share(const ModelSpec& spec, const EngineOptions& options) {
+    const auto layers = static_cast<int>(spec.layers.size());
+    DeviceShare share(layers);
+    for (int layer = std::max(layers - options.device_layers, 0); layer < layers; ++layer) {
+        share.mixers[layer] = DeviceBackend::has_mixer(spec.layers[layer].attention.kind);
+        share.halves[layer] = true;
+    }
+    share.head = options.device_layers > layers;
+    return share;
+}
+
+// What a layer's mixer, and the other half of it, call their weights.
+bool is_of_device(const ModelSpec& spec, const DeviceShare& share, const std::string& name) {
+    if (name == "final_norm" || name == "final_norm_bias" || name == "head" || name == "head_bias") return share.head;
+    if (!name.starts_with("layers.")) return false;
+    const size_t layer = std::stoul(name.substr(7));
+    if (layer >= spec.layers.size()) return false;
+    return Pass::is_of_mixer(name.substr(name.find('.', 7) + 1)) ? share.mixers[layer] : share.halves[layer];
 }
 
 // The sequences of a chunk, or of a batch, and where they end after it: positions of a sequence ascend.
@@ -45,10 +66,26 @@ void find_ends(std::span<SequenceState* const> states, std::span<const int32_t> 
 
 MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const EngineOptions& options) {
     MemoryPlan plan;
-    plan.dense = Weights::bytes(index);
-    plan.state = StatePool::bytes(state_shapes(spec, options), state_room(options));
-    plan.scratch =
-        Pass::buffer_bytes(spec, options.chunk) + CpuBackend::workspace_bytes(Pass::backend_sizes(spec, options.chunk));
+    const DeviceShare share = device_share(spec, options);
+    const BackendSizes sizes = Pass::backend_sizes(spec, options.chunk);
+    const auto on_device = [&](const std::string& name) { return is_of_device(spec, share, name); };
+    plan.device_dense = Weights::bytes(index, on_device);
+    // The host computes experts for the device, so it has their biases, too.
+    plan.dense = Weights::bytes(
+        index, [&](const std::string& name) { return !on_device(name) || name.find(".expert_") != std::string::npos; });
+    if (share.head && spec.tied_embeddings) {  // rows are looked up on the host
+        const DenseTensor& embedding = index.dense.at("embedding");
+        plan.device_dense += matrix_bytes(stored_layout(embedding.layout).layout, embedding.rows, embedding.cols);
+    }
+    const std::vector<KvShape> shapes = state_shapes(spec, options);
+    const StateRoom room = state_room(options);
+    for (size_t layer = 0; layer < shapes.size(); ++layer)
+        if (share.mixers[layer]) plan.device_state += StatePool::block_bytes(shapes[layer], room);
+    plan.state = StatePool::bytes(shapes, room) - plan.device_state;
+    plan.scratch = Pass::buffer_bytes(spec, options.chunk, share, false) + CpuBackend::workspace_bytes(sizes);
+    if (options.device_layers > 0)
+        plan.device_scratch = Pass::buffer_bytes(spec, options.chunk, share, true) +
+                              DeviceBackend::workspace_bytes(sizes, spec.vocab_size);
     const StoreLayout experts(index, options.store.all_levels);
     plan.slot = experts.slot_bytes();
     plan.experts = experts.slots();
@@ -56,19 +93,26 @@ MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const Eng
     return plan;
 }
 
-Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options, const MakeBackend& make_backend)
+Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options, std::shared_ptr<Device> device,
+               const MakeBackend& make_backend)
     : spec_(std::move(spec)), index_(std::move(index)), options_(std::move(options)) {
+    if (!device) options_.device_layers = 0;
     const BackendSizes sizes = Pass::backend_sizes(spec_, options_.chunk);
     if (make_backend)
         backend_ = make_backend(options_, sizes);
     else
         backend_ = std::make_unique<CpuBackend>(select_kernels(options_.isa), options_.threads, sizes);
+    const DeviceShare share = device_share(spec_, options_);
+    if (options_.device_layers > 0)
+        device_ = std::make_unique<DeviceBackend>(std::move(device), sizes, spec_.vocab_size);
     for (const std::string& path : index_.files) files_.push_back(std::make_unique<DirectFile>(path));
     weights_ = std::make_unique<Weights>(index_, files_);
     if (!index_.experts.empty()) store_ = std::make_unique<ExpertStore>(index_, files_, options_.store);
     pass_ = std::make_unique<Pass>(Pass::Setting{spec_, index_, options_.key_type, options_.value_type, options_.chunk},
-                                   *weights_, *backend_, store_.get());
-    states_ = std::make_unique<StatePool>(state_shapes(spec_, options_), state_room(options_));
+                                   *weights_, *backend_, device_.get(), share, store_.get());
+    std::vector<Memory*> memories;
+    for (const bool on_device : share.mixers) memories.push_back(on_device ? &device_->memory() : nullptr);
+    states_ = std::make_unique<StatePool>(state_shapes(spec_, options_), state_room(options_), std::move(memories));
     add_sequence();
 }
 
@@ -132,6 +176,11 @@ void Engine::add_counts(const EngineCounters& more) {
     counters_.seconds += more.seconds;
     counters_.expert_uses += more.expert_uses;
     counters_.expert_bits += more.expert_bits;
+}
+
+void Engine::wait() {
+    backend_->wait();
+    if (device_) device_->wait();
 }
 
 void Engine::check_batch(const Batch& batch, LayerRange layers) {
@@ -221,11 +270,11 @@ void Engine::forward(const Batch& batch, LayerRange layers, float* logits, const
             states_->begin_writing(ends);
             pass_->run({rows, wanted, qualities, steps}, layers, observer, counters,
                        logits + first_wanted * spec_.vocab_size, check);
-            backend_->wait();  // before the rows go, and anybody looks at the states
+            wait();  // before the rows go, and anybody looks at the states
         } catch (...) {
             try {
-                backend_->wait();  // it may still be writing what the states are about to give back
-            } catch (...) {        // the first failure is the one to tell
+                wait();      // it may still be writing what the states are about to give back
+            } catch (...) {  // the first failure is the one to tell
             }
             add_counts(counters);
             for (const auto& [sequence, end] : ends) sequence->give_up_writing();

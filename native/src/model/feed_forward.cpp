@@ -18,7 +18,7 @@ class DenseHalf final : public FeedForwardHalf {
         }
     };
 
-    DenseHalf(const HalfSetting& setting, LayerWeights& weights, const HalfMemory& memory)
+    DenseHalf(const HalfSetting& setting, const PlacedWeights& weights, const HalfMemory& memory)
         : size_(setting.model.hidden_size),
           residual_multiplier_(setting.model.residual_multiplier),
           part_(setting.model, setting.spec, weights, "ffn.", setting.spec.ffn_dim) {
@@ -27,7 +27,8 @@ class DenseHalf final : public FeedForwardHalf {
         buffers_.place(places, setting.model, setting.spec, memory.rows);
     }
 
-    void run(Backend& backend, const HalfInput& input) override {
+    void run(const HalfInput& input) override {
+        Backend& backend = input.backend;
         part_.run(backend, buffers_.part, input.normed, input.count, buffers_.out);
         if (output_norm_) backend.normalize(output_norm_, buffers_.out, input.count, buffers_.out);
         backend.add(residual_multiplier_, buffers_.out, input.x, size_, input.count);
@@ -54,7 +55,13 @@ std::pair<size_t, size_t> half_buffer_bytes(const ModelSpec& model, const LayerS
     return {half.used(), ahead.used()};
 }
 
-std::unique_ptr<FeedForwardHalf> load_half(const HalfSetting& setting, LayerWeights& weights,
+size_t host_buffer_bytes(const ModelSpec& model, const LayerSpec& spec, int rows) {
+    Places host;
+    if (spec.experts) Mixture::HostBuffers{}.place(host, model, spec, rows);
+    return host.used();
+}
+
+std::unique_ptr<FeedForwardHalf> load_half(const HalfSetting& setting, const PlacedWeights& weights,
                                            const HalfMemory& memory) {
     if (setting.spec.experts) return std::make_unique<Mixture>(setting, find_experts(setting), weights, memory);
     return std::make_unique<DenseHalf>(setting, weights, memory);

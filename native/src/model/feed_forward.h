@@ -18,6 +18,7 @@ class FeedForwardHalf;
 
 // The rows that go through a half, with what it reads and changes.
 struct HalfInput {
+    Backend& backend;    // of the half, and of what is given
     Floats x;            // [count, hidden] the residual stream: what the half makes is added to it
     ConstFloats normed;  // [count, hidden] it, after the layer's norm
     int count;
@@ -35,13 +36,15 @@ class FeedForwardHalf {
   public:
     virtual ~FeedForwardHalf() = default;
 
-    virtual void run(Backend& backend, const HalfInput& input) = 0;
+    virtual void run(const HalfInput& input) = 0;
     // Tells the store which experts this half will probably want, while an earlier one, whose input is given, is at
     // work: for the stream as it is before. Nothing to do without experts.
-    virtual void expect(Backend& /*backend*/, const HalfInput& /*earlier*/) {}
+    virtual void expect(const HalfInput& /*earlier*/) {}
 };
 
 struct HalfSetting {
+    Backend& backend;
+    Backend& host;  // where experts are computed that the backend does not have
     const ModelSpec& model;
     const LayerSpec& spec;
     int layer;
@@ -55,10 +58,13 @@ struct HalfMemory {
     int rows;
     std::byte* half;
     std::byte* ahead;
+    std::byte* host;  // of the host, for a half whose backend is another one
 };
 
-// Bytes of the two.
+// Bytes of the first two, and of the last.
 std::pair<size_t, size_t> half_buffer_bytes(const ModelSpec& model, const LayerSpec& spec, int rows);
-std::unique_ptr<FeedForwardHalf> load_half(const HalfSetting& setting, LayerWeights& weights, const HalfMemory& memory);
+size_t host_buffer_bytes(const ModelSpec& model, const LayerSpec& spec, int rows);
+std::unique_ptr<FeedForwardHalf> load_half(const HalfSetting& setting, const PlacedWeights& weights,
+                                           const HalfMemory& memory);
 
 }  // namespace edgemoe

@@ -6,7 +6,6 @@
 #include <stdexcept>
 
 #include "model/quality.h"
-#include "store/stream.h"
 
 namespace edgemoe {
 namespace {
@@ -76,9 +75,30 @@ void Mixture::AheadBuffers::place(Places& places, const ModelSpec& model, const 
     places.place(weights, count * spec.top_k);
 }
 
-Mixture::Mixture(const HalfSetting& setting, const ExpertLayer& experts, LayerWeights& weights,
+void Mixture::HostBuffers::place(Places& places, const ModelSpec& model, const LayerSpec& spec, int rows) {
+    const size_t hidden_size = model.hidden_size, pairs = size_t(rows) * spec.top_k;
+    places.place(input, rows * hidden_size);
+    places.place(pair_rows, pairs);
+    places.place(hidden, pairs * spec.ffn_dim);
+    places.place(up, pairs * spec.ffn_dim);
+    places.place(outputs, pairs * hidden_size);
+}
+
+namespace {
+
+void load_biases(ExpertShapes& shapes, const PlacedWeights& weights, const LayerSpec& spec, int hidden) {
+    shapes.gate_bias = weights.vector("expert_gate_bias", spec.experts * spec.ffn_dim);
+    shapes.up_bias = weights.vector("expert_up_bias", spec.experts * spec.ffn_dim);
+    shapes.down_bias = weights.vector("expert_down_bias", spec.experts * hidden);
+}
+
+}  // namespace
+
+Mixture::Mixture(const HalfSetting& setting, const ExpertLayer& experts, const PlacedWeights& weights,
                  const HalfMemory& memory)
-    : model_(setting.model),
+    : backend_(setting.backend),
+      host_(setting.host),
+      model_(setting.model),
       spec_(setting.spec),
       layer_(setting.layer),
       store_(*setting.store),
@@ -96,17 +116,23 @@ Mixture::Mixture(const HalfSetting& setting, const ExpertLayer& experts, LayerWe
     shapes_.gate = shape_of(experts, 0, ffn, hidden);
     shapes_.up = shape_of(experts, 1, ffn, hidden);
     shapes_.down = shape_of(experts, 2, hidden, ffn);
-    if (spec_.expert_bias) {
-        shapes_.gate_bias = weights.vector("expert_gate_bias", spec_.experts * ffn);
-        shapes_.up_bias = weights.vector("expert_up_bias", spec_.experts * ffn);
-        shapes_.down_bias = weights.vector("expert_down_bias", spec_.experts * hidden);
-    }
     shapes_.activation = activation_of(spec_);
+    host_shapes_ = shapes_;
+    if (spec_.expert_bias) {
+        if (is_apart()) load_biases(host_shapes_, weights.copied_to(host_.memory()), spec_, hidden);
+        load_biases(shapes_, weights, spec_, hidden);
+    }
     for (const auto& sections : experts.sections) finest_.push_back(static_cast<uint8_t>(sections.size() - 1));
     for (const ExpertLevel& level : experts.levels) bits_.push_back(level.bits);
     Places places(memory.half), ahead_places(memory.ahead);
     buffers_.place(places, model_, spec_, memory.rows);
     ahead_.place(ahead_places, model_, spec_, memory.rows);
+    if (is_apart()) {
+        Places host_places(memory.host);
+        host_buffers_.place(host_places, model_, spec_, memory.rows);
+    } else {
+        host_shapes_ = shapes_;
+    }
 }
 
 struct Mixture::Grouping {
@@ -160,6 +186,16 @@ Mixture::Grouping Mixture::demand(std::span<const int32_t> picks, std::span<cons
     return found;
 }
 
+ExpertWork Mixture::work_of(const Grouping& demanded, const ExpertStream::Need& need, const ExpertParts& parts) const {
+    const size_t group = size_t(need.expert) * bits_.size() + need.level;
+    return {need.expert,
+            at_level(shapes_.gate, parts[0], need.level),
+            at_level(shapes_.up, parts[1], need.level),
+            at_level(shapes_.down, parts[2], need.level),
+            demanded.begins[group],
+            demanded.begins[group + 1] - demanded.begins[group]};
+}
+
 // A matrix of an expert that works at a level, with what is in memory of it.
 Matrix Mixture::at_level(const Matrix& shape, const std::array<const std::byte*, kMaxLevels>& data, int level) const {
     Matrix matrix = shape;
@@ -171,7 +207,8 @@ Matrix Mixture::at_level(const Matrix& shape, const std::array<const std::byte*,
     return matrix;
 }
 
-void Mixture::run(Backend& backend, const HalfInput& input) {
+void Mixture::run(const HalfInput& input) {
+    Backend& backend = backend_;
     const Buffers& b = buffers_;
     const int count = input.count, hidden = model_.hidden_size;
     const size_t pairs = size_t(count) * spec_.top_k;
@@ -189,9 +226,9 @@ void Mixture::run(Backend& backend, const HalfInput& input) {
             } catch (...) {  // what failed first is on its way already
             }
         }
-    } const finish{backend};
+    } const finish{host_};
     if (input.observer) input.observer->routed(layer_, picks, weights);
-    if (input.next) input.next->expect(backend, input);
+    if (input.next) input.next->expect(input);
 
     if (shared_) {  // while missing experts are read
         shared_->run(backend, b.shared, input.normed, count, b.shared_out);
@@ -202,33 +239,44 @@ void Mixture::run(Backend& backend, const HalfInput& input) {
         backend.normalize(expert_norm_, input.x, count, b.input);
         experts_input = b.input;
     }
-    backend.write(demanded.pair_rows, b.pair_rows);
-    backend.write(demanded.places, b.places);
-    backend.begin_experts(shapes_, experts_input, count);
+    backend.write(std::span<const int32_t>(demanded.places), b.places);
+    Floats input_there = host_buffers_.input;
+    ExpertBuffers there{host_buffers_.pair_rows, host_buffers_.hidden, host_buffers_.up, host_buffers_.outputs};
+    if (is_apart())
+        host_.write(backend.read(experts_input, size_t(count) * hidden), input_there);
+    else
+        there = {b.pair_rows, b.hidden, b.up, b.outputs};
+    host_.write(std::span<const int32_t>(demanded.pair_rows), is_apart() ? host_buffers_.pair_rows : b.pair_rows);
+    host_.begin_experts(host_shapes_, is_apart() ? ConstFloats(input_there) : experts_input, count);
     std::vector<ExpertWork> work;
     for (auto ready = stream.next(); !ready.empty(); ready = stream.next()) {
         work.clear();
         for (const ExpertStream::Item& item : ready) {
-            const ExpertStream::Need& need = demanded.needs[item.position];
             const auto& parts = item.weights.parts;
-            const size_t group = size_t(need.expert) * bits_.size() + need.level;
-            work.push_back({need.expert, at_level(shapes_.gate, parts[0], need.level),
-                            at_level(shapes_.up, parts[1], need.level), at_level(shapes_.down, parts[2], need.level),
-                            demanded.begins[group], demanded.begins[group + 1] - demanded.begins[group]});
+            work.push_back(work_of(demanded, demanded.needs[item.position], parts));
         }
-        backend.experts(shapes_, work, {b.pair_rows, b.hidden, b.up, b.outputs});
-        backend.wait();
+        host_.experts(host_shapes_, work, there);
+        host_.wait();
         // Now that they are computed. Holding them until the layer ends would leave less room for what comes: where a
         // prompt's experts do not all fit, others would leave memory, and fewer would be found there.
         stream.release();
+        if (is_apart())
+            for (const ExpertWork& done : work) {
+                const size_t first = size_t(done.first) * hidden;
+                backend.write(host_.read(there.outputs + first, size_t(done.count) * hidden), b.outputs + first);
+            }
+    }
+    if (is_apart() && input.observer && input.observer->wants_experts()) {
+        const size_t all = pairs * spec_.ffn_dim;
+        backend.write(host_.read(ConstFloats(there.hidden), all), b.hidden);
     }
     if (stream.blocked()) throw std::logic_error("experts were left out of a pass");
-    if (input.observer && input.observer->wants_experts()) observe(backend, input, demanded, experts_input);
-    add_up(backend, input);
+    if (input.observer && input.observer->wants_experts()) observe(input, demanded, experts_input);
+    add_up(input);
 }
 
-void Mixture::observe(Backend& backend, const HalfInput& input, const Grouping& demanded,
-                      ConstFloats experts_input) const {
+void Mixture::observe(const HalfInput& input, const Grouping& demanded, ConstFloats experts_input) const {
+    Backend& backend = backend_;
     const size_t count = input.count, hidden = model_.hidden_size, pairs = count * spec_.top_k;
     input.observer->experts(layer_, {.top_k = spec_.top_k,
                                      .picks = backend.read(Buffer<const int32_t>(buffers_.picks), pairs),
@@ -241,7 +289,8 @@ void Mixture::observe(Backend& backend, const HalfInput& input, const Grouping& 
 
 // Each row adds its experts' outputs in pick order, whenever they were computed: to the residual stream, or where norms
 // come between, to a sum of their own.
-void Mixture::add_up(Backend& backend, const HalfInput& input) const {
+void Mixture::add_up(const HalfInput& input) const {
+    Backend& backend = backend_;
     const Buffers& b = buffers_;
     const int count = input.count, hidden = model_.hidden_size;
     const bool direct = !expert_output_norm_ && !output_norm_;
@@ -268,7 +317,8 @@ void Mixture::add_up(Backend& backend, const HalfInput& input) const {
 
 // The choice of this layer's router on the stream as it is before the experts of an earlier layer have been added to
 // it: the choice of most rows first.
-void Mixture::expect(Backend& backend, const HalfInput& input) {
+void Mixture::expect(const HalfInput& input) {
+    Backend& backend = backend_;
     const bool hints = store_.wants_hints(), shows = input.observer && input.observer->wants_predictions();
     if (!hints && !shows) return;
     const AheadBuffers& b = ahead_;
@@ -276,6 +326,11 @@ void Mixture::expect(Backend& backend, const HalfInput& input) {
     const int count = input.next_rows ? static_cast<int>(input.next_rows->size()) : input.count;
     if (count == 0) return store_.hint(layer_, {});
     ConstFloats x = input.x;
+    if (&input.backend != &backend) {  // the stream is in another memory
+        const size_t size = size_t(input.count) * model_.hidden_size;
+        backend.write(input.backend.read(x, size), b.x);
+        x = b.x;
+    }
     if (input.next_rows) {
         backend.gather(x, *input.next_rows, model_.hidden_size, b.x);
         x = b.x;

@@ -7,6 +7,7 @@
 #include "model/dense_part.h"
 #include "model/feed_forward.h"
 #include "model/router.h"
+#include "store/stream.h"
 
 namespace edgemoe {
 
@@ -41,19 +42,36 @@ class Mixture final : public FeedForwardHalf {
         void place(Places& places, const ModelSpec& model, const LayerSpec& spec, int rows);
     };
 
-    Mixture(const HalfSetting& setting, const ExpertLayer& experts, LayerWeights& weights, const HalfMemory& memory);
+    // Of the host, for experts that it computes for another backend.
+    struct HostBuffers {
+        Floats input;               // [rows, hidden]
+        Buffer<int32_t> pair_rows;  // [pairs]
+        Floats hidden, up;          // [pairs, ffn]
+        Floats outputs;             // [pairs, hidden]
 
-    void run(Backend& backend, const HalfInput& input) override;
-    void expect(Backend& backend, const HalfInput& input) override;
+        void place(Places& places, const ModelSpec& model, const LayerSpec& spec, int rows);
+    };
+
+    Mixture(const HalfSetting& setting, const ExpertLayer& experts, const PlacedWeights& weights,
+            const HalfMemory& memory);
+
+    void run(const HalfInput& input) override;
+    void expect(const HalfInput& input) override;
 
   private:
     // What a chunk wants of the experts: pairs of (row, pick) in groups by expert and level.
     struct Grouping;
     Grouping demand(std::span<const int32_t> picks, std::span<const float> weights, const HalfInput& input) const;
+    ExpertWork work_of(const Grouping& demanded, const ExpertStream::Need& need, const ExpertParts& parts) const;
     Matrix at_level(const Matrix& shape, const std::array<const std::byte*, kMaxLevels>& data, int level) const;
-    void observe(Backend& backend, const HalfInput& input, const Grouping& demand, ConstFloats experts_input) const;
-    void add_up(Backend& backend, const HalfInput& input) const;
+    void observe(const HalfInput& input, const Grouping& demand, ConstFloats experts_input) const;
+    void add_up(const HalfInput& input) const;
 
+    // Whether experts are computed on the host, for a backend elsewhere.
+    bool is_apart() const { return &backend_ != &host_; }
+
+    Backend& backend_;
+    Backend& host_;
     const ModelSpec& model_;
     const LayerSpec& spec_;
     int layer_;
@@ -64,10 +82,12 @@ class Mixture final : public FeedForwardHalf {
     ConstFloats shared_gate_;  // [hidden]
     Norm expert_norm_, expert_output_norm_, shared_output_norm_, output_norm_;
     ExpertShapes shapes_;
+    ExpertShapes host_shapes_;
     std::vector<uint8_t> finest_;  // [experts] the finest level of each
     std::vector<int> bits_;        // [levels] stored width
     Buffers buffers_;
     AheadBuffers ahead_;
+    HostBuffers host_buffers_;
 };
 
 }  // namespace edgemoe

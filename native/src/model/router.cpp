@@ -7,18 +7,18 @@ void Router::Buffers::place(Places& places, const ModelSpec& model, const LayerS
     places.place(scores, size_t(rows) * spec.experts);
 }
 
-Router::Router(const ModelSpec& model, const LayerSpec& spec, LayerWeights& weights) {
+Router::Router(const ModelSpec& model, const LayerSpec& spec, const PlacedWeights& weights) {
     const RouterSpec& router = spec.router;
     matrix_ = weights.matrix("router", spec.experts, model.hidden_size);
     if (router.bias) bias_ = weights.vector("router_bias", spec.experts);
     choice_ = {&router, spec.experts, spec.top_k, {}, {}};
     if (router.selection_bias) choice_.selection_bias = weights.vector("selection_bias", spec.experts);
     if (router.expert_scale) choice_.expert_scale = weights.vector("expert_scale", spec.experts);
-    if (router.input_norm) {
-        const Floats weight = weights.vector("router_norm", model.hidden_size);
-        for (int i = 0; i < model.hidden_size; ++i) weight.address()[i] *= router.input_scale;
-        norm_ = {weight, {}, model.hidden_size, model.norm_epsilon};
-    }
+    if (router.input_norm)
+        norm_ = {weights.vector("router_norm", model.hidden_size, [&](float x) { return x * router.input_scale; }),
+                 {},
+                 model.hidden_size,
+                 model.norm_epsilon};
 }
 
 void Router::route(Backend& backend, const Buffers& buffers, ConstFloats x, ConstFloats normed, int count,

@@ -16,7 +16,7 @@ class Router {
     };
 
     // The two specifications must outlive this.
-    Router(const ModelSpec& model, const LayerSpec& spec, LayerWeights& weights);
+    Router(const ModelSpec& model, const LayerSpec& spec, const PlacedWeights& weights);
 
     // A router reads `normed`, the stream `x` after the layer's norm, or, with a norm of its own, the stream itself.
     bool reads_stream() const { return static_cast<bool>(norm_); }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <string>
 #include <utility>
 
@@ -84,17 +85,25 @@ size_t StatePool::bytes(std::span<const KvShape> layers, const StateRoom& asked)
     return total;
 }
 
-StatePool::StatePool(std::vector<KvShape> layers, const StateRoom& room)
+size_t StatePool::block_bytes(const KvShape& layer, const StateRoom& room) {
+    return layer.block_bytes() * pool_blocks(layer, completed(room));
+}
+
+StatePool::StatePool(std::vector<KvShape> layers, const StateRoom& room, std::vector<Memory*> memories)
     : layers_(std::move(layers)),
       room_(completed(room)),
+      memories_(std::move(memories)),
       constant_bytes_(all_constant_bytes(layers_)),
-      copies_(constant_copies(room)),
-      arena_(bytes(layers_, room)) {
+      copies_(constant_copies(room)) {
+    memories_.resize(layers_.size());
+    std::ranges::replace(memories_, static_cast<Memory*>(nullptr), static_cast<Memory*>(&own_));
+    // One piece of each memory: large ones have fewer, larger pages.
+    std::map<Memory*, size_t> sizes{{&own_, size_t{0}}};
     size_t constant_begin = 0;
-    for (const KvShape& shape : layers_) {
+    for (size_t layer = 0; layer < layers_.size(); ++layer) {
+        const KvShape& shape = layers_[layer];
         constant_begins_.push_back(constant_begin);
         constant_begin += shape.constant_bytes();
-        begins_.push_back(first_constants_);
         layer_groups_.push_back(-1);
         if (shape.block_bytes() == 0) continue;
         const auto found = std::ranges::find(groups_, shape.window, &Group::window);
@@ -102,7 +111,17 @@ StatePool::StatePool(std::vector<KvShape> layers, const StateRoom& room)
         const int blocks = pool_blocks(shape, room_);
         if (found == groups_.end())
             groups_.push_back({shape.window, shape.kept_blocks(room_.context, room_.chunk), blocks, {}, {}});
-        first_constants_ += shape.block_bytes() * blocks;
+        sizes[memories_[layer]] += shape.block_bytes() * blocks;
+    }
+    const size_t own_blocks = sizes[&own_];
+    sizes[&own_] += copies_ * constant_bytes_ * room_.sequences;
+    std::map<Memory*, std::byte*> begins;
+    for (const auto& [memory, bytes] : sizes) begins[memory] = bytes ? memory->allocate(bytes) : nullptr;
+    if (sizes[&own_]) constants_ = begins[&own_] + own_blocks;
+    for (size_t layer = 0; layer < layers_.size(); ++layer) {
+        std::byte*& begin = begins[memories_[layer]];
+        begins_.push_back(begin);
+        if (layers_[layer].block_bytes()) begin += block_bytes(layers_[layer], room_);
     }
     // The first blocks, and places, are taken first.
     for (Group& group : groups_) {
@@ -164,7 +183,7 @@ void StatePool::copy_block(int group, int32_t from, int32_t to) {
     for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
         if (layer_groups_[layer] != group) continue;
         const size_t bytes = layers_[layer].block_bytes();
-        std::memcpy(blocks(layer) + bytes * to, blocks(layer) + bytes * from, bytes);
+        memory(layer).copy(blocks(layer) + bytes * to, blocks(layer) + bytes * from, bytes);
     }
 }
 
@@ -349,8 +368,9 @@ void SequenceState::snapshot(std::span<std::byte> target) const {
         const KvShape& shape = pool_.layers()[layer];
         const int group = pool_.group(static_cast<int>(layer)), end = block_count(length_);
         for (int number = group < 0 ? end : shape.first_block(length_); number < end; ++number) {
-            std::memcpy(out, pool_.blocks(static_cast<int>(layer)) + shape.block_bytes() * tables_[group][number],
-                        shape.block_bytes());
+            pool_.memory(static_cast<int>(layer))
+                .read({out, shape.block_bytes()},
+                      pool_.blocks(static_cast<int>(layer)) + shape.block_bytes() * tables_[group][number]);
             const int used = length_ - number * kKvBlock;
             // What lies behind the last position may be another sequence's.
             for (int head = 0; used < kKvBlock && head < shape.kv_heads; ++head) {
@@ -390,8 +410,9 @@ void SequenceState::restore(std::span<const std::byte> source) {
         const KvShape& shape = shapes[layer];
         const int group = pool_.group(static_cast<int>(layer));
         for (int number = group < 0 ? end : shape.first_block(length); number < end; ++number) {
-            std::memcpy(pool_.blocks(static_cast<int>(layer)) + shape.block_bytes() * tables_[group][number], in,
-                        shape.block_bytes());
+            pool_.memory(static_cast<int>(layer))
+                .write(pool_.blocks(static_cast<int>(layer)) + shape.block_bytes() * tables_[group][number],
+                       {in, shape.block_bytes()});
             in += shape.block_bytes();
         }
         std::memcpy(pool_.constants(place_, current_, static_cast<int>(layer)), in, shape.constant_bytes());

@@ -1,8 +1,10 @@
-// The weights that every token needs: read once, into memory of their own, and found by name.
+// The weights that every token needs: read once, into memory of their own, or on through it to a device's, and found by
+// name.
 #pragma once
 
+#include <cstddef>
 #include <deque>
-#include <map>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -12,6 +14,7 @@
 #include "edgemoe/arena.h"
 #include "edgemoe/backend.h"
 #include "edgemoe/direct_file.h"
+#include "edgemoe/memory.h"
 #include "edgemoe/model_spec.h"
 #include "edgemoe/pack_index.h"
 
@@ -19,52 +22,70 @@ namespace edgemoe {
 
 class Weights {
   public:
-    // Reads all dense tensors of `index`, which must outlive this. Throws IoError where a file cannot be read or a
-    // section is damaged, std::invalid_argument where the index promises what a section does not hold.
+    // Room for all dense tensors of `index`; what lies in a section is read when a tensor of it is asked for first. All
+    // that is given must outlive this. Throws std::invalid_argument where the index promises what a section does not
+    // hold.
     Weights(const PackIndex& index, std::span<const std::unique_ptr<DirectFile>> files);
+    ~Weights();
 
-    static size_t bytes(const PackIndex& index);
+    // Of those tensors whose names are chosen.
+    static size_t bytes(const PackIndex& index, const std::function<bool(const std::string&)>& is_chosen);
 
-    // These throw std::invalid_argument where there is no such tensor, or one of another shape or layout.
-    Matrix matrix(const std::string& name, int rows, int cols) const;
-    Matrix float_matrix(const std::string& name, int rows, int cols) const;  // of float32 and nothing else
-    Floats vector(const std::string& name, int size) const;
+    // These throw std::invalid_argument where there is no such tensor, or one of another shape or layout; IoError where
+    // a file cannot be read or a section is damaged.
+    Matrix matrix(const std::string& name, int rows, int cols);
+    std::span<float> vector(const std::string& name, int size);
     // A vector that no file has: `size` times `value`.
-    ConstFloats constant(int size, float value);
+    std::span<const float> constant(int size, float value);
+    // Nobody will look at the tensor's bytes again.
+    void release(const std::string& name);
 
   private:
+    struct DenseSections;
+    std::byte* tensor(const std::string& name);
+
     const PackIndex& index_;
+    std::span<const std::unique_ptr<DirectFile>> files_;
+    std::unique_ptr<DenseSections> sections_;
     Arena arena_;
-    std::map<std::string, std::byte*> tensors_;
+    std::vector<std::byte> scratch_;
     std::deque<std::vector<float>> constants_;
 };
 
-// The weights of one layer, by their names within it.
-class LayerWeights {
+// The weights of one layer, or, without a number, of the model as a whole, by their names within it and where a backend
+// finds them.
+class PlacedWeights {
   public:
-    LayerWeights(const ModelSpec& spec, Weights& weights, int layer)
-        : spec_(spec), weights_(weights), prefix_("layers." + std::to_string(layer) + ".") {}
+    PlacedWeights(const ModelSpec& spec, Weights& weights, Memory& memory, int layer = kWhole)
+        : spec_(spec),
+          weights_(weights),
+          memory_(memory),
+          prefix_(layer == kWhole ? "" : "layers." + std::to_string(layer) + ".") {}
 
-    Matrix matrix(std::string_view name, int rows, int cols) const { return weights_.matrix(full(name), rows, cols); }
-    Matrix float_matrix(std::string_view name, int rows, int cols) const {
-        return weights_.float_matrix(full(name), rows, cols);
-    }
-    Floats vector(std::string_view name, int size) const { return weights_.vector(full(name), size); }
-    ConstFloats constant(int size, float value) { return weights_.constant(size, value); }
+    Matrix matrix(std::string_view name, int rows, int cols) const;
+    Matrix float_matrix(std::string_view name, int rows, int cols) const;  // of float32 and nothing else
+    // Each element is changed first, where it says how.
+    ConstFloats vector(std::string_view name, int size, const std::function<float(float)>& change = {}) const;
+    ConstFloats constant(int size, float value) const;
     // A norm of the stream, of the model's kind.
     Norm norm(std::string_view name, int size) const;
     // A norm of queries, keys or latents: an RMSNorm in every model.
     Norm rms_norm(std::string_view name, int size, float epsilon) const;
+    // The same weights, copied into another memory.
+    PlacedWeights copied_to(Memory& memory) const;
 
   private:
+    static constexpr int kWhole = -1;
+
     std::string full(std::string_view name) const { return prefix_ + std::string(name); }
+    // Takes bytes over into the memory; if that is not the host's, nobody needs them there.
+    const std::byte* keep(const std::string& name, std::span<const std::byte> bytes) const;
 
     const ModelSpec& spec_;
     Weights& weights_;
+    Memory& memory_;
     std::string prefix_;
+    bool copies_ = false;
 };
-
-// A norm of the model's kind, whose weights stand under `name`.
-Norm load_norm(const ModelSpec& spec, const Weights& weights, const std::string& name, int size);
 
 }  // namespace edgemoe

@@ -1,4 +1,6 @@
 // edgemoe._core.Device: a device by itself, for tests.
+#include "device_binding.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -74,6 +76,8 @@ class PythonDevice {
             throw py::value_error("unknown kind of device '" + kind + "'; known: emulated, cuda");
         }
     }
+
+    std::shared_ptr<Device> shared() const { return device_; }
 
     uint64_t allocate(size_t bytes) { return reinterpret_cast<uintptr_t>(device_->allocate(bytes)); }
     void release(uint64_t address) {
@@ -161,10 +165,14 @@ class PythonDevice {
   private:
     std::map<uint64_t, py::buffer_info> uploads_;
     std::map<void*, py::buffer_info> pinned_;
-    std::unique_ptr<Device> device_;
+    std::shared_ptr<Device> device_;
 };
 
 }  // namespace
+
+std::shared_ptr<edgemoe::Device> edgemoe::python::device_of(const py::handle& device) {
+    return device.is_none() ? nullptr : py::cast<PythonDevice&>(device).shared();
+}
 
 void bind_device(py::module_& module) {
     using py::arg;

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bytes.h"
+#include "device_binding.h"
 #include "edgemoe/engine.h"
 #include "edgemoe/recorders.h"
 #include "facts.h"
@@ -122,13 +123,15 @@ MemoryPlan plan(const py::object& index, const py::object& options) {
     return Engine::plan(facts.spec, facts.index, chosen.engine);
 }
 
-std::unique_ptr<BoundEngine> make_engine(const py::object& index, const py::object& options) {
+std::unique_ptr<BoundEngine> make_engine(const py::object& index, const py::object& options, const py::object& with) {
+    std::shared_ptr<edgemoe::Device> device = edgemoe::python::device_of(with);
     auto facts = edgemoe::python::read_index(index);
     auto chosen = edgemoe::python::read_options(options);
     chosen.engine.store.all_levels = use_all_levels(facts.index, chosen.quality);
     const py::gil_scoped_release release;
     return std::unique_ptr<BoundEngine>(new BoundEngine{
-        Engine(std::move(facts.spec), std::move(facts.index), std::move(chosen.engine)), std::move(chosen.quality)});
+        Engine(std::move(facts.spec), std::move(facts.index), std::move(chosen.engine), std::move(device)),
+        std::move(chosen.quality)});
 }
 
 // qualities: Quality objects, none for the engine's own. quality: the number of each row's, or nothing for the first.
@@ -257,7 +260,10 @@ void bind_records(py::module_& module) {
         .def_readonly("scratch", &MemoryPlan::scratch)
         .def_readonly("slot", &MemoryPlan::slot)
         .def_readonly("experts", &MemoryPlan::experts)
-        .def_readonly("minimum_slots", &MemoryPlan::minimum_slots);
+        .def_readonly("minimum_slots", &MemoryPlan::minimum_slots)
+        .def_readonly("device_dense", &MemoryPlan::device_dense)
+        .def_readonly("device_state", &MemoryPlan::device_state)
+        .def_readonly("device_scratch", &MemoryPlan::device_scratch);
 
     py::class_<EngineCounters> counters(module, "EngineCounters");
     for (const auto& [name, count] : kCounts) counters.def_readonly(name, count);
@@ -298,7 +304,7 @@ void bind_engine(py::module_& module) {
     bind_records(module);
     module.def("plan", &plan, py::arg("index"), py::arg("options"));
     py::class_<BoundEngine>(module, "Engine")
-        .def(py::init(&make_engine), py::arg("index"), py::arg("options"))
+        .def(py::init(&make_engine), py::arg("index"), py::arg("options"), py::arg("device") = py::none())
         .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("sequence_ids"), py::arg("wanted"),
              py::arg("cancel") = nullptr, py::arg("qualities") = py::tuple(), py::arg("quality") = std::nullopt)
         .def("forward_layer", &forward_layer, py::arg("layer"), py::arg("tokens"), py::arg("residual").noconvert(),

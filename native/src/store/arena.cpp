@@ -1,6 +1,7 @@
 #include "edgemoe/arena.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <new>
@@ -37,6 +38,12 @@ Arena::Arena(size_t bytes) : size_(bytes) {
 
 Arena::~Arena() {
     if (mapping_) ::munmap(mapping_, mapped_);
+}
+
+void Arena::release(const std::byte* first, size_t bytes) {
+    const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE)), address = reinterpret_cast<uintptr_t>(first);
+    const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
 Arena::Arena(Arena&& other) noexcept

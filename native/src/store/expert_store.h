@@ -33,9 +33,11 @@
 
 namespace edgemoe {
 
+using ExpertParts = std::array<std::array<const std::byte*, kMaxLevels>, 3>;  // [gate, up, down][levels]
+
 // Levels of an expert's matrices in memory; valid until it is let go.
 struct ExpertWeights {
-    std::array<std::array<const std::byte*, kMaxLevels>, 3> parts;  // [gate, up, down][levels]
+    ExpertParts parts;
 };
 
 class ExpertStore {

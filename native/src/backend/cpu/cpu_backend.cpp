@@ -41,8 +41,6 @@ CpuBackend::CpuBackend(const Kernels& kernels, int threads, const BackendSizes& 
     work_.place(places, sizes);
 }
 
-std::byte* CpuBackend::allocate(size_t bytes) { return allocated_.emplace_back(bytes).data(); }
-
 void CpuBackend::begin(const Rows& rows) {
     rows_ = rows;
     const int count = rows.count();

@@ -19,7 +19,7 @@ class CpuBackend final : public Backend {
     static size_t workspace_bytes(const BackendSizes& sizes);
 
     std::string_view name() const override { return kernels_.name; }
-    std::byte* allocate(size_t bytes) override;
+    Memory& memory() override { return buffers_; }
 
     void begin(const Rows& rows) override;
     void embed(const Matrix& embedding, float multiplier, Floats out) override;
@@ -54,9 +54,6 @@ class CpuBackend final : public Backend {
     std::span<const float> read(ConstFloats buffer, size_t count) override { return {buffer.address(), count}; }
     std::span<const int32_t> read(Buffer<const int32_t> buffer, size_t count) override {
         return {buffer.address(), count};
-    }
-    void write(std::span<const int32_t> values, Buffer<int32_t> buffer) override {
-        std::ranges::copy(values, buffer.address());
     }
     void wait() override {}
 
@@ -115,7 +112,7 @@ class CpuBackend final : public Backend {
     Workspace work_{};
     Rows rows_;
     Activations expert_input_{};
-    std::vector<Arena> allocated_;
+    HostMemory buffers_;
     ThreadPool pool_;
 };
 

@@ -20,7 +20,8 @@ struct Buffers : AttentionBuffers {
 
 class Attention final : public Mixer {
   public:
-    Attention(const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* memory) : layer_(setting.layer) {
+    Attention(const MixerSetting& setting, const PlacedWeights& weights, int rows, std::byte* memory)
+        : layer_(setting.layer) {
         const AttentionSpec& a = setting.spec;
         const int hidden = setting.model.hidden_size, queries = a.heads * a.head_dim, keys = a.kv_heads * a.head_dim;
         projections_ = {weights.matrix("q", a.output_gate ? 2 * queries : queries, hidden),

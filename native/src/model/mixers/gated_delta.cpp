@@ -28,7 +28,7 @@ struct Buffers {
 
 class GatedDelta final : public Mixer {
   public:
-    GatedDelta(const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* memory)
+    GatedDelta(const MixerSetting& setting, const PlacedWeights& weights, int rows, std::byte* memory)
         : layer_(setting.layer) {
         const AttentionSpec& a = setting.spec;
         const int hidden = setting.model.hidden_size;

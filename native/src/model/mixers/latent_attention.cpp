@@ -33,7 +33,7 @@ struct Buffers {
 
 class LatentAttention final : public Mixer {
   public:
-    LatentAttention(const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* memory)
+    LatentAttention(const MixerSetting& setting, const PlacedWeights& weights, int rows, std::byte* memory)
         : layer_(setting.layer) {
         const AttentionSpec& a = setting.spec;
         const int hidden = setting.model.hidden_size, queries = a.heads * a.head_dim;

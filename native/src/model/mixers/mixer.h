@@ -34,7 +34,8 @@ struct MixerKind {
     size_t (*input_groups)(const AttentionSpec& spec);
     // Bytes of the buffers for so many rows.
     size_t (*buffer_bytes)(const AttentionSpec& spec, int rows);
-    std::unique_ptr<Mixer> (*load)(const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* buffers);
+    std::unique_ptr<Mixer> (*load)(const MixerSetting& setting, const PlacedWeights& weights, int rows,
+                                   std::byte* buffers);
 };
 
 extern const MixerKind kAttention, kLatentAttention, kGatedDelta, kShortConvolution;
@@ -53,7 +54,8 @@ size_t mixer_buffer_bytes(const AttentionSpec& spec, int rows) {
 inline size_t no_wider_input(const AttentionSpec& /*spec*/) { return 0; }
 
 template <class Kind>
-std::unique_ptr<Mixer> load_mixer(const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* buffers) {
+std::unique_ptr<Mixer> load_mixer(const MixerSetting& setting, const PlacedWeights& weights, int rows,
+                                  std::byte* buffers) {
     return std::make_unique<Kind>(setting, weights, rows, buffers);
 }
 

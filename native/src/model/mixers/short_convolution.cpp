@@ -19,7 +19,7 @@ struct Buffers {
 
 class ShortConvolution final : public Mixer {
   public:
-    ShortConvolution(const MixerSetting& setting, LayerWeights& weights, int rows, std::byte* memory)
+    ShortConvolution(const MixerSetting& setting, const PlacedWeights& weights, int rows, std::byte* memory)
         : layer_(setting.layer), channels_(setting.spec.channels()) {
         projection_ = weights.matrix("mixed", 3 * channels_, setting.model.hidden_size);
         convolution_ = weights.float_matrix("conv", channels_, setting.spec.conv_size);
