@@ -8,6 +8,8 @@ Stages (all, unless some are named):
     address   AddressSanitizer and UndefinedBehaviorSanitizer: kernels, thread pool, expert store, states, engine
     thread    ThreadSanitizer: thread pool, expert store, states, engine, five clients of one engine, with the portable
               kernels; EDGEMOE_TEST_SECONDS=60 keeps the clients at it for a minute
+    device    ThreadSanitizer: the kernels of devices, each of whose threads is one in the emulator, as their Python
+              tests launch them (tools/gpu_mutants.py)
 
 A stage whose compiler or emulator is missing is skipped, and says so. The exit status is 1 if a stage fails.
 """
@@ -15,6 +17,7 @@ A stage whose compiler or emulator is missing is skipped, and says so. The exit 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -61,6 +64,10 @@ STAGES = {
 }
 
 
+DEVICE = "device"
+ALL = (*STAGES, DEVICE)
+
+
 def can_link(compiler: str, flags: Sequence[str]) -> bool:
     """Whether a program builds with these flags: a sanitizer's library is a package of its own on some systems."""
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +77,29 @@ def can_link(compiler: str, flags: Sequence[str]) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def run_device_stage(folder: Path) -> str:
+    """As `run_stage`."""
+    for module in ("pybind11", "pytest"):
+        if importlib.util.find_spec(module) is None:
+            return f"skipped: there is no {module}"
+    if not can_link("c++", ["-fsanitize=thread"]):
+        return "skipped: c++ does not build programs with -fsanitize=thread"
+    from tools import gpu_mutants
+
+    try:
+        found = gpu_mutants.test_races(gpu_mutants.Package(folder))
+    except gpu_mutants.BuildError as error:
+        found = str(error)
+    print(found, end="")
+    return "FAILED" if found else "passed"
+
+
 def run_stage(name: str, folder: Path) -> str:
     """Builds and runs a stage: 'passed', 'FAILED', or why it was skipped."""
+    if shutil.which("cmake") is None:
+        return "skipped: there is no cmake"
+    if name == DEVICE:
+        return run_device_stage(folder)
     stage = STAGES[name]
     emulator = []
     for names in stage.tools:
@@ -79,8 +107,6 @@ def run_stage(name: str, folder: Path) -> str:
         if found is None:
             return f"skipped: there is no {names[0]}"
         emulator = [found, "-cpu", "max"]
-    if shutil.which("cmake") is None:
-        return "skipped: there is no cmake"
     if shutil.which(stage.compiler) is None:
         return f"skipped: there is no {stage.compiler}"
     flags = [*stage.flags, *(["-static"] if emulator else [])]
@@ -113,14 +139,14 @@ def run_stage(name: str, folder: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.native_tests", description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {' '.join(STAGES)} (default: all)")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {' '.join(ALL)} (default: all)")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "native", help="default: build/native")
     options = parser.parse_args(argv)
     for name in options.stages:
-        if name not in STAGES:
-            parser.error(f"there is no stage {name}; known: {' '.join(STAGES)}")
+        if name not in ALL:
+            parser.error(f"there is no stage {name}; known: {' '.join(ALL)}")
     failed = False
-    for name in options.stages or STAGES:
+    for name in options.stages or ALL:
         begin = time.monotonic()
         result = run_stage(name, options.build / name)
         failed |= result == "FAILED"

@@ -17,7 +17,6 @@
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* token);
 void __tsan_release(void* token);
@@ -169,6 +168,16 @@ namespace {
 
 thread_local Machine::State* running = nullptr;
 
+#if defined(EDGEMOE_TSAN_FIBERS)
+// Making one takes a long time, so that they serve many groups, the odd ones and the even ones: two groups that follow
+// each other have no thread in common, and nothing orders what they do.
+void* tsan_fiber(int set, size_t index) {
+    thread_local std::array<std::vector<void*>, 2> fibers;
+    while (fibers[set].size() <= index) fibers[set].push_back(__tsan_create_fiber(0));
+    return fibers[set][index];
+}
+#endif
+
 // The first function of every fiber. It never returns.
 void begin_fiber() {
     Machine::State& machine = *running;
@@ -208,7 +217,7 @@ void Machine::State::start(Fiber& fiber) {
     ::makecontext(&fiber.context, begin_fiber, 0);
 #endif
 #if defined(EDGEMOE_TSAN_FIBERS)
-    fiber.tsan = __tsan_create_fiber(0);
+    fiber.tsan = tsan_fiber(group % 2, static_cast<size_t>(&fiber - fibers.data()));
 #endif
 }
 
@@ -313,18 +322,21 @@ void Machine::run(int groups, int threads, const std::function<void()>& kernel) 
     state.threads = threads;
     state.error = nullptr;
     state.arrays.clear();
-    state.shared_used = 0;
     while (static_cast<int>(state.fibers.size()) < threads) state.fibers.emplace_back();
-    // Under ThreadSanitizer every group has shared memory of its own, because all of them run at once.
+    // Under ThreadSanitizer every group has shared memory of its own: nothing orders one after another.
 #if defined(EDGEMOE_TSAN_FIBERS)
     state.tsan = __tsan_get_current_fiber();
     const size_t shared = static_cast<size_t>(groups);
 #else
     const size_t shared = 1;
 #endif
-    while (state.shared_memory.size() < shared) state.shared_memory.emplace_back(new std::byte[kSharedBytes]);
     state.barriers.resize(static_cast<size_t>(groups));
-    for (size_t i = 0; i < shared; ++i) std::memset(state.shared_memory[i].get(), 0xFF, kSharedBytes);
+    for (const auto& memory : state.shared_memory) std::memset(memory.get(), 0xFF, state.shared_used);
+    while (state.shared_memory.size() < shared) {
+        state.shared_memory.emplace_back(new std::byte[kSharedBytes]);
+        std::memset(state.shared_memory.back().get(), 0xFF, kSharedBytes);
+    }
+    state.shared_used = 0;
 
     struct Running {
         Machine::State* before;
@@ -338,9 +350,6 @@ void Machine::run(int groups, int threads, const std::function<void()>& kernel) 
         if (shared == 1 && group > 0) std::memset(state.shared, 0xFF, state.shared_used);
         for (int i = 0; i < threads; ++i) state.start(state.fibers[i]);
         state.run_group();
-#if defined(EDGEMOE_TSAN_FIBERS)
-        for (int i = 0; i < threads; ++i) __tsan_destroy_fiber(state.fibers[i].tsan);
-#endif
     }
     state.ended.acquire();
 }

@@ -4,7 +4,7 @@
 // Every thread is a fiber, which switches where the threads of a warp or of a group wait for each other. Between two
 // barriers a warp runs as far as it gets before the next one begins, in an order that can be chosen, and so do the
 // lanes of a warp: where a barrier is missing, some order gives other results. Under ThreadSanitizer the fibers are
-// threads of their own, ordered by barriers alone, and all groups run at once.
+// threads of their own, which only barriers order: not shuffles, and not that one group runs after another.
 #pragma once
 
 #include <cstddef>
