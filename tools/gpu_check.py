@@ -283,6 +283,12 @@ def elementwise(rng: Rng, kernel: str, wild: bool) -> Case:
         gathered = struct("VectorShape", size=size, count=count + 2)
         buffers = {"x": x, "rows": rows, "out": nothing(count + 2, size)}
         return Case(kernel, elements((count + 2) * size), buffers, ["x", "rows", "out", gathered])
+    if kernel == "copy_heads":
+        heads = int(rng.integers(1, 4))
+        steps = {"from_step": size, "from_stride": heads * size, "to_step": count * size, "to_stride": size}
+        parts = {"x": floats(rng, count, heads, size, wild=wild), "out": nothing(heads, count, size)}
+        copied = struct("CopyShape", size=size, heads=heads, count=count, **steps)
+        return Case(kernel, elements(heads * count * size), parts, ["x", "out", copied])
     if kernel == "multiply":
         apart = struct("MultiplyShape", size=size, count=count, a_stride=size, b_stride=size + 3, out_stride=size)
         return Case(kernel, each, {"a": x, "b": floats(rng, count, size + 3, wild=wild)}, ["a", "b", "a", apart])

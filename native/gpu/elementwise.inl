@@ -118,6 +118,15 @@ KERNEL(gather_rows, IN(0, float, x), IN(1, i32, rows), OUT(2, float, out), ARG(3
     out[i] = x[i64(rows[place.row]) * shape.size + place.column];
 }
 
+KERNEL(copy_heads, IN(0, float, x), OUT(1, float, out), ARG(2, CopyShape, shape)) {
+    const i64 i = ELEMENT(copy_heads);
+    if (i >= elements_of(shape.size, shape.count) * shape.heads) return;
+    const Place in_row = place_of(i, shape.size);
+    const i64 head = in_row.row / shape.count, row = in_row.row % shape.count;
+    out[head * shape.to_step + row * shape.to_stride + in_row.column] =
+        x[head * shape.from_step + row * shape.from_stride + in_row.column];
+}
+
 KERNEL(multiply, ALIAS(0, float, a), ALIAS(1, float, b), OUT(2, float, out), ARG(3, MultiplyShape, shape)) {
     const i64 i = ELEMENT(multiply);
     if (i >= elements_of(shape.size, shape.count)) return;

@@ -47,6 +47,9 @@ EDGEMOE_KERNEL(scale_by, 256)
 // (in float x, in i32 rows, out float out, VectorShape): out[i] = x[rows[i]]; a thread for each element of out, which
 // is not x
 EDGEMOE_KERNEL(gather_rows, 256)
+// (in float x, out float out, CopyShape): what lies apart for each head of each row, brought together for products of
+// the heads' own (Backend::products_by_head), and back. A thread for each of size * heads * count elements.
+EDGEMOE_KERNEL(copy_heads, 256)
 // (in float a, in float b, inout float out, MultiplyShape): a thread for each element; out may be a or b
 EDGEMOE_KERNEL(multiply, 256)
 // (inout float gate, in float up, in float gate_bias, in float up_bias, in i32 experts, ActivateShape): gate =

@@ -53,6 +53,12 @@ struct MultiplyShape {
     i32 a_stride, b_stride, out_stride;
 };
 
+// out[h * to_step + row * to_stride + i] = x[h * from_step + row * from_stride + i]
+struct CopyShape {
+    i32 size, heads, count;
+    i32 from_step, from_stride, to_step, to_stride;
+};
+
 struct ActivateShape {
     i32 size, count;
     i32 kind;   // 0 silu, 1 gelu_tanh, 2 clamped_swiglu: as Activation

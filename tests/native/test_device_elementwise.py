@@ -124,6 +124,28 @@ def test_sums_and_products(order: str, seed: int, size: int, count: int, wild: b
         same_bytes(expected, results[2])
 
 
+@orders
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds, size=st.integers(1, 90), heads=st.integers(1, 4), count=counts)
+def test_heads_are_brought_together_and_back(order: str, seed: int, size: int, heads: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    device = Device("emulated", order=order, seed=seed)
+    before, after = rng.integers(0, 9, 2).tolist()  # of a head's elements that are not copied, and of a row's
+    apart = floats(rng, count, heads * (before + size) + after, wild=True)
+    by_head = np.stack([apart[:, h * (before + size) :][:, :size] for h in range(heads)])
+    steps = [before + size, apart.shape[1], count * size, size]
+    groups = groups_for(by_head.size)
+    out = np.zeros_like(by_head)
+    results = run(device, "copy_heads", groups, apart, out, numbers(size, heads, count, *steps))
+    same_bytes(by_head, results[1])
+    new = floats(rng, heads, count, size)
+    expected = apart.copy()
+    for head in range(heads):
+        expected[:, head * (before + size) :][:, :size] = new[head]
+    results = run(device, "copy_heads", groups, new, apart, numbers(size, heads, count, *steps[2:], *steps[:2]))
+    same_bytes(expected, results[1])
+
+
 def activated(kind: int, gate: Array, up: Array, alpha: float, limit: float) -> Array:
     if kind == 2:
         return np.asarray(kernels.clamped_swiglu("scalar", gate, up, alpha, limit), np.float32)
