@@ -55,6 +55,13 @@ class MemoryPlan:
     def device_state(self) -> int: ...
     @property
     def device_scratch(self) -> int: ...
+    @property
+    def device_slot(self) -> int:
+        """Memory of one expert there."""
+
+    @property
+    def device_experts(self) -> int:
+        """Slots there that hold all experts of its layers."""
 
 class EngineCounters:
     """What an engine has done since it was made, or between two times."""
@@ -76,6 +83,16 @@ class EngineCounters:
     def expert_bits(self) -> int:
         """The stored widths of the levels that they worked at, added up."""
 
+    @property
+    def device_hits(self) -> int:
+        """Of expert_uses, those of experts that lay in a device's memory."""
+
+    @property
+    def device_uploads(self) -> int:
+        """Experts, or further levels of some, that were brought there."""
+
+    @property
+    def device_upload_bytes(self) -> int: ...
     @property
     def experts_requested(self) -> int: ...
     @property

@@ -114,6 +114,7 @@ class EngineOptions:
     device_layers: int = _option(
         Meaning("The last so many layers are computed by a device; one more than there are: the head, too.", least=0), 0
     )
+    device_slots: int = _option(Meaning("Memory of the device for so many of the largest experts.", least=0), 0)
     isa: str | None = _option(
         Meaning("The instruction set.", automatic="EDGEMOE_ISA, or the best that the processor has"), None
     )

@@ -38,6 +38,7 @@ struct EngineOptions {
     KvType key_type = KvType::f16;
     KvType value_type = KvType::f16;
     int device_layers = 0;  // the last so many are computed by a device, as far as it can; one more: the head, too
+    int device_slots = 0;   // of the largest expert, in the device's memory
     std::string isa;        // empty: the best this processor has, or EDGEMOE_ISA
 };
 
@@ -51,6 +52,8 @@ struct MemoryPlan {
     int minimum_slots = 0;
     // What a device takes of the same: none of it is counted above.
     size_t device_dense = 0, device_state = 0, device_scratch = 0;
+    size_t device_slot = 0;  // memory of one expert there
+    int device_experts = 0;  // slots that hold all experts of its layers
 };
 
 struct EngineCounters {
@@ -58,6 +61,9 @@ struct EngineCounters {
     double seconds = 0;        // in forward passes, waiting included
     uint64_t expert_uses = 0;  // pairs of a token and an expert
     uint64_t expert_bits = 0;  // the stored widths of the levels they worked at, added up
+    uint64_t device_hits = 0;  // of expert_uses, those of experts that lay in the device's memory
+    uint64_t device_uploads = 0;
+    uint64_t device_upload_bytes = 0;
     StoreCounters store;
 };
 
@@ -71,6 +77,7 @@ struct Residency {
 };
 
 class Device;
+class DeviceTier;
 class ExpertStore;
 class Pass;
 class Weights;
@@ -135,6 +142,7 @@ class Engine {
     std::unique_ptr<Backend> backend_;
     std::unique_ptr<Backend> device_;  // may be absent
     std::unique_ptr<Weights> weights_;
+    std::unique_ptr<DeviceTier> tier_;    // absent without a device, or slots there
     std::unique_ptr<ExpertStore> store_;  // absent where every layer is dense
     std::unique_ptr<Pass> pass_;
     std::unique_ptr<StatePool> states_;

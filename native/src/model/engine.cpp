@@ -9,6 +9,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/device/device_backend.h"
 #include "model/pass.h"
+#include "store/device_tier.h"
 
 namespace edgemoe {
 namespace {
@@ -36,6 +37,14 @@ DeviceShare device_share(const ModelSpec& spec, const EngineOptions& options) {
     }
     share.head = options.device_layers > layers;
     return share;
+}
+
+// Of the experts of layers whose second half a device computes; null for the others.
+std::vector<const ExpertLayer*> device_experts(const PackIndex& index, const DeviceShare& share) {
+    std::vector<const ExpertLayer*> layers(share.halves.size(), nullptr);
+    for (const auto& [layer, experts] : index.experts)
+        if (layer >= 0 && size_t(layer) < layers.size() && share.halves[layer]) layers[layer] = &experts;
+    return layers;
 }
 
 // What a layer's mixer, and the other half of it, call their weights.
@@ -86,6 +95,11 @@ MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const Eng
     if (options.device_layers > 0)
         plan.device_scratch = Pass::buffer_bytes(spec, options.chunk, share, true) +
                               DeviceBackend::workspace_bytes(sizes, spec.vocab_size);
+    const std::vector<const ExpertLayer*> on_device_too = device_experts(index, share);
+    plan.device_slot = DeviceTier::slot_bytes(on_device_too);
+    for (const ExpertLayer* layer : on_device_too)
+        if (layer) plan.device_experts += static_cast<int>(layer->sections.size());
+    if (options.device_slots > 0) plan.scratch += DeviceTier::staging_bytes(on_device_too);
     const StoreLayout experts(index, options.store.all_levels);
     plan.slot = experts.slot_bytes();
     plan.experts = experts.slots();
@@ -103,13 +117,15 @@ Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options, std::shar
     else
         backend_ = std::make_unique<CpuBackend>(select_kernels(options_.isa), options_.threads, sizes);
     const DeviceShare share = device_share(spec_, options_);
-    if (options_.device_layers > 0)
-        device_ = std::make_unique<DeviceBackend>(std::move(device), sizes, spec_.vocab_size);
+    if (options_.device_layers > 0) device_ = std::make_unique<DeviceBackend>(device, sizes, spec_.vocab_size);
     for (const std::string& path : index_.files) files_.push_back(std::make_unique<DirectFile>(path));
     weights_ = std::make_unique<Weights>(index_, files_);
+    if (device_ && options_.device_slots > 0)
+        tier_ = std::make_unique<DeviceTier>(*device, device_->memory(), device_experts(index_, share),
+                                             options_.device_slots);
     if (!index_.experts.empty()) store_ = std::make_unique<ExpertStore>(index_, files_, options_.store);
     pass_ = std::make_unique<Pass>(Pass::Setting{spec_, index_, options_.key_type, options_.value_type, options_.chunk},
-                                   *weights_, *backend_, device_.get(), share, store_.get());
+                                   *weights_, *backend_, device_.get(), share, store_.get(), tier_.get());
     std::vector<Memory*> memories;
     for (const bool on_device : share.mixers) memories.push_back(on_device ? &device_->memory() : nullptr);
     states_ = std::make_unique<StatePool>(state_shapes(spec_, options_), state_room(options_), std::move(memories));
@@ -176,6 +192,11 @@ void Engine::add_counts(const EngineCounters& more) {
     counters_.seconds += more.seconds;
     counters_.expert_uses += more.expert_uses;
     counters_.expert_bits += more.expert_bits;
+    counters_.device_hits += more.device_hits;
+    if (tier_) {
+        counters_.device_uploads = tier_->counters().uploads;
+        counters_.device_upload_bytes = tier_->counters().bytes;
+    }
 }
 
 void Engine::wait() {

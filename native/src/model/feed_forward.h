@@ -10,6 +10,7 @@
 #include "edgemoe/engine.h"
 #include "edgemoe/observer.h"
 #include "model/weights.h"
+#include "store/device_tier.h"
 #include "store/expert_store.h"
 
 namespace edgemoe {
@@ -51,6 +52,7 @@ struct HalfSetting {
     const Norm& norm;  // of the stream, before the half
     const PackIndex& index;
     ExpertStore* store;  // null where no layer has experts
+    DeviceTier* tier;    // experts that the backend has, if it is a device; may be null
 };
 
 // Where the buffers of all halves lie: one runs at a time, and what is expected of another one is worked out beside it.

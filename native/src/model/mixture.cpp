@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <numeric>
 #include <stdexcept>
 
@@ -102,6 +103,7 @@ Mixture::Mixture(const HalfSetting& setting, const ExpertLayer& experts, const P
       spec_(setting.spec),
       layer_(setting.layer),
       store_(*setting.store),
+      tier_(&setting.backend != &setting.host ? setting.tier : nullptr),
       layer_norm_(setting.norm),
       router_(setting.model, setting.spec, weights) {
     const int hidden = model_.hidden_size, ffn = spec_.ffn_dim;
@@ -121,6 +123,11 @@ Mixture::Mixture(const HalfSetting& setting, const ExpertLayer& experts, const P
     if (spec_.expert_bias) {
         if (is_apart()) load_biases(host_shapes_, weights.copied_to(host_.memory()), spec_, hidden);
         load_biases(shapes_, weights, spec_, hidden);
+    }
+    size_t bytes = 0;
+    for (const auto& level : expert_bytes(experts)) {
+        for (const size_t part : level) bytes += part;
+        bytes_.push_back(bytes);
     }
     for (const auto& sections : experts.sections) finest_.push_back(static_cast<uint8_t>(sections.size() - 1));
     for (const ExpertLevel& level : experts.levels) bits_.push_back(level.bits);
@@ -216,13 +223,24 @@ void Mixture::run(const HalfInput& input) {
     const std::span picks = backend.read(Buffer<const int32_t>(b.picks), pairs);
     const std::span weights = backend.read(ConstFloats(b.weights), pairs);
     const Grouping demanded = demand(picks, weights, input);
-    ExpertStream stream(store_, layer_, {count, input.steps}, demanded.needs);
-    // Also where something throws: the stream gives memory back that the backend may still be reading.
+    std::vector<ExpertWork> resident;  // the device has them
+    std::vector<ExpertStream::Need> needs;
+    if (tier_) tier_->begin_turn();
+    for (const ExpertStream::Need& need : demanded.needs) {
+        const auto parts = tier_ ? tier_->find(layer_, need.expert, need.level) : std::nullopt;
+        if (parts)
+            resident.push_back(work_of(demanded, need, *parts));
+        else
+            needs.push_back(need);
+    }
+    for (const ExpertWork& work : resident) input.counters.device_hits += work.count;
+    ExpertStream stream(store_, layer_, {count, input.steps}, needs);
+    // Also where something throws: the stream gives memory back that the backends may still be reading.
     struct Finish {
-        Backend& backend;
+        Backend& host;
         ~Finish() {
             try {
-                backend.wait();
+                host.wait();
             } catch (...) {  // what failed first is on its way already
             }
         }
@@ -239,40 +257,90 @@ void Mixture::run(const HalfInput& input) {
         backend.normalize(expert_norm_, input.x, count, b.input);
         experts_input = b.input;
     }
+    backend.write(std::span<const int32_t>(demanded.pair_rows), b.pair_rows);
     backend.write(std::span<const int32_t>(demanded.places), b.places);
-    Floats input_there = host_buffers_.input;
-    ExpertBuffers there{host_buffers_.pair_rows, host_buffers_.hidden, host_buffers_.up, host_buffers_.outputs};
-    if (is_apart())
-        host_.write(backend.read(experts_input, size_t(count) * hidden), input_there);
-    else
-        there = {b.pair_rows, b.hidden, b.up, b.outputs};
-    host_.write(std::span<const int32_t>(demanded.pair_rows), is_apart() ? host_buffers_.pair_rows : b.pair_rows);
-    host_.begin_experts(host_shapes_, is_apart() ? ConstFloats(input_there) : experts_input, count);
-    std::vector<ExpertWork> work;
-    for (auto ready = stream.next(); !ready.empty(); ready = stream.next()) {
-        work.clear();
-        for (const ExpertStream::Item& item : ready) {
-            const auto& parts = item.weights.parts;
-            work.push_back(work_of(demanded, demanded.needs[item.position], parts));
+    const ExpertBuffers here{b.pair_rows, b.hidden, b.up, b.outputs};
+    if (is_apart()) {
+        if (tier_) {
+            backend.begin_experts(shapes_, experts_input, count);
+            if (!resident.empty()) backend.experts(shapes_, resident, here);
         }
-        host_.experts(host_shapes_, work, there);
-        host_.wait();
-        // Now that they are computed. Holding them until the layer ends would leave less room for what comes: where a
-        // prompt's experts do not all fit, others would leave memory, and fewer would be found there.
-        stream.release();
-        if (is_apart())
-            for (const ExpertWork& done : work) {
-                const size_t first = size_t(done.first) * hidden;
-                backend.write(host_.read(there.outputs + first, size_t(done.count) * hidden), b.outputs + first);
-            }
-    }
-    if (is_apart() && input.observer && input.observer->wants_experts()) {
-        const size_t all = pairs * spec_.ffn_dim;
-        backend.write(host_.read(ConstFloats(there.hidden), all), b.hidden);
+        run_apart(input, demanded, experts_input, stream, needs);
+    } else {
+        backend.begin_experts(shapes_, experts_input, count);
+        std::vector<ExpertWork> work;
+        for (auto ready = stream.next(); !ready.empty(); ready = stream.next()) {
+            work.clear();
+            for (const ExpertStream::Item& item : ready)
+                work.push_back(work_of(demanded, needs[item.position], item.weights.parts));
+            backend.experts(shapes_, work, here);
+            backend.wait();
+            // Now that they are computed. Holding them until the layer ends would leave less room for what comes: where
+            // a prompt's experts do not all fit, others would leave memory, and fewer would be found there.
+            stream.release();
+        }
     }
     if (stream.blocked()) throw std::logic_error("experts were left out of a pass");
     if (input.observer && input.observer->wants_experts()) observe(input, demanded, experts_input);
     add_up(input);
+}
+
+void Mixture::run_apart(const HalfInput& input, const Grouping& demanded, ConstFloats experts_input,
+                        ExpertStream& stream, std::span<const ExpertStream::Need> needs) {
+    // With more rows most experts are at work: to bring them all would push out those that single tokens use.
+    constexpr int kFewRows = 8;
+    const Buffers& b = buffers_;
+    const HostBuffers& h = host_buffers_;
+    const size_t hidden = model_.hidden_size, ffn = spec_.ffn_dim;
+    const ExpertBuffers here{b.pair_rows, b.hidden, b.up, b.outputs}, there{h.pair_rows, h.hidden, h.up, h.outputs};
+    const bool fills = tier_ && input.count <= kFewRows;
+    const bool observed = input.observer && input.observer->wants_experts();
+    if (!needs.empty()) {
+        host_.write(backend_.read(experts_input, input.count * hidden), h.input);
+        host_.write(std::span<const int32_t>(demanded.pair_rows), h.pair_rows);
+        host_.begin_experts(host_shapes_, h.input, input.count);
+    }
+    std::vector<ExpertWork> work, brought;
+    for (auto ready = stream.next(); !ready.empty(); ready = stream.next()) {
+        work.clear();
+        brought.clear();
+        size_t host_bytes = 0;
+        int to_bring = fills ? tier_->rule().moved(static_cast<int>(ready.size())) : 0;
+        for (const ExpertStream::Item& item : ready) {
+            const ExpertStream::Need& need = needs[item.position];
+            if (to_bring > 0)
+                if (const auto parts = tier_->bring(layer_, need.expert, need.level, item.weights.parts)) {
+                    brought.push_back(work_of(demanded, need, *parts));
+                    --to_bring;
+                    continue;
+                }
+            work.push_back(work_of(demanded, need, item.weights.parts));
+            host_bytes += bytes_[need.level];
+        }
+        const auto begin = std::chrono::steady_clock::now();
+        host_.experts(host_shapes_, work, there);
+        host_.wait();
+        if (fills && !work.empty())
+            tier_->rule().host_took(host_bytes,
+                                    std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+        for (const ExpertWork& done : work) {
+            backend_.write(host_.read(there.outputs + done.first * hidden, done.count * hidden),
+                           here.outputs + done.first * hidden);
+            if (observed)
+                backend_.write(host_.read(there.hidden + done.first * ffn, done.count * ffn),
+                               here.hidden + done.first * ffn);
+        }
+        if (!brought.empty()) {
+            tier_->wait();
+            backend_.experts(shapes_, brought, here);
+        }
+        if (fills)
+            for (const ExpertStream::Item& item : ready) {
+                const ExpertStream::Need& need = needs[item.position];
+                tier_->offer(layer_, need.expert, need.level, item.weights.parts);
+            }
+        stream.release();
+    }
 }
 
 void Mixture::observe(const HalfInput& input, const Grouping& demanded, ConstFloats experts_input) const {
@@ -357,6 +425,9 @@ void Mixture::expect(const HalfInput& input) {
             }
         }
         for (ExpertStore::Hint& hint : expected) hint.level = finest[hint.expert];
+        if (tier_)
+            std::erase_if(expected,
+                          [&](const ExpertStore::Hint& hint) { return tier_->has(layer_, hint.expert, hint.level); });
         std::stable_sort(expected.begin(), expected.end(),
                          [&](const ExpertStore::Hint& left, const ExpertStore::Hint& right) {
                              return uses[left.expert] > uses[right.expert];

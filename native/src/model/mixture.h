@@ -64,6 +64,9 @@ class Mixture final : public FeedForwardHalf {
     Grouping demand(std::span<const int32_t> picks, std::span<const float> weights, const HalfInput& input) const;
     ExpertWork work_of(const Grouping& demanded, const ExpertStream::Need& need, const ExpertParts& parts) const;
     Matrix at_level(const Matrix& shape, const std::array<const std::byte*, kMaxLevels>& data, int level) const;
+    // Computes what `needs` says on the host, and gives it to the backend.
+    void run_apart(const HalfInput& input, const Grouping& demanded, ConstFloats experts_input, ExpertStream& stream,
+                   std::span<const ExpertStream::Need> needs);
     void observe(const HalfInput& input, const Grouping& demand, ConstFloats experts_input) const;
     void add_up(const HalfInput& input) const;
 
@@ -76,7 +79,8 @@ class Mixture final : public FeedForwardHalf {
     const LayerSpec& spec_;
     int layer_;
     ExpertStore& store_;
-    Norm layer_norm_;  // before the whole half: what the router sees when it is asked ahead
+    DeviceTier* tier_;  // null where the backend has no experts of its own
+    Norm layer_norm_;   // before the whole half: what the router sees when it is asked ahead
     Router router_;
     std::optional<DensePart> shared_;
     ConstFloats shared_gate_;  // [hidden]
@@ -85,6 +89,7 @@ class Mixture final : public FeedForwardHalf {
     ExpertShapes host_shapes_;
     std::vector<uint8_t> finest_;  // [experts] the finest level of each
     std::vector<int> bits_;        // [levels] stored width
+    std::vector<size_t> bytes_;    // [levels] of an expert, up to that one
     Buffers buffers_;
     AheadBuffers ahead_;
     HostBuffers host_buffers_;

@@ -57,7 +57,7 @@ BackendSizes Pass::backend_sizes(const ModelSpec& model, int rows) {
 }
 
 Pass::Pass(const Setting& setting, Weights& weights, Backend& host, Backend* device, const DeviceShare& share,
-           ExpertStore* store)
+           ExpertStore* store, DeviceTier* tier)
     : model_(setting.model), host_{&host}, device_{device} {
     const int hidden = model_.hidden_size, rows = setting.rows;
     for (Side* side : {&host_, &device_}) {
@@ -97,9 +97,9 @@ Pass::Pass(const Setting& setting, Weights& weights, Backend& host, Backend* dev
         if (spec.output_norms) layer.output_norm = first.norm("attention_output_norm", hidden);
         layer.half_norm = second.norm("ffn_norm", hidden);
         const Buffers& buffers = layer.half_side->buffers;
-        layer.half =
-            load_half({*layer.half_side->backend, host, model_, spec, number, layer.half_norm, setting.index, store},
-                      second, {rows, buffers.half, buffers.ahead, host_.buffers.half});
+        layer.half = load_half(
+            {*layer.half_side->backend, host, model_, spec, number, layer.half_norm, setting.index, store, tier},
+            second, {rows, buffers.half, buffers.ahead, host_.buffers.half});
         if (spec.output_scale) layer.output_scale = second.vector("output_scale", 1);
     }
 }

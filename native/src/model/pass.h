@@ -41,10 +41,10 @@ class Pass {
     };
 
     // All that is given must outlive this, but `share`. Takes buffer_bytes() of the backends' memory. `device` may be
-    // null where it has no share, `store` where no layer has experts. Throws std::invalid_argument where the index does
-    // not hold the model's tensors.
+    // null where it has no share, `store` where no layer has experts, `tier` where the device has none of its own.
+    // Throws std::invalid_argument where the index does not hold the model's tensors.
     Pass(const Setting& setting, Weights& weights, Backend& host, Backend* device, const DeviceShare& share,
-         ExpertStore* store);
+         ExpertStore* store, DeviceTier* tier);
 
     // Of the device, or of the host.
     static size_t buffer_bytes(const ModelSpec& model, int rows, const DeviceShare& share, bool of_device);

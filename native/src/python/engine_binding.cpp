@@ -40,6 +40,9 @@ constexpr std::pair<const char*, uint64_t EngineCounters::*> kCounts[] = {
     {"tokens", &EngineCounters::tokens},
     {"expert_uses", &EngineCounters::expert_uses},
     {"expert_bits", &EngineCounters::expert_bits},
+    {"device_hits", &EngineCounters::device_hits},
+    {"device_uploads", &EngineCounters::device_uploads},
+    {"device_upload_bytes", &EngineCounters::device_upload_bytes},
 };
 constexpr std::pair<const char*, double EngineCounters::*> kTimes[] = {{"seconds", &EngineCounters::seconds}};
 constexpr std::pair<const char*, uint64_t StoreCounters::*> kStoreCounts[] = {
@@ -263,7 +266,9 @@ void bind_records(py::module_& module) {
         .def_readonly("minimum_slots", &MemoryPlan::minimum_slots)
         .def_readonly("device_dense", &MemoryPlan::device_dense)
         .def_readonly("device_state", &MemoryPlan::device_state)
-        .def_readonly("device_scratch", &MemoryPlan::device_scratch);
+        .def_readonly("device_scratch", &MemoryPlan::device_scratch)
+        .def_readonly("device_slot", &MemoryPlan::device_slot)
+        .def_readonly("device_experts", &MemoryPlan::device_experts);
 
     py::class_<EngineCounters> counters(module, "EngineCounters");
     for (const auto& [name, count] : kCounts) counters.def_readonly(name, count);

@@ -256,6 +256,7 @@ Options read_options(const py::handle& options) {
         found.key_type = fields.get("cache_type_k", kKvTypes);
         found.value_type = fields.get("cache_type_v", kKvTypes);
         found.device_layers = fields.get<int>("device_layers");
+        found.device_slots = fields.get<int>("device_slots");
         found.isa = fields.get<std::optional<std::string>>("isa").value_or("");
         require(found.threads >= 1 && found.sequences >= 1 && found.context >= 1 && found.chunk >= 1 &&
                     found.store.readers >= 1,
