@@ -57,7 +57,8 @@ FN void find_largest(const GLOBAL float* scores, i32 size, i32 count, GLOBAL i32
     }
 }
 
-// Leaves only the best groups of experts in the choice. `order` takes the groups' scores meanwhile.
+// Leaves only the best groups of experts in the choice, of which each lane writes what it reads in find_largest().
+// `order` takes the groups' scores meanwhile.
 FN void keep_best_groups(const ChooseShape shape, GLOBAL float* choice, GLOBAL i32* order) {
     const int size = shape.experts / shape.groups;
     for (int group = LANE; group < shape.groups; group += 32) {
@@ -82,7 +83,6 @@ FN void keep_best_groups(const ChooseShape shape, GLOBAL float* choice, GLOBAL i
             if (precedes(bits_float(u32(order[other])), other, key, group)) ++before;
         if (before >= shape.groups_kept) choice[expert] = -infinity();
     }
-    BARRIER();
 }
 
 // A group, of one warp, for each row.

@@ -230,6 +230,7 @@ def test_groups_of_experts(
 
 @orders
 @pytest.mark.parametrize("scores", SCORES)
-def test_many_experts(order: str, scores: str) -> None:
+@pytest.mark.parametrize("top_k", [1, 10])
+def test_many_experts(order: str, scores: str, top_k: int) -> None:
     rng = np.random.default_rng(5)
-    check_choice(order, 5, Router(scores, 10, renormalize=True), some_scores(rng, "plain", 2, 513))
+    check_choice(order, 5, Router(scores, top_k, renormalize=top_k > 1), some_scores(rng, "plain", 2, 513))
