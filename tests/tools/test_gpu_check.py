@@ -1,0 +1,70 @@
+"""The check for machines with a GPU, on a fake driver."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cuda import FakeCuda
+
+from edgemoe._core import Device
+from tools import gpu_check
+
+
+def status_of(*arguments: str) -> Any:
+    """What it ends with; nothing holds its device any more."""
+    try:
+        gpu_check.main(arguments)
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def test_structs_are_as_large_as_the_kernels_say() -> None:
+    device = Device("emulated")
+    assert (
+        gpu_check.struct("VectorShape", size=3, count=1, factor=2.0)
+        == np.array([3, 1, np.float32(2).view(np.int32)], np.int32).tobytes()
+    )
+    for kernel in gpu_check.threads():
+        for case in gpu_check.cases(kernel, 0, 3):
+            assert gpu_check.run(device, case)  # an argument of another size is refused
+
+
+def test_it_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = FakeCuda()
+    sizes = ["--rounds", "2", "--megabytes", "0.02", "--cold", "0.05", "--seconds", "0.0001"]
+    status = status_of(*sizes, "--library", fake.path, "--json", str(tmp_path / "report.json"))
+    out = capsys.readouterr().out
+    assert status == 0, out
+    assert not fake.errors
+    assert fake.live() == {}
+    assert set(fake.launches) == set(gpu_check.threads())
+    report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+    assert report["different"] == {kernel: [] for kernel in gpu_check.threads()}
+    assert len(report["speed"]["products"]) == 2 * sum(name.startswith("product_") for name in gpu_check.threads())
+    assert all(0 < row["seconds"] < 60 for row in report["speed"]["products"] + report["speed"]["small"])
+    assert f"{len(gpu_check.threads())} of {len(gpu_check.threads())} kernels give the same bytes" in out
+
+
+class Wrong(FakeCuda):
+    """One kernel computes something else."""
+
+    def _launch(self, name: bytes, *arguments: Any) -> None:
+        super()._launch(b"add_scaled" if name == b"add_vector" else name, *arguments)
+
+
+def test_a_kernel_that_computes_something_else_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    fake = Wrong()
+    assert status_of("--rounds", "1", "--megabytes", "0", "--library", fake.path) == 1
+    out = capsys.readouterr().out
+    count = len(gpu_check.threads())
+    assert f"{count - 1} of {count} kernels give the same bytes" in out
+    assert "add_vector: 1 differences" in out
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    assert "gpu_check: no NVIDIA driver" in status_of("--library", "/nowhere/libcuda.so.1")
