@@ -1,11 +1,12 @@
 """Every device kernel on an NVIDIA GPU: the same bytes as on the emulated device, and how fast the products are.
 
-    python -m tools.gpu_check [--rounds 12] [--seconds 0.2] [--megabytes 256] [--cold 512] [--library PATH]
-                              [--json FILE]
+    python -m tools.gpu_check [--rounds 12] [--gigabytes 5] [--seconds 0.2] [--megabytes 256] [--cold 512]
+                              [--library PATH] [--json FILE]
 
 The emulated device gives the bytes of the processor's scalar kernels: the tests see to that. Here both are given the
-same random numbers, sane ones and wild ones, and what they leave in their memory is compared. With --rounds 0 nothing
-is, with --megabytes 0 nothing is measured.
+same random numbers, sane ones and wild ones, and what they leave in their memory is compared. Then the last rows of
+matrices that are larger than 32 bits can count are compared with the same rows as matrices of their own. With
+--rounds 0 and --gigabytes 0 nothing is compared, with --megabytes 0 nothing is measured.
 
 Products: GB/s of a matrix's bytes, for one token and for four, of matrices that together are larger than the caches
 hold, and as a share of the bandwidth of a plain copy on the device. Small ones are reported too: what they take is
@@ -43,6 +44,7 @@ MEGABYTES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 Array = npt.NDArray[Any]
 Addresses = dict[str, int]
 Rng = np.random.Generator
+Row = dict[str, Any]
 
 
 # --- structs and kernels, as their text says --------------------------------------------------------------------------
@@ -527,6 +529,30 @@ def differences(device: Device, kernel: str, seed: int, rounds: int) -> list[str
     return found
 
 
+def same_far_rows(device: Device, kernel: str, nbytes: int, cols: int = 2048) -> bool:
+    """Whether the last 16 rows of a matrix of so many bytes give what they give as a matrix of their own."""
+    rng, layout, groups = np.random.default_rng(3), layout_of(kernel), -(-cols // 64)
+    last = weights(rng, layout, 16, cols)
+    blocks = nbytes // last.nbytes
+    x = [floats(rng, cols), rng.integers(-127, 128, groups * 64, np.int8), floats(rng, groups), floats(rng, groups)]
+    data, out = device.allocate(blocks * last.nbytes), device.allocate(blocks * 64)
+    device.write(data + (blocks - 1) * last.nbytes, last)  # what the other rows are does not matter
+    inputs = [device.allocate(array.nbytes) for array in x]
+    for address, array in zip(inputs, x, strict=True):
+        device.write(address, array)
+    results = []
+    for rows, at in ((blocks * 16, data), (16, data + (blocks - 1) * last.nbytes)):
+        jobs = np.zeros((), shapes()["Jobs"])
+        jobs["count"], jobs["cols"] = 1, cols
+        job = jobs["job"][0]
+        job["data"], job["out"], job["rows"], job["count"] = at, out, rows, 1
+        device.launch(kernel, rows // 16, [*inputs, jobs.tobytes()])
+        results.append(device.read(out + (rows - 16) * 4, 64))
+    for address in (data, out, *inputs):
+        device.release(address)
+    return results[0] == results[1]
+
+
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
@@ -620,9 +646,6 @@ def product_speed(device: Device, kernel: str, nbytes: int, tokens: int, of: Siz
         "seconds": taken,
         "bytes_per_second": sum(sizes) / taken,
     }
-
-
-Row = dict[str, Any]
 
 
 def host_exchange(device: Device, nbytes: int, least: float) -> Row:
@@ -742,6 +765,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12, help="random launches of each kernel (default: 12)")
+    parser.add_argument("--gigabytes", type=float, default=5, help="of a large matrix (default: 5; 0: none)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0.2, help="at least, of each measurement (default: 0.2)")
     parser.add_argument("--megabytes", type=float, default=256, help="of the largest matrix (default: 256; 0: none)")
@@ -758,6 +782,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for kernel in threads() if options.rounds else ():
             different[kernel] = differences(device, kernel, options.seed, options.rounds)
             print(f"{kernel}: {len(different[kernel])} differences", *different[kernel][:5], sep="\n  ", flush=True)
+        for kernel in ("product_bf16", "product_q8g64", "product_q4_k") if options.gigabytes else ():
+            same = same_far_rows(device, kernel, int(options.gigabytes * 10**9))
+            print(f"{kernel}, {options.gigabytes:g} GB: the last rows are {'the same' if same else 'DIFFERENT'}")
+            if not same:
+                different.setdefault(kernel, []).append("the last rows of a large matrix")
         report["different"] = different
         if options.megabytes:
             report["speed"] = measure(device, Sizes(options.seconds, options.megabytes, options.cold))
@@ -767,6 +796,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     failed = [kernel for kernel, lines in different.items() if lines]
+    for kernel in failed:
+        print(f"{kernel} is DIFFERENT")
     print(f"{len(different) - len(failed)} of {len(different)} kernels give the same bytes ({report['seconds']:.0f} s)")
     sys.exit(1 if failed else 0)
 

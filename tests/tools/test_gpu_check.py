@@ -36,7 +36,7 @@ def test_structs_are_as_large_as_the_kernels_say() -> None:
 
 def test_it_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake = FakeCuda()
-    sizes = ["--rounds", "2", "--megabytes", "0.02", "--cold", "0.05", "--seconds", "0.0001"]
+    sizes = ["--rounds", "2", "--gigabytes", "0.0005", "--megabytes", "0.02", "--cold", "0.05", "--seconds", "0.0001"]
     status = status_of(*sizes, "--library", fake.path, "--json", str(tmp_path / "report.json"))
     out = capsys.readouterr().out
     assert status == 0, out
@@ -47,6 +47,7 @@ def test_it_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert report["different"] == {kernel: [] for kernel in gpu_check.threads()}
     assert len(report["speed"]["products"]) == 2 * sum(name.startswith("product_") for name in gpu_check.threads())
     assert all(0 < row["seconds"] < 60 for row in report["speed"]["products"] + report["speed"]["small"])
+    assert out.count("the last rows are the same") == 3
     assert f"{len(gpu_check.threads())} of {len(gpu_check.threads())} kernels give the same bytes" in out
 
 
@@ -59,11 +60,24 @@ class Wrong(FakeCuda):
 
 def test_a_kernel_that_computes_something_else_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     fake = Wrong()
-    assert status_of("--rounds", "1", "--megabytes", "0", "--library", fake.path) == 1
+    assert status_of("--rounds", "1", "--gigabytes", "0", "--megabytes", "0", "--library", fake.path) == 1
     out = capsys.readouterr().out
     count = len(gpu_check.threads())
     assert f"{count - 1} of {count} kernels give the same bytes" in out
     assert "add_vector: 1 differences" in out
+
+
+class Narrow(FakeCuda):
+    """Products of many rows forget the last of them."""
+
+    def _launch(self, name: bytes, groups: int, *arguments: Any) -> None:
+        super()._launch(name, groups - 1 if groups > 1 else 1, *arguments)
+
+
+def test_rows_that_are_not_reached_are_found(capsys: pytest.CaptureFixture[str]) -> None:
+    fake = Narrow()
+    assert status_of("--rounds", "0", "--gigabytes", "0.0005", "--megabytes", "0", "--library", fake.path) == 1
+    assert capsys.readouterr().out.count("the last rows are DIFFERENT") == 3
 
 
 def test_without_a_gpu_it_says_so() -> None:
