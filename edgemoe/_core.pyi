@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,7 +203,7 @@ class Device:
     ) -> None: ...
     def allocate(self, nbytes: int) -> int: ...
     def release(self, address: int) -> None: ...
-    def write(self, address: int, data: Buffer) -> None: ...
+    def write(self, address: int, data: Buffer | NDArray[Any]) -> None: ...
     def read(self, address: int, nbytes: int) -> bytes: ...
     def copy(self, to: int, from_: int, nbytes: int) -> None: ...
     def launch(self, name: str, groups: int, arguments: Sequence[int | bytes]) -> None:
@@ -212,19 +212,19 @@ class Device:
     def launches(self, name: str, groups: int, arguments: Sequence[Sequence[int | bytes]], times: int) -> None:
         """So many, with each list of arguments in turn: for measuring."""
 
-    def upload(self, address: int, data: Buffer) -> int:
+    def upload(self, address: int, data: Buffer | NDArray[Any]) -> int:
         """Beside the other operations. Returns its number."""
 
     def done(self, upload: int) -> bool: ...
     def wait(self, upload: int | None = None) -> None:
         """For an upload, or for all that is not one."""
 
-    def pin(self, data: Buffer) -> bool:
+    def pin(self, data: Buffer | NDArray[Any]) -> bool:
         """Makes uploads from there faster; false where the device cannot."""
 
-    def unpin(self, data: Buffer) -> None: ...
+    def unpin(self, data: Buffer | NDArray[Any]) -> None: ...
     def facts(self) -> dict[str, str | int | bool]:
-        """name, memory, available, unified"""
+        """name, memory, available, unified, driver"""
 
 class Engine:
     def __init__(self, index: ModelIndex, options: EngineOptions, device: Device | None = None) -> None:

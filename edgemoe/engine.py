@@ -74,8 +74,10 @@ class Engine:
     """
 
     def __init__(self, index: ModelIndex, options: EngineOptions, device: _core.Device | None = None) -> None:
-        """Reads the dense weights. device: what computes `options.device_layers`; nobody else uses it. Raises TypeError for a field of `index` or `options` that is missing, unknown or of
-        another type than the engine reads; OptionError for what it cannot compute; ReadError; ThreadError."""
+        """Reads the dense weights. device: what computes `options.device_layers`; nobody else uses it.
+
+        Raises TypeError for a field of `index` or `options` that is missing, unknown or of another type than the engine
+        reads; OptionError for what it cannot compute; ReadError; ThreadError; DeviceError."""
         with _named(index):
             core = _core.Engine(index, options, device)
         self.lock = threading.RLock()

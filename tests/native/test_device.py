@@ -54,7 +54,7 @@ def test_what_is_written_is_copied_at_once(device: Device) -> None:
 def test_memory_is_limited_and_comes_back() -> None:
     device = Device("emulated", memory=10_000)
     address = device.allocate(6000)
-    assert device.facts() == {"name": "emulated", "memory": 10_000, "available": 4000, "unified": False}
+    assert device.facts() == {"name": "emulated", "memory": 10_000, "available": 4000, "unified": False, "driver": ""}
     with pytest.raises(DeviceMemoryError, match="has 4000 bytes left, not 4001"):
         device.allocate(4001)
     device.allocate(4000)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fake_cuda import FakeCuda
 
+from edgemoe import device_check
 from edgemoe._core import Device
 from tools import gpu_check
 
@@ -26,12 +27,12 @@ def status_of(*arguments: str) -> Any:
 def test_structs_are_as_large_as_the_kernels_say() -> None:
     device = Device("emulated")
     assert (
-        gpu_check.struct("VectorShape", size=3, count=1, factor=2.0)
+        device_check.struct("VectorShape", size=3, count=1, factor=2.0)
         == np.array([3, 1, np.float32(2).view(np.int32)], np.int32).tobytes()
     )
-    for kernel in gpu_check.threads():
-        for case in gpu_check.cases(kernel, 0, 3):
-            assert gpu_check.run(device, case)  # an argument of another size is refused
+    for kernel in device_check.threads():
+        for case in device_check.cases(kernel, 0, 3):
+            assert device_check.run(device, case)  # an argument of another size is refused
 
 
 def test_it_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,13 +43,13 @@ def test_it_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert status == 0, out
     assert not fake.errors
     assert fake.live() == {}
-    assert set(fake.launches) == set(gpu_check.threads())
+    assert set(fake.launches) == set(device_check.threads())
     report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
-    assert report["different"] == {kernel: [] for kernel in gpu_check.threads()}
-    assert len(report["speed"]["products"]) == 2 * sum(name.startswith("product_") for name in gpu_check.threads())
+    assert report["different"] == {kernel: [] for kernel in device_check.threads()}
+    assert len(report["speed"]["products"]) == 2 * sum(name.startswith("product_") for name in device_check.threads())
     assert all(0 < row["seconds"] < 60 for row in report["speed"]["products"] + report["speed"]["small"])
     assert out.count("the last rows are the same") == 3
-    assert f"{len(gpu_check.threads())} of {len(gpu_check.threads())} kernels give the same bytes" in out
+    assert f"{len(device_check.threads())} of {len(device_check.threads())} kernels give the same bytes" in out
 
 
 class Wrong(FakeCuda):
@@ -62,7 +63,7 @@ def test_a_kernel_that_computes_something_else_is_found(capsys: pytest.CaptureFi
     fake = Wrong()
     assert status_of("--rounds", "1", "--gigabytes", "0", "--megabytes", "0", "--library", fake.path) == 1
     out = capsys.readouterr().out
-    count = len(gpu_check.threads())
+    count = len(device_check.threads())
     assert f"{count - 1} of {count} kernels give the same bytes" in out
     assert "add_vector: 1 differences" in out
 

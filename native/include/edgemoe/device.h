@@ -44,6 +44,7 @@ struct DeviceFacts {
     size_t memory = 0;     // bytes of it
     size_t available = 0;  // of these
     bool unified = false;  // it sees the host's memory
+    std::string driver;    // and its version; empty where there is none
 };
 
 // An argument of a kernel: an address in the device's memory, or a struct (native/gpu/shapes.h) that is copied.

@@ -162,13 +162,17 @@ HostMemory make_host_memory(const Driver& driver, size_t bytes) {
     return HostMemory(memory, {&driver});
 }
 
+std::string cuda_version(int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
 int first_device(const Driver& driver) {
     EDGEMOE_CALL(driver, cuInit, 0);
     int version = 0, count = 0, device = 0, major = 0, minor = 0;
     EDGEMOE_CALL(driver, cuDriverGetVersion, &version);
     if (version < kDriverVersion)
-        throw DeviceError("the NVIDIA driver is of CUDA " + std::to_string(version / 1000) + "." +
-                          std::to_string(version % 1000 / 10) + ", but the kernels need 12.0 or later");
+        throw DeviceError("the NVIDIA driver is of CUDA " + cuda_version(version) +
+                          ", but the kernels need 12.0 or later");
     EDGEMOE_CALL(driver, cuDeviceGetCount, &count);
     if (count < 1) throw DeviceError("the NVIDIA driver sees no GPU");
     EDGEMOE_CALL(driver, cuDeviceGet, &device, 0);
@@ -280,7 +284,9 @@ class CudaDevice final : public Device {
         std::array<char, 256> name{};
         EDGEMOE_CALL(driver_, cuDeviceGetName, name.data(), name.size() - 1, device_);
         facts.name = name.data();
-        int count = 0, integrated = 0;
+        int count = 0, integrated = 0, version = 0;
+        EDGEMOE_CALL(driver_, cuDriverGetVersion, &version);
+        facts.driver = "CUDA " + cuda_version(version);
         EDGEMOE_CALL(driver_, cuDeviceGetCount, &count);
         if (count > 1) facts.name += " (the first of " + std::to_string(count) + ")";
         EDGEMOE_CALL(driver_, cuDeviceTotalMem_v2, &facts.memory, device_);

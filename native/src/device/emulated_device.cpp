@@ -38,7 +38,7 @@ class EmulatedDevice final : public Device {
 
     DeviceFacts facts() const override {
         const std::lock_guard lock(mutex_);
-        return {"emulated", options_.memory, options_.memory - allocated_, false};
+        return {"emulated", options_.memory, options_.memory - allocated_, false, ""};
     }
 
     std::byte* allocate(size_t bytes) override {

@@ -159,6 +159,7 @@ class PythonDevice {
         result["memory"] = facts.memory;
         result["available"] = facts.available;
         result["unified"] = facts.unified;
+        result["driver"] = facts.driver;
         return result;
     }
 

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "device_headers.h"
 #include "edgemoe/kernel_speed.h"
 #include "edgemoe/kernels.h"
 
@@ -547,6 +548,12 @@ void bind_kernels(py::module_& module) {
         std::vector<std::string> names;
         for (const std::string_view name : edgemoe::available_isas()) names.emplace_back(name);
         return names;
+    });
+    kernels.def("device_headers", [] {
+        py::dict texts;
+        texts["shapes"] = edgemoe::python::kShapes;
+        texts["kernel_list"] = edgemoe::python::kKernelList;
+        return texts;
     });
     kernels.def(
         "selected_isa", [](const std::string& name) { return std::string(edgemoe::select_kernels(name).name); },
