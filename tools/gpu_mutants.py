@@ -4,8 +4,8 @@
     python -m tools.gpu_mutants --races [--build FOLDER]           the kernels as they are under ThreadSanitizer
 
 A mutant is the text with one mistake: a barrier is missing, half a warp does not shuffle, an order is another one. The
-emulated text alone is compiled anew, and the tests of its subject run; one of them must fail. WORD: mutants whose
-description has it.
+text is compiled once with all of them, and the environment says which one is made; then the tests of its subject run,
+and one of them must fail. WORD: mutants whose description has it.
 
 Under ThreadSanitizer the emulator's fibers are threads, which only barriers order: not shuffles, and not that one group
 runs after another. What the tests compute must not have a race.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +29,17 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "native" / "gpu"
 SOURCES = ROOT / "native" / "src" / "device"
 
-# Half of the lanes of a warp do not get to a shuffle.
-HALF_A_WARP = """
-FN float half_shuffle_xor(float x, int mask) { return LANE < 16 ? shuffle_xor(x, mask) : x; }
-FN i32 half_shuffle_xor(i32 x, int mask) { return LANE < 16 ? shuffle_xor(x, mask) : x; }
-FN float half_shuffle_from(float x, int lane) { return LANE < 16 ? shuffle_from(x, lane) : x; }
-FN i32 half_shuffle_from(i32 x, int lane) { return LANE < 16 ? shuffle_from(x, lane) : x; }
+# What mistakes are made with, at the end of the words that kernels are written in. A site makes its mistake if the
+# environment has its number.
+VARIABLE = "EDGEMOE_MUTANT"
+MISTAKES = f"""
+static const int mutant = std::getenv("{VARIABLE}") ? std::atoi(std::getenv("{VARIABLE}")) : -1;
+#define BARRIER_UNLESS(n)                            \\
+    do                                               \\
+        if (mutant != (n)) BARRIER();                \\
+    while (false)
+FN float shuffle_xor_unless(int n, float x, int mask) {{ return mutant == n && LANE >= 16 ? x : shuffle_xor(x, mask); }}
+FN i32 shuffle_xor_unless(int n, i32 x, int mask) {{ return mutant == n && LANE >= 16 ? x : shuffle_xor(x, mask); }}
 """
 
 # Other orders: file, what stands there, what stands there instead.
@@ -42,15 +47,23 @@ ORDERS = [
     (
         "product_of_codes.inl",
         "const int place = i * pairs * 16 + THREAD;",
-        "const int place = (count - 1 - i) * pairs * 16 + THREAD;",
+        "const int place = (mutant == {n} ? count - 1 - i : i) * pairs * 16 + THREAD;",
     ),
-    ("product_of_floats.inl", "column = 0; column < columns; ++column", "column = columns - 1; column >= 0; --column"),
+    (
+        "product_of_floats.inl",
+        "int column = 0; column < columns; ++column",
+        "int i = 0, column = mutant == {n} ? columns - 1 : 0; i < columns; ++i, column += mutant == {n} ? -1 : 1",
+    ),
     (
         "functions.h",
-        "int width = 8; width >= 1; width /= 2) x += shuffle",
-        "int width = 1; width <= 8; width *= 2) x += shuffle",
+        "int width = 8; width >= 1; width /= 2) x +=",
+        "int i = 0, width = mutant == {n} ? 1 : 8; i < 4; ++i, width = mutant == {n} ? 2 * width : width / 2) x +=",
     ),
 ]
+
+
+RACE = 66
+"""What a process returns in which ThreadSanitizer found a race."""
 
 
 class BuildError(Exception):
@@ -59,9 +72,13 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Mutant:
-    description: str
+    number: int
     file: str
-    text: str
+    line: int
+    mistake: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.mistake}"
 
 
 def subject(file: str) -> str:
@@ -71,23 +88,31 @@ def subject(file: str) -> str:
     return "*" if file == "functions.h" else Path(file).stem
 
 
-def mutants() -> Iterator[Mutant]:
-    """One mistake each."""
+def mutated_text() -> tuple[dict[str, str], list[Mutant]]:
+    """The files of the kernels that can make mistakes, and all of these."""
+    texts = {"dialect.h": (TEXT / "dialect.h").read_text() + MISTAKES}
+    mutants: list[Mutant] = []
     for path in (TEXT / "functions.h", *sorted(TEXT.glob("*.inl"))):
-        file, text = path.name, path.read_text()
-        for found in re.finditer(r"\bBARRIER\(\);|\bshuffle_(xor|from)\(", text):
-            line = text.count("\n", 0, found.start()) + 1
-            if found[0].startswith("BARRIER"):
-                yield Mutant(f"{file}:{line}: barrier missing", file, text[: found.start()] + ";" + text[found.end() :])
-            else:
-                changed = f"{text[: found.start()]}half_{text[found.start() :]}"
-                yield Mutant(f"{file}:{line}: shuffle by half a warp", file, changed)
-    for file, before, after in ORDERS:
-        text = (TEXT / file).read_text()
-        if text.count(before) != 1:
-            raise BuildError(f"{file} does not have {before!r} once")
-        line = text.count("\n", 0, text.index(before)) + 1
-        yield Mutant(f"{file}:{line}: another order", file, text.replace(before, after))
+        text = path.read_text()
+        changes = [(found.start(), found[0], "BARRIER_UNLESS({n});") for found in re.finditer(r"\bBARRIER\(\);", text)]
+        changes += [
+            (found.start(), found[0], "shuffle_xor_unless({n}, ") for found in re.finditer(r"\bshuffle_xor\(", text)
+        ]
+        for file, before, after in ORDERS:
+            if file == path.name:
+                if text.count(before) != 1:
+                    raise BuildError(f"{file} does not have {before!r} once")
+                changes.append((text.index(before), before, after))
+        made, end = "", 0
+        for at, before, after in sorted(changes):
+            mistake = {"B": "no barrier", "s": "half a warp shuffles"}.get(before[0], "another order")
+            mutants.append(Mutant(len(mutants), path.name, text.count("\n", 0, at) + 1, mistake))
+            if at < end:
+                raise BuildError(f"{mutants[-1]} lies within another change")
+            made += text[end:at] + after.replace("{n}", str(mutants[-1].number))
+            end = at + len(before)
+        texts[path.name] = made + text[end:]
+    return texts, mutants
 
 
 def run(command: Sequence[str | Path], **options: object) -> None:
@@ -131,19 +156,17 @@ class Package:
         if not (self.package / "models").exists():
             (self.package / "models").symlink_to(ROOT / "models")
 
-    def make(self, mutant: Mutant | None = None, flags: Sequence[str] = ("-O1",), races: bool = False) -> None:
-        """Compiles the emulated kernels and links a core with them."""
+    def make(self, texts: Mapping[str, str], flags: Sequence[str] = ("-O1",), races: bool = False) -> None:
+        """Compiles the emulated kernels, with other texts in some files, and links a core with them."""
         tree = self.build / "tree" / "native"
         shutil.rmtree(tree, ignore_errors=True)
         shutil.copytree(TEXT, tree / "gpu")
         (tree / "src" / "device").mkdir(parents=True)
         source = tree / "src" / "device" / "emulated_kernels.cpp"
         shutil.copy(SOURCES / source.name, source)
-        if mutant:
-            (tree / "gpu" / mutant.file).write_text(mutant.text)
-            with (tree / "gpu" / "dialect.h").open("a") as file:
-                file.write(HALF_A_WARP)
-        common = ["-std=c++20", "-fPIC", "-w", "-ffp-contract=off"]
+        for file, text in texts.items():
+            (tree / "gpu" / file).write_text(text)
+        common = ["-std=c++20", "-fPIC", "-w", "-ffp-contract=off", "-include", "cstdlib"]
         common += [f"-I{ROOT}/native/include", f"-I{ROOT}/native/src"]
         made = [self.build / "emulated_kernels.o"]
         run([self.compiler, *common, *flags, "-c", source, "-o", made[0]])
@@ -170,20 +193,20 @@ class Package:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        if done.returncode not in (0, 1, 66):  # 66: ThreadSanitizer's
+        if done.returncode > 1 and done.returncode != RACE:
             raise BuildError(f"the tests do not run:\n{done.stdout}")
         return done.stdout if done.returncode else ""
 
 
 def test_races(package: Package) -> str:
     """What ThreadSanitizer says of the kernels' tests; nothing if they pass."""
-    package.make(flags=("-O1", "-g1", "-fsanitize=thread"), races=True)
+    package.make({}, ("-O1", "-g1", "-fsanitize=thread"), races=True)
     library = subprocess.run(
         [package.compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
     # Where addresses are too random it does not start.
     prefix = ["setarch", "-R"] if shutil.which("setarch") else []
-    environment = {"LD_PRELOAD": library, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
+    environment = {"LD_PRELOAD": library, "TSAN_OPTIONS": f"halt_on_error=1 exitcode={RACE}"}
     return package.test("*", environment, prefix)
 
 
@@ -199,24 +222,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = test_races(package)
         print(found or "no races")
         raise SystemExit(1 if found else 0)
-    package.make()
+    texts, mutants = mutated_text()
+    package.make(texts)
     if found := package.test("*"):
         raise SystemExit(f"the tests fail without a mistake:\n{found}")
-    survivors = []
-    for mutant in mutants():
-        if options.only not in mutant.description:
+    survivors = 0
+    for mutant in mutants:
+        if options.only not in str(mutant):
             continue
         begin = time.monotonic()
-        package.make(mutant)
-        failure = re.search(r"^FAILED \S+::(\S+)", package.test(subject(mutant.file)), re.MULTILINE)
-        if not failure:
-            survivors.append(mutant)
-        print(
-            f"{mutant.description}: {f'found by {failure[1]}' if failure else 'NOT FOUND'} "
-            f"({time.monotonic() - begin:.0f} s)",
-            flush=True,
-        )
-    print(f"{len(survivors)} mutants were not found")
+        output = package.test(subject(mutant.file), {VARIABLE: str(mutant.number)})
+        failure = re.search(r"^FAILED \S+::(\S+)", output, re.MULTILINE)
+        survivors += not output
+        result = f"found by {failure[1]}" if failure else "found" if output else "NOT FOUND"
+        print(f"{mutant}: {result} ({time.monotonic() - begin:.0f} s)", flush=True)
+    print(f"{survivors} mutants were not found")
     raise SystemExit(1 if survivors else 0)
 
 

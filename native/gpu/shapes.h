@@ -18,7 +18,7 @@ struct Job {
     u64 inputs;    // const i32*
     u64 out;       // float*
     i32 rows, first, count;
-    i32 begin;       // this job's first workgroup of the launch: it has row blocks * tiles of kTilePairs pairs
+    i32 begin;       // this job's first workgroup of the launch: it has row blocks * tiles of TILE_PAIRS pairs
     i32 levels;      // nested: how many work
     i32 parameters;  // nested: levels after level 0 that it has parameters of
     u8 bits[8];      // nested: that each level adds

@@ -82,14 +82,10 @@ struct Fiber {
     void* fake_stack = nullptr;
 #endif
     Wait wait = Wait::none;
-    int site = 0;        // of the barrier; of a shuffle, what is done
+    int site = 0;        // of the barrier; of a shuffle, the mask
     uint32_t value = 0;  // given to a shuffle, then what it gave
     unsigned barriers = 0;
 };
-
-// Where a shuffle reads, as one number that all lanes must agree on.
-constexpr int kFrom = kWarp;
-int source_of(int lane, int operation) { return operation < kFrom ? lane ^ operation : operation - kFrom; }
 
 struct SharedArray {
     int site;
@@ -285,7 +281,7 @@ void Machine::State::run_warp(int warp) {
             values[lane] = lanes[lane].value;
         }
         for (int lane = 0; lane < kWarp; ++lane) {
-            lanes[lane].value = values[source_of(lane, lanes[lane].site)];
+            lanes[lane].value = values[lane ^ lanes[lane].site];
             lanes[lane].wait = Wait::none;
         }
     }
@@ -377,15 +373,6 @@ uint32_t shuffle_xor(uint32_t value, int mask) {
     Fiber& fiber = machine.fibers[machine.current];
     fiber.value = value;
     machine.wait_at(Wait::shuffle, mask);
-    return fiber.value;
-}
-
-uint32_t shuffle_from(uint32_t value, int lane) {
-    Machine::State& machine = *running;
-    if (lane < 0 || lane >= kWarp) throw DeviceError("a shuffle from lane " + std::to_string(lane));
-    Fiber& fiber = machine.fibers[machine.current];
-    fiber.value = value;
-    machine.wait_at(Wait::shuffle, kFrom + lane);
     return fiber.value;
 }
 

@@ -47,7 +47,6 @@ int group();
 int thread();
 void barrier(int site);
 uint32_t shuffle_xor(uint32_t value, int mask);
-uint32_t shuffle_from(uint32_t value, int lane);
 
 // Of the group, with every byte 0xFF at first: not a number.
 void* shared_bytes(int site, size_t bytes);
