@@ -32,7 +32,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "native" / "gpu"
-PTX = ROOT / "edgemoe" / "kernel_images" / "kernels.ptx.gz"
+IMAGES = ROOT / "edgemoe" / "kernel_images"
+PTX, DIGEST = "kernels.ptx.gz", "kernels.digest"
 TOOLCHAINS = ROOT / "build" / "toolchains"
 
 ARCHITECTURE = "compute_75"
@@ -87,20 +88,18 @@ def kernel_names(text: Mapping[str, str]) -> list[str]:
 
 # --- the committed image ----------------------------------------------------------------------------------------------
 
-_HEADING = "// Made by tools/gpu_images.py of the text with the digest "
+
+def write_image(ptx: str, text: Mapping[str, str], folder: Path = IMAGES) -> None:
+    """Writes PTX, unless it is there, and the digest of the text that it was made of."""
+    path = folder / PTX
+    if not path.exists() or gzip.decompress(path.read_bytes()).decode() != ptx:
+        path.write_bytes(gzip.compress(ptx.encode(), mtime=0))
+    (folder / DIGEST).write_text(digest(text) + "\n")
 
 
-def write_image(ptx: str, text: Mapping[str, str], path: Path = PTX) -> None:
-    """Writes PTX with the digest of the text that it was made of."""
-    path.write_bytes(gzip.compress(f"{_HEADING}{digest(text)}\n{ptx}".encode(), mtime=0))
-
-
-def read_image(path: Path = PTX) -> tuple[str, str]:
+def read_image(folder: Path = IMAGES) -> tuple[str, str]:
     """The PTX and the digest of the text that it was made of."""
-    heading, _, ptx = gzip.decompress(path.read_bytes()).decode().partition("\n")
-    if not heading.startswith(_HEADING):
-        raise ImageError(f"{path} does not begin with {_HEADING!r}")
-    return ptx, heading.removeprefix(_HEADING)
+    return gzip.decompress((folder / PTX).read_bytes()).decode(), (folder / DIGEST).read_text().strip()
 
 
 # --- exactness --------------------------------------------------------------------------------------------------------
@@ -267,14 +266,14 @@ def make(text: Mapping[str, str]) -> str:
     return ptx
 
 
-def check(path: Path = PTX) -> str:
+def check(folder: Path = IMAGES) -> str:
     """The committed PTX. Raises ImageError unless it is what the text gives, and the check of exactness can fail."""
     text = kernel_text()
-    ptx, made_of = read_image(path)
+    ptx, made_of = read_image(folder)
     if made_of != digest(text):
-        raise ImageError(f"{path} was made of another text: run python -m tools.gpu_images")
+        raise ImageError(f"{folder / PTX} was made of another text: run python -m tools.gpu_images")
     if make(text) != ptx:
-        raise ImageError(f"{path} is not what the text gives: run python -m tools.gpu_images")
+        raise ImageError(f"{folder / PTX} is not what the text gives: run python -m tools.gpu_images")
     if not refused(Compiler().ptx(text, [option.replace("fmad=false", "fmad=true") for option in OPTIONS])):
         raise ImageError("PTX that may be fused was not refused")
     return ptx
@@ -308,12 +307,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         ptx = check() if options.check else make(text)
         if options.check:
-            print(f"{PTX.name} is what the text gives")
+            print(f"{PTX} is what the text gives")
         if options.cubins:
             write_cubins(text, ptx, options.cubins)
         if not options.check and not options.cubins:
             write_image(ptx, text)
-            print(f"{PTX}: {PTX.stat().st_size} bytes")
+            print(f"{IMAGES / PTX}: {(IMAGES / PTX).stat().st_size} bytes")
     except ImageError as error:
         raise SystemExit(f"gpu_images: {error}") from error
 
