@@ -190,7 +190,8 @@ struct BackendSizes {
     int hidden = 0;
     size_t input_groups = 0;  // groups of kGroup columns of a product's input, for one row
     size_t inner_groups =
-        0;  // the same of what the last matrices of feed-forward parts multiply, for all rows or pairs
+        0;               // the same of what the last matrices of feed-forward parts multiply, for all rows or pairs
+    size_t by_head = 0;  // elements that products_by_head() reads, or writes, for one row
     int heads = 0;
     int experts = 0;
     std::span<const RopeSpec> ropes;  // must stay where they are

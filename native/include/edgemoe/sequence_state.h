@@ -80,13 +80,13 @@ class StatePool {
 
     // Sequences of together `room.positions` positions always fit: there are blocks for these, and for what the last
     // blocks of the sequences leave empty.
-    // memories: where each layer's blocks lie, null for the host's, as are those that are left out; they must outlive
-    // this. Constants are always the host's.
+    // memories: where each layer's blocks and constants lie, null for the host's, as are those that are left out; they
+    // must outlive this.
     StatePool(std::vector<KvShape> layers, const StateRoom& room, std::vector<Memory*> memories = {});
 
     static size_t bytes(std::span<const KvShape> layers, const StateRoom& room);
-    // Of one layer's blocks.
-    static size_t block_bytes(const KvShape& layer, const StateRoom& room);
+    // Of those layers that are chosen: in a memory of their own.
+    static size_t bytes(std::span<const KvShape> layers, const StateRoom& room, const std::vector<bool>& chosen);
 
     std::span<const KvShape> layers() const { return layers_; }
     std::span<const Group> groups() const { return groups_; }
@@ -113,7 +113,7 @@ class StatePool {
 
     // The keys of a layer's first block: block n begins layers()[layer].block_bytes() * n bytes behind them.
     std::byte* blocks(int layer) { return begins_[layer]; }
-    Memory& memory(int layer) { return *memories_[layer]; }
+    Memory& memory(int layer) { return *pieces_[piece_of_[layer]].memory; }
     // Throws StateError where fewer are free.
     void require_free(int group, int64_t blocks) const;
     // One without other references; there must be a free one.
@@ -126,12 +126,13 @@ class StatePool {
     // What all layers of the group keep in a block.
     void copy_block(int group, int32_t from, int32_t to);
 
-    // Recurrences and convolutions of one sequence: all layers' one after the other, several times.
-    std::byte* constants(int place, int copy) { return constants(place, copy, 0); }
+    // Recurrences and convolutions of one sequence: all layers' of a memory one after the other, several times.
     std::byte* constants(int place, int copy, int layer) {
-        return constants_ + constant_bytes_ * (copies_ * place + copy) + constant_begins_[layer];
+        const Piece& piece = pieces_[piece_of_[layer]];
+        return piece.constants + piece.constant_bytes * (copies_ * place + copy) + constant_begins_[layer];
     }
-    size_t constant_bytes() const { return constant_bytes_; }  // of one copy
+    bool has_constants() const { return has_constants_; }
+    void copy_constants(int to_place, int to, int from_place, int from);
     // The constants themselves, what mark() keeps, and, where there are several sequences, those before the last pass:
     // a pass that fails must not take the states of all its sequences with it.
     int copies() const { return copies_; }
@@ -144,12 +145,19 @@ class StatePool {
     StateRoom room_;
     std::vector<Group> groups_;
     std::vector<int> layer_groups_;
+    // What lies in one memory.
+    struct Piece {
+        Memory* memory;
+        std::byte* constants = nullptr;
+        size_t constant_bytes = 0;  // of one copy of a sequence's
+    };
+
     HostMemory own_;
-    std::vector<Memory*> memories_;        // [layers]
+    std::vector<Piece> pieces_;
+    std::vector<size_t> piece_of_;         // [layers]
     std::vector<std::byte*> begins_;       // [layers] blocks
-    std::vector<size_t> constant_begins_;  // [layers] from a sequence's first constants
-    std::byte* constants_ = nullptr;
-    size_t constant_bytes_ = 0;
+    std::vector<size_t> constant_begins_;  // [layers] from a sequence's first constants in that memory
+    bool has_constants_ = false;
     int copies_;
     int scarcest_ = -1;
     std::vector<int> free_constants_;
@@ -184,7 +192,7 @@ class SequenceState {
     void mark();
     // The length that mark() was called at; 0 if there is no copy.
     int marked() const { return marked_; }
-    bool has_constants() const { return pool_.constant_bytes() > 0; }
+    bool has_constants() const { return pool_.has_constants(); }
 
     // What a pass advances.
     float* recurrence(int layer) { return floats(written_copy(), layer); }

@@ -32,8 +32,7 @@ DeviceShare device_share(const ModelSpec& spec, const EngineOptions& options) {
     const auto layers = static_cast<int>(spec.layers.size());
     DeviceShare share(layers);
     for (int layer = std::max(layers - options.device_layers, 0); layer < layers; ++layer) {
-        share.mixers[layer] = DeviceBackend::has_mixer(spec.layers[layer].attention.kind);
-        share.halves[layer] = true;
+        share.mixers[layer] = share.halves[layer] = true;
     }
     share.head = options.device_layers > layers;
     return share;
@@ -88,9 +87,10 @@ MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const Eng
     }
     const std::vector<KvShape> shapes = state_shapes(spec, options);
     const StateRoom room = state_room(options);
-    for (size_t layer = 0; layer < shapes.size(); ++layer)
-        if (share.mixers[layer]) plan.device_state += StatePool::block_bytes(shapes[layer], room);
-    plan.state = StatePool::bytes(shapes, room) - plan.device_state;
+    plan.device_state = StatePool::bytes(shapes, room, share.mixers);
+    std::vector<bool> hosts = share.mixers;
+    hosts.flip();
+    plan.state = StatePool::bytes(shapes, room, hosts);
     plan.scratch = Pass::buffer_bytes(spec, options.chunk, share, false) + CpuBackend::workspace_bytes(sizes);
     if (options.device_layers > 0)
         plan.device_scratch = Pass::buffer_bytes(spec, options.chunk, share, true) +

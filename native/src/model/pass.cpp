@@ -50,6 +50,9 @@ BackendSizes Pass::backend_sizes(const ModelSpec& model, int rows) {
         const size_t pairs = size_t(rows) * std::max(layer.top_k, 1);
         sizes.inner_groups = std::max(
             {sizes.inner_groups, pairs * column_groups(layer.ffn_dim), rows * column_groups(layer.shared_dim)});
+        if (a.kind == AttentionKind::mla)
+            sizes.by_head =
+                std::max(sizes.by_head, size_t(a.heads) * std::max({a.head_dim - a.rope_dim, a.kv_rank, a.value_dim}));
         sizes.heads = std::max(sizes.heads, a.heads);
         sizes.experts = std::max(sizes.experts, layer.experts);
     }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 #include <string>
 #include <utility>
 
@@ -24,11 +23,7 @@ constexpr uint64_t kMagic = 0x33544154534d45ull;  // "EMSTAT3"
 // A sequence's constants begin at addresses that are multiples of this.
 constexpr size_t kAlignment = 64;
 
-size_t all_constant_bytes(std::span<const KvShape> layers) {
-    size_t total = 0;
-    for (const KvShape& shape : layers) total += shape.constant_bytes();
-    return (total + kAlignment - 1) / kAlignment * kAlignment;
-}
+size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 // Zeros in place of what positions from place `first` on left in the keys (or values) of a block.
 void clear_slots(KvType type, int dim, bool keys, int first, std::byte* block) {
@@ -78,50 +73,57 @@ int KvShape::kept_blocks(int context, int chunk) const {
     return static_cast<int>(std::min<int64_t>(block_count(context), (int64_t{window} + chunk - 2) / kKvBlock + 2));
 }
 
-size_t StatePool::bytes(std::span<const KvShape> layers, const StateRoom& asked) {
-    const StateRoom room = completed(asked);
-    size_t total = constant_copies(room) * all_constant_bytes(layers) * room.sequences;
-    for (const KvShape& shape : layers) total += shape.block_bytes() * pool_blocks(shape, room);
-    return total;
+size_t StatePool::bytes(std::span<const KvShape> layers, const StateRoom& room) {
+    return bytes(layers, room, std::vector<bool>(layers.size(), true));
 }
 
-size_t StatePool::block_bytes(const KvShape& layer, const StateRoom& room) {
-    return layer.block_bytes() * pool_blocks(layer, completed(room));
+size_t StatePool::bytes(std::span<const KvShape> layers, const StateRoom& asked, const std::vector<bool>& chosen) {
+    const StateRoom room = completed(asked);
+    size_t blocks = 0, constants = 0;
+    for (size_t layer = 0; layer < layers.size(); ++layer) {
+        if (!chosen[layer]) continue;
+        blocks += layers[layer].block_bytes() * pool_blocks(layers[layer], room);
+        constants += layers[layer].constant_bytes();
+    }
+    return blocks + constant_copies(room) * aligned(constants) * room.sequences;
 }
 
 StatePool::StatePool(std::vector<KvShape> layers, const StateRoom& room, std::vector<Memory*> memories)
-    : layers_(std::move(layers)),
-      room_(completed(room)),
-      memories_(std::move(memories)),
-      constant_bytes_(all_constant_bytes(layers_)),
-      copies_(constant_copies(room)) {
-    memories_.resize(layers_.size());
-    std::ranges::replace(memories_, static_cast<Memory*>(nullptr), static_cast<Memory*>(&own_));
-    // One piece of each memory: large ones have fewer, larger pages.
-    std::map<Memory*, size_t> sizes{{&own_, size_t{0}}};
-    size_t constant_begin = 0;
+    : layers_(std::move(layers)), room_(completed(room)), pieces_{{&own_}}, copies_(constant_copies(room)) {
+    memories.resize(layers_.size());
     for (size_t layer = 0; layer < layers_.size(); ++layer) {
         const KvShape& shape = layers_[layer];
-        constant_begins_.push_back(constant_begin);
-        constant_begin += shape.constant_bytes();
+        Memory* memory = memories[layer] ? memories[layer] : &own_;
+        const auto known = std::ranges::find(pieces_, memory, &Piece::memory);
+        piece_of_.push_back(known - pieces_.begin());
+        if (known == pieces_.end()) pieces_.push_back({memory});
+        Piece& piece = pieces_[piece_of_.back()];
+        constant_begins_.push_back(piece.constant_bytes);
+        piece.constant_bytes += shape.constant_bytes();
+        has_constants_ |= shape.constant_bytes() > 0;
         layer_groups_.push_back(-1);
         if (shape.block_bytes() == 0) continue;
         const auto found = std::ranges::find(groups_, shape.window, &Group::window);
         layer_groups_.back() = static_cast<int>(found - groups_.begin());
-        const int blocks = pool_blocks(shape, room_);
         if (found == groups_.end())
-            groups_.push_back({shape.window, shape.kept_blocks(room_.context, room_.chunk), blocks, {}, {}});
-        sizes[memories_[layer]] += shape.block_bytes() * blocks;
+            groups_.push_back(
+                {shape.window, shape.kept_blocks(room_.context, room_.chunk), pool_blocks(shape, room_), {}, {}});
     }
-    const size_t own_blocks = sizes[&own_];
-    sizes[&own_] += copies_ * constant_bytes_ * room_.sequences;
-    std::map<Memory*, std::byte*> begins;
-    for (const auto& [memory, bytes] : sizes) begins[memory] = bytes ? memory->allocate(bytes) : nullptr;
-    if (sizes[&own_]) constants_ = begins[&own_] + own_blocks;
-    for (size_t layer = 0; layer < layers_.size(); ++layer) {
-        std::byte*& begin = begins[memories_[layer]];
-        begins_.push_back(begin);
-        if (layers_[layer].block_bytes()) begin += block_bytes(layers_[layer], room_);
+    // One piece of each memory: large ones have fewer, larger pages.
+    begins_.resize(layers_.size());
+    for (size_t number = 0; number < pieces_.size(); ++number) {
+        Piece& piece = pieces_[number];
+        piece.constant_bytes = aligned(piece.constant_bytes);
+        std::vector<bool> own(layers_.size());
+        for (size_t layer = 0; layer < layers_.size(); ++layer) own[layer] = piece_of_[layer] == number;
+        const size_t all = bytes(layers_, room_, own);
+        std::byte* begin = all ? piece.memory->allocate(all) : nullptr;
+        for (size_t layer = 0; layer < layers_.size(); ++layer) {
+            if (!own[layer]) continue;
+            begins_[layer] = begin;
+            if (begin) begin += layers_[layer].block_bytes() * pool_blocks(layers_[layer], room_);
+        }
+        piece.constants = begin;
     }
     // The first blocks, and places, are taken first.
     for (Group& group : groups_) {
@@ -187,6 +189,15 @@ void StatePool::copy_block(int group, int32_t from, int32_t to) {
     }
 }
 
+void StatePool::copy_constants(int to_place, int to, int from_place, int from) {
+    if (to_place == from_place && to == from) return;
+    for (const Piece& piece : pieces_)
+        if (piece.constant_bytes)
+            piece.memory->copy(piece.constants + piece.constant_bytes * (copies_ * to_place + to),
+                               piece.constants + piece.constant_bytes * (copies_ * from_place + from),
+                               piece.constant_bytes);
+}
+
 int StatePool::take_constants() {
     if (free_constants_.empty())
         throw StateError("there is room for " + std::to_string(room_.sequences) +
@@ -224,7 +235,7 @@ SequenceState::~SequenceState() {
 }
 
 void SequenceState::copy_constants(int to, const SequenceState& from, int copy) {
-    std::memcpy(pool_.constants(place_, to), pool_.constants(from.place_, copy), pool_.constant_bytes());
+    pool_.copy_constants(place_, to, from.place_, copy);
 }
 
 void SequenceState::set_length(int length) {
@@ -380,7 +391,9 @@ void SequenceState::snapshot(std::span<std::byte> target) const {
             }
             out += shape.block_bytes();
         }
-        std::memcpy(out, pool_.constants(place_, current_, static_cast<int>(layer)), shape.constant_bytes());
+        if (shape.constant_bytes())
+            pool_.memory(static_cast<int>(layer))
+                .read({out, shape.constant_bytes()}, pool_.constants(place_, current_, static_cast<int>(layer)));
         out += shape.constant_bytes();
     }
 }
@@ -415,7 +428,9 @@ void SequenceState::restore(std::span<const std::byte> source) {
                        {in, shape.block_bytes()});
             in += shape.block_bytes();
         }
-        std::memcpy(pool_.constants(place_, current_, static_cast<int>(layer)), in, shape.constant_bytes());
+        if (shape.constant_bytes())
+            pool_.memory(static_cast<int>(layer))
+                .write(pool_.constants(place_, current_, static_cast<int>(layer)), {in, shape.constant_bytes()});
         in += shape.constant_bytes();
     }
     length_ = length;

@@ -13,6 +13,13 @@ int groups_for(size_t elements, Kernel kernel) {
 
 }  // namespace
 
+DeviceBackend::Rotation DeviceBackend::rotation(int rope) const {
+    if (rope < 0) return {};
+    const size_t place = rope * static_cast<size_t>(rows_.count()) * widest_pairs_;
+    return {work_.cosine + place, work_.sine + place, static_cast<int>(ropes_[rope].inverse_frequencies.size()),
+            ropes_[rope].interleaved};
+}
+
 // Of all sequences of the chunk, once for each chunk and group of layers.
 Buffer<const int32_t> DeviceBackend::tables(int group) {
     if (tables_.size() <= size_t(group)) tables_.resize(group + 1);
@@ -85,18 +92,15 @@ void DeviceBackend::store(const AttentionHeads& a, int layer, const AttentionBuf
             const gpu::VectorShape shape{size, count, a.clip};
             device_->launch(Kernel::clip, groups_for(size_t(size) * count, Kernel::clip), values, shape);
         }
-    const size_t pairs = a.rope < 0 ? 0 : ropes_[a.rope].inverse_frequencies.size();
-    const size_t place = a.rope < 0 ? 0 : a.rope * size_t(count) * widest_pairs_;
-    const auto turn = [&](Floats x, int heads, ConstFloats norm, size_t turned) {
+    const Rotation turned_by = rotation(a.rope);
+    const auto turn = [&](Floats x, int heads, ConstFloats norm, int turned) {
         if (!norm && !turned) return;
-        const gpu::HeadsShape shape{heads, a.dim, static_cast<i32>(turned), turned && ropes_[a.rope].interleaved,
-                                    a.norm_epsilon};
-        device_->launch(Kernel::turn_heads, count * heads, x, norm, ConstFloats(work_.cosine + place),
-                        ConstFloats(work_.sine + place), shape);
+        const gpu::HeadsShape shape{heads, a.dim, turned, turned_by.interleaved, a.norm_epsilon};
+        device_->launch(Kernel::turn_heads, count * heads, x, norm, turned_by.cosine, turned_by.sine, shape);
     };
     const bool by_head = a.qk_norm == QkNorm::head;
-    turn(b.queries, a.heads, by_head ? a.q_norm : ConstFloats(), pairs);
-    turn(b.keys, a.kv_heads, by_head ? a.k_norm : ConstFloats(), pairs);
+    turn(b.queries, a.heads, by_head ? a.q_norm : ConstFloats(), turned_by.pairs);
+    turn(b.keys, a.kv_heads, by_head ? a.k_norm : ConstFloats(), turned_by.pairs);
     turn(b.values, a.kv_heads, a.value_norm, 0);
     SequenceState& state = *sequences_.front();
     const gpu::StateShape shape = state_shape(a, state, layer);
@@ -110,6 +114,49 @@ void DeviceBackend::attend(const AttentionHeads& a, int layer, const AttentionBu
     const gpu::StateShape shape = state_shape(a, state, layer);
     device_->launch(Kernel::attend, rows_.count() * a.heads, b.queries, b.projected, a.sinks, work_.positions,
                     work_.sequences, tables(state.pool().group(layer)), b.attended, shape);
+}
+
+gpu::LatentShape DeviceBackend::latent_shape(const LatentHeads& a, int layer) {
+    SequenceState& state = *sequences_.front();
+    const KvBlocks blocks = state.blocks(layer, 0);
+    const Rotation turned = rotation(a.rope);
+    gpu::LatentShape shape{};
+    shape.state = {.heads = a.heads,
+                   .kv_heads = 1,
+                   .dim = a.kv_rank + a.rope_dim,
+                   .key_type = static_cast<i32>(a.type),
+                   .value_type = static_cast<i32>(a.type),
+                   .window = 0,
+                   .gated = 0,
+                   .blocks = static_cast<i32>(state.table(state.pool().group(layer)).size()),
+                   .pool = reinterpret_cast<uintptr_t>(blocks.pool),
+                   .stride = blocks.stride,
+                   .values = blocks.values,
+                   .head = state.pool().layers()[layer].head_bytes(),
+                   .scale = a.scale};
+    shape.rank = a.kv_rank;
+    shape.rope_dim = a.rope_dim;
+    shape.head_dim = a.head_dim;
+    shape.pairs = turned.pairs;
+    shape.interleaved = turned.interleaved;
+    shape.epsilon = a.norm_epsilon;
+    return shape;
+}
+
+void DeviceBackend::store_latents(const LatentHeads& a, int layer, Floats queries, Floats latents) {
+    const Rotation turned = rotation(a.rope);
+    const gpu::LatentShape shape = latent_shape(a, layer);
+    device_->launch(Kernel::store_latents, rows_.count() * (1 + a.heads), queries, latents, a.kv_norm, turned.cosine,
+                    turned.sine, work_.positions, work_.sequences, tables(sequences_.front()->pool().group(layer)),
+                    shape);
+}
+
+void DeviceBackend::attend_latents(const LatentHeads& a, int layer, const LatentBuffers& b) {
+    gpu::LatentShape shape = latent_shape(a, layer);
+    shape.first = b.first;
+    shape.count = b.heads;
+    device_->launch(Kernel::attend_latents, rows_.count() * b.heads, b.queries, b.asked, work_.positions,
+                    work_.sequences, tables(sequences_.front()->pool().group(layer)), b.found, shape);
 }
 
 }  // namespace edgemoe

@@ -126,6 +126,10 @@ void DeviceBackend::Workspace::place(Places& places, const BackendSizes& sizes, 
     places.place(choice, rows_count * sizes.experts);
     places.place(order, rows_count * sizes.experts);
     places.place(pair_experts, rows_count * sizes.experts);
+    places.place(by_head, rows_count * sizes.by_head);
+    places.place(of_heads, rows_count * sizes.by_head);
+    places.place(states, rows_count);
+    places.place(before, rows_count);
     places.place(logits, std::min<size_t>(rows_count, kHeadRows) * vocabulary);
 }
 
@@ -279,23 +283,65 @@ void DeviceBackend::multiply(ConstFloats a, size_t a_stride, ConstFloats b, size
     device_->launch(Kernel::multiply, groups_for(size_t(size) * count, Kernel::multiply), a, b, out, shape);
 }
 
-void DeviceBackend::store_latents(const LatentHeads& /*heads*/, int /*layer*/, Floats /*queries*/, Floats /*latents*/) {
-    refuse("latent attention");
+void DeviceBackend::copy_heads(ConstFloats x, size_t from_step, size_t from_stride, Floats out, size_t to_step,
+                               size_t to_stride, int size, int heads, int count) {
+    const gpu::CopyShape shape{size,
+                               heads,
+                               count,
+                               static_cast<i32>(from_step),
+                               static_cast<i32>(from_stride),
+                               static_cast<i32>(to_step),
+                               static_cast<i32>(to_stride)};
+    device_->launch(Kernel::copy_heads, groups_for(size_t(size) * heads * count, Kernel::copy_heads), x, out, shape);
 }
 
-void DeviceBackend::attend_latents(const LatentHeads& /*heads*/, int /*layer*/, const LatentBuffers& /*buffers*/) {
-    refuse("latent attention");
+void DeviceBackend::products_by_head(const HeadProducts& p, int count) {
+    const int cols = p.matrix.cols;
+    copy_heads(p.values, p.value_step, p.value_stride, work_.by_head, size_t(count) * cols, cols, cols, p.heads, count);
+    const Input input = prepare(work_.by_head, p.heads * count, cols, {&p.matrix, 1});
+    const size_t blocks = (p.rows + kRowBlock - 1) / kRowBlock, bytes = block_bytes(p.matrix.layout, cols);
+    std::vector<Product> products;
+    for (int h = 0; h < p.heads; ++h) {
+        const Matrix own{p.matrix.layout, p.rows, cols, p.matrix.data + (p.first + h) * blocks * bytes};
+        products.push_back({own, work_.of_heads, {}, h * count, count});
+    }
+    multiply_prepared(products, input);
+    copy_heads(work_.of_heads, size_t(count) * p.rows, p.rows, p.out, p.out_step, p.out_stride, p.rows, p.heads, count);
 }
 
-void DeviceBackend::products_by_head(const HeadProducts& /*products*/, int /*count*/) { refuse("latent attention"); }
-
-void DeviceBackend::convolve(const Matrix& /*weights*/, int /*layer*/, ConstFloats /*in*/, bool /*silu*/,
-                             Floats /*out*/) {
-    refuse("a convolution");
+template <class State, class Before>
+void DeviceBackend::write_states(State&& state, Before&& before) {
+    std::vector<uint64_t> states, earlier;
+    for (int t = 0; t < rows_.count(); ++t) {
+        SequenceState& sequence = *rows_.states[t];
+        states.push_back(reinterpret_cast<uintptr_t>(state(sequence)));
+        const float* other = before(sequence);
+        earlier.push_back(other && rows_.positions[t] == sequence.length() ? reinterpret_cast<uintptr_t>(other) : 0);
+    }
+    write(std::span<const uint64_t>(states), work_.states);
+    write(std::span<const uint64_t>(earlier), work_.before);
 }
 
-void DeviceBackend::gated_delta(const DeltaHeads& /*heads*/, int /*layer*/, const DeltaBuffers& /*buffers*/) {
-    refuse("a recurrence");
+void DeviceBackend::convolve(const Matrix& weights, int layer, ConstFloats in, bool silu, Floats out) {
+    write_states([&](SequenceState& sequence) { return sequence.convolution(layer); },
+                 [&](SequenceState& sequence) { return sequence.convolution_before(layer); });
+    const gpu::ConvolveShape shape{weights.rows, weights.cols, rows_.count(), silu};
+    device_->launch(Kernel::convolve, groups_for(weights.rows, Kernel::convolve),
+                    ConstFloats(reinterpret_cast<const float*>(weights.data)), in, work_.states, work_.before,
+                    work_.positions, out, shape);
+}
+
+void DeviceBackend::gated_delta(const DeltaHeads& a, int layer, const DeltaBuffers& b) {
+    const int count = rows_.count();
+    const gpu::DeltaShape shape{a.heads,       a.kv_heads,         a.key_dim, a.value_dim,
+                                a.tiled_heads, a.fused_beta_alpha, count,     a.norm_epsilon};
+    device_->launch(Kernel::prepare_delta, (2 * a.kv_heads + 1) * count, b.mixed, b.beta, b.alpha, a.query_norm,
+                    a.key_norm, a.decay_rate, a.step_bias, shape);
+    write_states([&](SequenceState& sequence) { return sequence.recurrence(layer); },
+                 [&](SequenceState& sequence) { return sequence.recurrence_before(layer); });
+    device_->launch(Kernel::gated_delta, a.heads * ((a.value_dim + 31) / 32), b.mixed, b.beta, b.alpha, work_.states,
+                    work_.before, work_.positions, b.out, shape);
+    device_->launch(Kernel::finish_delta, count * a.heads, b.out, b.gates, a.head_norm, shape);
 }
 
 void DeviceBackend::activate(const GatedActivation& activation, int size, int first, int count, Floats gate,

@@ -1,8 +1,7 @@
 // The backend that computes with the kernels of a device (native/gpu). Buffers are the device's addresses, and
 // operations are finished when wait() says so.
 //
-// It has no operation for recurrences and convolutions, and looks up no embedding: layers with such a mixer, and the
-// embedding, are the host's (Engine).
+// It looks up no embedding: that is the host's.
 #pragma once
 
 #include <array>
@@ -15,6 +14,10 @@
 #include "edgemoe/device.h"
 
 namespace edgemoe {
+
+namespace gpu {
+struct LatentShape;
+}
 
 // A device's memory in pieces that stay. Small ones share a larger one.
 class DeviceMemory final : public Memory {
@@ -44,7 +47,6 @@ class DeviceBackend final : public Backend {
 
     // Of the device's memory that it keeps for itself.
     static size_t workspace_bytes(const BackendSizes& sizes, int vocabulary);
-    static bool has_mixer(AttentionKind kind) { return kind == AttentionKind::full; }
 
     Device& device() { return *device_; }
 
@@ -110,6 +112,9 @@ class DeviceBackend final : public Backend {
         Buffer<int32_t> order;         // [rows, experts]
         Buffer<int32_t> pair_experts;  // [rows, experts at most]
         Floats logits;                 // [kHeadRows, vocabulary]
+        Floats by_head, of_heads;      // [heads, rows, ...] what heads multiply, and their products
+        Buffer<uint64_t> states;       // [rows] addresses of recurrences or convolutions
+        Buffer<uint64_t> before;       // [rows]
 
         void place(Places& places, const BackendSizes& sizes, int vocabulary);
     };
@@ -128,6 +133,18 @@ class DeviceBackend final : public Backend {
     };
     static constexpr int kHeadRows = 8;
 
+    struct Rotation {
+        ConstFloats cosine, sine;
+        int pairs = 0;
+        bool interleaved = false;
+    };
+    Rotation rotation(int rope) const;
+    gpu::LatentShape latent_shape(const LatentHeads& heads, int layer);
+    // Where the rows' constants of a layer lie, and what they go on from: into `states` and `before`.
+    template <class State, class Before>
+    void write_states(State&& state, Before&& before);
+    void copy_heads(ConstFloats x, size_t from_step, size_t from_stride, Floats out, size_t to_step, size_t to_stride,
+                    int size, int heads, int count);
     Codes quantize(ConstFloats x, int count, int cols, const Codes& codes);
     Input prepare(ConstFloats x, int count, int cols, std::span<const Matrix> users);
     void multiply_prepared(std::span<const Product> products, const Input& input);
