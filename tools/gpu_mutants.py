@@ -183,6 +183,7 @@ class Package:
         """Runs a subject's tests, up to the first that fails: what the run printed, or nothing if all pass."""
         files = sorted(str(path) for path in (ROOT / "tests" / "native").glob(f"test_device_{subject}.py"))
         command = [*prefix, sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        command += ["--capture=sys"]  # what ThreadSanitizer says goes by Python
         command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), *files]
         # In the folder of the package: Python looks there before anywhere else.
         done = subprocess.run(
