@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from edgemoe._core import __version__
     from edgemoe.errors import (
         ContextLengthError,
+        DeviceError,
+        DeviceMemoryError,
         EdgemoeError,
         MemoryBudgetError,
         OptionError,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ContextLengthError",
+    "DeviceError",
+    "DeviceMemoryError",
     "EdgemoeError",
     "MemoryBudgetError",
     "Model",

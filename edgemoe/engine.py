@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgemoe import _core
 from edgemoe._core import EngineCounters, LayerRecord, MemoryPlan, RoutingRecord
-from edgemoe.errors import EdgemoeError, OptionError
+from edgemoe.errors import DeviceError, EdgemoeError, OptionError
 from edgemoe.formats.index import ModelIndex
 from edgemoe.options import EngineOptions, Quality
 
@@ -62,6 +62,15 @@ def _named(index: ModelIndex) -> Iterator[None]:
         yield
     except ValueError as error:
         raise OptionError(f"{index.path}: {error}") from error
+
+
+@contextmanager
+def _with_way_out() -> Iterator[None]:
+    """A device that fails is the end of what was loaded: its errors say what to do."""
+    try:
+        yield
+    except DeviceError as error:
+        raise type(error)(f"{error}; load the model again, or with --gpu none to compute without the device") from error
 
 
 class Engine:
@@ -150,7 +159,8 @@ class Engine:
             try:
                 self._running = Cancel() if cancel is None else cancel
                 self.check_open()  # after the pass can be seen by close()
-                return core.forward(arrays[0], arrays[1], arrays[2], arrays[3], self._running, qualities, numbers)
+                with _with_way_out():
+                    return core.forward(arrays[0], arrays[1], arrays[2], arrays[3], self._running, qualities, numbers)
             except Cancelled:
                 self.check_open()
                 raise
@@ -188,7 +198,7 @@ class Engine:
         its state at that length: a window has moved on, a recurrence is neither at its end nor at its mark.
         ValueError for a length that the sequence does not have.
         """
-        with self.lock:
+        with self.lock, _with_way_out():
             return self._idle().fork(id, length)
 
     def remove_sequence(self, id: int) -> None:
@@ -215,7 +225,7 @@ class Engine:
 
     def truncate(self, id: int, length: int) -> None:
         """Forgets all positions from `length` on. Raises StateError where the sequence cannot go back so far."""
-        with self.lock:
+        with self.lock, _with_way_out():
             self._idle().truncate(id, length)
 
     def mark(self, id: int) -> None:
@@ -235,12 +245,12 @@ class Engine:
 
     def snapshot(self, id: int) -> NDArray[np.uint8]:
         """A sequence's state, for `restore`; opaque."""
-        with self.lock:
+        with self.lock, _with_way_out():
             return self._idle().snapshot(id)
 
     def restore(self, id: int, source: NDArray[np.uint8]) -> None:
         """Puts a state back that `snapshot` of an engine with the same options gave. Raises ValueError."""
-        with self.lock:
+        with self.lock, _with_way_out():
             self._idle().restore(id, source)
 
     def record_routing(self, on: bool) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from edgemoe.device_memory import DeviceBudget, automatic_vram, plan_device
+from edgemoe.devices import OpenDevice, open_device
 from edgemoe.disk import reading_threads
 from edgemoe.engine import Engine
-from edgemoe.errors import OptionError
+from edgemoe.errors import DeviceError, DeviceMemoryError, OptionError
 from edgemoe.formats.index import ModelIndex
-from edgemoe.memory import Budget, automatic_sequences, plan_budget
+from edgemoe.memory import CHUNKS, Budget, automatic_budget, automatic_sequences, format_size, plan_budget
 from edgemoe.model_files import default_cache_dir
 from edgemoe.options import (
     DEFAULT_READERS,
@@ -22,14 +25,33 @@ from edgemoe.options import (
 from edgemoe.processors import usable_processors
 from edgemoe.spec import ModelSpec
 
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """A device that computes some of a model: its kind and name, of how many layers, and how its memory is divided."""
+
+    kind: str
+    name: str
+    model_layers: int
+    budget: DeviceBudget
+
+    def __str__(self) -> str:
+        layers = min(self.budget.layers, self.model_layers)
+        head = " and the head" if self.budget.layers > self.model_layers else ""
+        slots = f", {self.budget.slots} of {self.budget.all_slots} experts" if self.budget.all_slots else ""
+        return f"{self.name}, {layers} of {self.model_layers} layers{head}{slots}, {format_size(self.budget.taken)}"
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An engine, what it was given, and how the memory is divided."""
+    """An engine, what it was given, and how the memory is divided. device: what computes beside the processor."""
 
     engine: Engine
     options: EngineOptions
     budget: Budget
+    device: DeviceUse | None
 
     @property
     def resident(self) -> bool:
@@ -37,12 +59,13 @@ class Loaded:
         return self.budget.expert_slots >= self.budget.all_slots
 
 
-def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
+def load_engine(index: ModelIndex, options: LoadOptions, announce: Announce | None = None) -> Loaded:
     """Plans the memory and reads the dense weights. What the process holds already counts: whatever else a model needs
-    is to be loaded before.
+    is to be loaded before. announce: told where a device does not do what could be expected of it.
 
-    Raises MemoryBudgetError, OptionError, ReadError, ThreadError.
+    Raises MemoryBudgetError, OptionError, ReadError, ThreadError, DeviceError.
     """
+    say = announce or (lambda _: None)
     context = context_length(options.context, index.spec.context)
     _check_cache_types(index.spec, options.cache_type_k, options.cache_type_v)
     if options.level_cap is not None and options.level_cap >= index.level_count:
@@ -63,18 +86,81 @@ def load_engine(index: ModelIndex, options: LoadOptions) -> Loaded:
     index = replace(index, spec=index.spec.for_context(context))
     if options.parallel is None:
         chosen = replace(chosen, sequences=automatic_sequences(options.memory_bytes, index, chosen))
-    budget = plan_budget(
-        options.memory_bytes,
-        index,
-        chosen,
-        chunk=options.chunk,
-        expert_slots=options.expert_slots,
-        states=3 if options.prompt_cache_dir else 1,
-    )
-    chosen = replace(chosen, chunk=budget.chunk, expert_slots=budget.expert_slots)
+    device = _device(options, say)
+    if device is None:
+        return _load(index, chosen, options, None, say)
+    failed = ""
+    try:
+        return _load(index, chosen, options, device, say)
+    except DeviceError as error:
+        if options.gpu != "auto":
+            less = "a smaller --vram or -ngl takes less of it, " if isinstance(error, DeviceMemoryError) else ""
+            raise type(error)(f"{device.name}: {error}; {less}--gpu none computes without it") from error
+        failed = str(error)  # and not the error, which would keep the engine
+    say(f"{device.name}: {failed}; the processor computes everything")
+    del device
+    return _load(index, chosen, options, None, say)
+
+
+def _device(options: LoadOptions, say: Announce) -> OpenDevice | None:
+    """What is to compute beside the processor. Raises DeviceError."""
+    if options.layers_on_gpu == 0:
+        return None
+    device = open_device(options.gpu)
+    if device is None:
+        if options.gpu == "auto" and (options.layers_on_gpu is not None or options.vram_bytes is not None):
+            say("there is no GPU: the processor computes everything")
+        return None
+    if device.unified and options.vram_bytes is None:
+        text = f"{device.name} shares the processor's memory: say with --vram how much of --memory it may take"
+        if options.gpu != "auto":
+            raise OptionError(text)
+        say(f"{text}; the processor computes everything")
+        return None
+    return device
+
+
+def _load(
+    index: ModelIndex, chosen: EngineOptions, options: LoadOptions, device: OpenDevice | None, say: Announce
+) -> Loaded:
+    """With as much on the device as its memory holds."""
+    limit, placed = options.memory_bytes, None
+    states = 3 if options.prompt_cache_dir else 1
+    if device is not None:
+        vram = automatic_vram(device.available) if options.vram_bytes is None else options.vram_bytes
+        placed = plan_device(vram, index, chosen, layers=options.layers_on_gpu, chunk=options.chunk)
+        if not placed.layers:
+            say(f"{device.name}: {format_size(vram)} of its memory hold no layer; the processor computes everything")
+            device = placed = None
+
+    def divide(chunk: int | None, largest: int = CHUNKS[0]) -> tuple[EngineOptions, Budget]:
+        given, left = chosen, limit
+        if placed is not None:
+            given = replace(chosen, device_layers=placed.layers, device_slots=placed.slots)
+            if device is not None and device.unified:  # one memory: what the device takes of it counts once
+                left = (automatic_budget() if limit is None else limit) - placed.taken
+        budget = plan_budget(
+            left,
+            index,
+            given,
+            chunk=chunk,
+            expert_slots=options.expert_slots,
+            states=states,
+            largest_chunk=largest,
+        )
+        return replace(given, chunk=budget.chunk, expert_slots=budget.expert_slots), budget
+
+    given, budget = divide(options.chunk, CHUNKS[0] if placed is None else placed.chunk)
+    if placed is not None and budget.chunk < placed.chunk:
+        # Smaller chunks leave more of the device's memory, too.
+        placed = plan_device(placed.limit, index, chosen, layers=options.layers_on_gpu, chunk=budget.chunk)
+        given, budget = divide(budget.chunk)
     if options.readers is None and budget.expert_slots < budget.all_slots:
-        chosen = replace(chosen, readers=reading_threads(index.path, budget.slot_bytes, default_cache_dir()))
-    return Loaded(Engine(index, chosen), chosen, budget)
+        given = replace(given, readers=reading_threads(index.path, budget.slot_bytes, default_cache_dir()))
+    if device is None or placed is None:
+        return Loaded(Engine(index, given), given, budget, None)
+    use = DeviceUse(device.kind, device.name, len(index.spec.layers), placed)
+    return Loaded(Engine(index, given, device.core), given, budget, use)
 
 
 def _check_cache_types(spec: ModelSpec, key_type: str, value_type: str) -> None:

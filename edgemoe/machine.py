@@ -14,6 +14,9 @@ from pathlib import Path
 import psutil
 
 from edgemoe import _core
+from edgemoe.device_check import copy_bandwidth, differences, host_exchange, threads
+from edgemoe.devices import OpenDevice, open_device
+from edgemoe.errors import DeviceError
 from edgemoe.memory import cgroup_headroom, format_size
 from edgemoe.processors import usable_processors
 
@@ -22,6 +25,8 @@ DEPTHS = (1, 2, 4, 8)  # reads under way at once
 TEST_FILE = 256 << 20  # bytes of the temporary file, less where the disk is short of room
 _LEAST_FILE = 16 << 20
 _SECONDS = 0.25  # of one measurement
+DEVICE_BYTES = 64 << 20  # of a copy
+DEVICE_ROUNDS = 2  # random launches of each kernel
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -43,6 +48,30 @@ class DiskSpeed:
     block: int  # bytes of a read
     depth: int  # reads under way at once
     bytes_per_second: float
+
+
+@dataclass(slots=True)
+class DeviceReport:
+    """A device beside the processor. Sizes in bytes, speeds in bytes per second; None where it was not measured.
+
+    kind: "cuda" or "emulated". unified: its memory is the processor's. bandwidth: of a copy within its memory, what is
+    read and what is written together. upload, pinned_upload: from the host's memory, as it is and page-locked.
+    round_trip: seconds of a few bytes there and back. kernels: that there are; wrong: those that compute anything else
+    than they should.
+    """
+
+    kind: str
+    name: str
+    driver: str
+    memory: int
+    available: int
+    unified: bool
+    bandwidth: float | None = None
+    upload: float | None = None
+    pinned_upload: float | None = None
+    round_trip: float | None = None
+    kernels: int = 0
+    wrong: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -70,6 +99,7 @@ class Machine:
     read_ahead: int | None = None
     rotational: bool | None = None
     disk: list[DiskSpeed] = field(default_factory=list)
+    device: DeviceReport | None = None
     build: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
@@ -82,10 +112,11 @@ class Machine:
         return max(self.disk, key=lambda speed: speed.bytes_per_second, default=None)
 
 
-def examine(folder: Path, *, measure: bool = True, announce: Announce | None = None) -> Machine:
+def examine(folder: Path, *, measure: bool = True, announce: Announce | None = None, gpu: str = "none") -> Machine:
     """Looks at the machine; takes a few seconds where it measures, and leaves nothing behind.
 
-    folder: where models lie. measure: bandwidths too. announce: gets what is done next.
+    folder: where models lie. measure: bandwidths too. announce: gets what is done next. gpu: as in LoadOptions, a
+    device that is looked at, too; its kernels are checked.
     """
     say = announce or (lambda _: None)
     machine = _processor()
@@ -98,6 +129,8 @@ def examine(folder: Path, *, measure: bool = True, announce: Announce | None = N
         if usable:
             say(f"measuring the disk under {folder}")
             _disk(machine, folder)
+    if gpu != "none":
+        _device(machine, gpu, measure, say)
     return machine
 
 
@@ -170,6 +203,56 @@ def _memory_bandwidth(machine: Machine) -> None:
     machine.findings.append(
         Finding("memory speed", OK, f"{best[1] / 1e9:.1f} GB/s with {best[0]} thread{'s' if best[0] > 1 else ''}")
     )
+
+
+def _device(machine: Machine, gpu: str, measure: bool, say: Announce) -> None:
+    add = machine.findings.append
+    try:
+        # By its name, so that it is said what is missing.
+        device = open_device("cuda" if gpu == "auto" else gpu)
+        assert device is not None
+    except DeviceError as error:
+        cause = error.__cause__ or error
+        add(Finding("gpu", NOTE if gpu == "auto" else PROBLEM, str(cause)))
+        return
+    found = DeviceReport(
+        device.kind, device.name, device.driver, device.memory, device.available, device.unified, kernels=len(threads())
+    )
+    machine.device = found
+    driver = f", driver of {device.driver}" if device.driver else ""
+    free = f"{format_size(device.available)} free of {format_size(device.memory)}"
+    add(Finding("gpu", OK, f"{device.name}{driver}, {free}{', shared with the processor' if device.unified else ''}"))
+    try:
+        say("checking the GPU's kernels")
+        _kernels(machine, device, found)
+        if measure:
+            say("measuring the GPU")
+            _device_speed(machine, device, found)
+    except DeviceError as error:
+        add(Finding("gpu", PROBLEM, f"it failed: {error}", "--gpu none computes without it"))
+
+
+def _kernels(machine: Machine, device: OpenDevice, found: DeviceReport) -> None:
+    found.wrong = [name for name in threads() if differences(device.core, name, 0, DEVICE_ROUNDS)]
+    right = f"{found.kernels - len(found.wrong)} of {found.kernels} kernels give the processor's bits"
+    if found.wrong:
+        text = f"{right}, but not {', '.join(found.wrong)}"
+        machine.findings.append(Finding("gpu kernels", PROBLEM, text, "--gpu none computes without it"))
+    else:
+        machine.findings.append(Finding("gpu kernels", OK, right))
+
+
+def _device_speed(machine: Machine, device: OpenDevice, found: DeviceReport) -> None:
+    size = min(DEVICE_BYTES, device.available // 4)
+    found.bandwidth = copy_bandwidth(device.core, size, _SECONDS)
+    exchange = host_exchange(device.core, size, _SECONDS)
+    found.round_trip = exchange["round_trip_seconds"]
+    found.upload, found.pinned_upload = (
+        exchange.get(f"{name}_bytes_per_second") for name in ("upload", "pinned_upload")
+    )
+    link = f"{(found.pinned_upload or found.upload or 0) / 1e9:.1f} GB/s"
+    text = f"memory {found.bandwidth / 1e9:.0f} GB/s, link {link}, {found.round_trip * 1e6:.0f} us there and back"
+    machine.findings.append(Finding("gpu speed", OK, text))
 
 
 def _cache_folder(machine: Machine, folder: Path) -> bool:

@@ -21,7 +21,7 @@ from edgemoe.engine import Count, Engine
 from edgemoe.errors import ContextLengthError, OptionError, OverloadedError, TokenizerError
 from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.read import read_model
-from edgemoe.loading import load_engine, quality_of
+from edgemoe.loading import DeviceUse, load_engine, quality_of
 from edgemoe.memory import Budget, format_size
 from edgemoe.model_files import Progress, resolve
 from edgemoe.options import EngineOptions, LoadOptions, Quality
@@ -60,13 +60,14 @@ def load(
     """Opens a model for generation.
 
     path: an `.emoe` pack, a GGUF file (run where it lies), a Hugging Face folder (converted once into the cache), or
-    None for the bundled model. announce, progress: told about a conversion (`edgemoe.model_files.resolve`).
+    None for the bundled model. announce, progress: told about a conversion (`edgemoe.model_files.resolve`), and
+        `announce` where a GPU is there and is not used.
     options: fields of LoadOptions (memory, threads, context, parallel, quality, ...).
 
-    Raises SourceError, PackError, UnsupportedModelError, TokenizerError, MemoryBudgetError, OptionError.
+    Raises SourceError, PackError, UnsupportedModelError, TokenizerError, MemoryBudgetError, OptionError, DeviceError.
     """
     chosen = LoadOptions.given(options)
-    return Model(resolve(path, announce=announce, progress=progress), chosen)
+    return Model(resolve(path, announce=announce, progress=progress), chosen, announce)
 
 
 class Model:
@@ -76,7 +77,8 @@ class Model:
     none of them sees the others but in time.
 
     engine: what computes; who changes its sequences does so through `forward`. options: what the engine was given.
-    quality: the mode's name. context: positions of a sequence. threads: that compute.
+    device: what computes beside the processor, and of how much; None for nothing. quality: the mode's name.
+    context: positions of a sequence. threads: that compute.
     """
 
     path: Path
@@ -86,19 +88,21 @@ class Model:
     engine: Engine
     options: EngineOptions
     budget: Budget
+    device: DeviceUse | None
     quality: str
     context: int
     threads: int
 
-    def __init__(self, path: Path, options: LoadOptions) -> None:
+    def __init__(self, path: Path, options: LoadOptions, announce: Callable[[str], None] | None = None) -> None:
         """From a pack or GGUF file; otherwise as `load`."""
         index, self.tokenizer = read_model(path)
         self.path = path
         self.spec = index.spec
         self.generation_defaults = dict(index.generation)
         check_vocabulary(self.tokenizer, self.spec)
-        loaded = load_engine(index, options)
+        loaded = load_engine(index, options, announce)
         self.engine, self.options, self.budget = loaded.engine, loaded.options, loaded.budget
+        self.device = loaded.device
         self.quality = options.quality
         self._index = index
         self.context = self.options.context
@@ -414,7 +418,7 @@ class Model:
 
     def counters(self) -> dict[str, float]:
         """Figures of all that the engine has done since it was loaded (docs/architecture.md)."""
-        return figures(self.engine.counters())
+        return self._told(figures(self.engine.counters()))
 
     @property
     def last_result(self) -> GenerationResult:
@@ -436,11 +440,16 @@ class Model:
             "prompt_tps": run.computed_prompt_tokens / ttft if ttft else 0.0,
             "generation_tps": later_tokens / run.seconds if run.seconds else 0.0,
             "ttft_ms": 1e3 * ttft,
-            **figures(run.counters),
+            **self._told(figures(run.counters)),
             "cache_bytes": self.budget.cache_bytes,
+            **({} if self.device is None else {"device_memory_bytes": self.device.budget.taken}),
             "memory_limit_bytes": self.budget.limit,
             "memory_peak_bytes": peak,
         }
+
+    def _told(self, values: dict[str, float]) -> dict[str, float]:
+        """Without a device nothing is said of it."""
+        return {name: value for name, value in values.items() if self.device or not name.startswith("device_")}
 
     @property
     def direct_io(self) -> bool:
@@ -459,6 +468,7 @@ class Model:
         memory = format_size(self.budget.limit)
         return (
             f"<edgemoe.Model {self.path.name} ({self.spec.family}), {memory}, context {self.context}, "
+            f"{'' if self.device is None else f'on {self.device}, '}"
             f"{status['running']} of {self.options.sequences} texts running, {status['waiting']} waiting>"
         )
 

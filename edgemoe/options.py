@@ -17,6 +17,7 @@ from edgemoe.errors import OptionError
 
 CACHE_TYPES = ("f32", "f16", "q8_0")
 EVICTION_POLICIES = ("next_use", "lru", "lfu", "least_stale")
+GPUS = ("auto", "none", "cuda", "emulated")
 QUALITIES = ("exact", "high", "balanced", "fast")
 DEFAULT_CONTEXT = 4096
 DEFAULT_READERS = 2
@@ -140,6 +141,11 @@ class LoadOptions:
     prompt_cache_dir, prompt_cache_size: a folder for states of texts, which then survive the program, and its limit.
         Memory for two more states is taken then.
     cache_type_k, cache_type_v: how keys and values are kept: "f32", "f16" or "q8_0".
+    gpu: "auto": a GPU if there is one, and it has room; "none"; "cuda": an NVIDIA GPU, or an error; "emulated": one
+        that the processor plays, slowly, in memory beside the budget. None of them changes a bit of the result.
+    gpu_layers: the last so many layers have their dense part on the device; one more than there are: the head, too.
+        None or "auto" for as many as fit. vram: bytes of the device's memory that may be taken in all, as `memory`;
+        what is left beside the layers holds experts.
     eviction: which expert leaves memory first, one of EVICTION_POLICIES. prefetch: read the experts that the next layer
         will probably want while the disk is idle. Neither changes a bit of the result.
     quality: "exact" uses every stored bit of every expert. "high", "balanced" and "fast" use fewer of the experts that
@@ -168,6 +174,25 @@ class LoadOptions:
     )
     cache_type_k: str = _as_engine("cache_type_k")
     cache_type_v: str = _as_engine("cache_type_v")
+    gpu: str = _option(
+        Meaning(
+            "Computes, beside the processor: an NVIDIA GPU (auto: if there is one), or one that the processor plays, "
+            "which is slow and for tests; the text does not depend on it.",
+            GPUS,
+        ),
+        "auto",
+    )
+    gpu_layers: int | str | None = _option(
+        Meaning(
+            "The last N layers have their dense part on the GPU; with more than there are, the head, too.",
+            least=0,
+            automatic="auto, as many as fit",
+        ),
+        None,
+    )
+    vram: int | str | None = _option(
+        Meaning("What may be taken of the GPU's memory in all: layers first, then experts.", automatic="auto"), None
+    )
     eviction: str = _as_engine("eviction")
     prefetch: bool = _as_engine("prefetch")
     quality: str = _option(
@@ -194,6 +219,8 @@ class LoadOptions:
     arrival_jitter_us: int = _as_engine("arrival_jitter_us")
 
     def __post_init__(self) -> None:
+        if self.gpu_layers == "auto":
+            object.__setattr__(self, "gpu_layers", None)
         for known in dataclasses.fields(self):
             value = getattr(self, known.name)
             if value is None and known.default is None:
@@ -202,6 +229,7 @@ class LoadOptions:
             if isinstance(known.default, bool) and not isinstance(value, bool):
                 raise OptionError(f"{known.name} = {value!r} is not true or false")
         object.__setattr__(self, "memory", None if self.memory is None else parse_size(self.memory))
+        object.__setattr__(self, "vram", None if self.vram is None else parse_size(self.vram, "vram"))
         if self.prompt_cache_dir is not None:
             object.__setattr__(self, "prompt_cache_dir", os.fspath(self.prompt_cache_dir))
         size = parse_size(self.prompt_cache_size, "prompt_cache_size")
@@ -223,6 +251,18 @@ class LoadOptions:
         """`memory` as a number; None for what is free."""
         assert not isinstance(self.memory, str)
         return self.memory
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """`vram` as a number; None for what is available."""
+        assert not isinstance(self.vram, str)
+        return self.vram
+
+    @property
+    def layers_on_gpu(self) -> int | None:
+        """`gpu_layers` as a number; None for as many as fit."""
+        assert not isinstance(self.gpu_layers, str)
+        return self.gpu_layers
 
 
 def context_length(asked: int | None, longest: int) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe.convert import planned_index
+from edgemoe.device_memory import DeviceBudget, plan_device
 from edgemoe.engine import plan_memory
 from edgemoe.errors import OptionError, SourceError, UnsupportedModelError
 from edgemoe.families import family_for
@@ -73,6 +74,8 @@ class Plan:
     dense: weights always in memory. experts: all routed experts as stored. active: weights that one token works with.
     state: of `parallel` sequences of together `context` positions. least: the smallest budget that runs; sensible: one
     that holds twice the experts of one token, or everything where that is less; everything: with no reads left.
+    layers: of the model. device: how a device's memory is divided, whose share the budgets leave out, but dense and
+    state do not; None for the processor alone.
     source: where the hit rates come from. qualities: the same budgets in each lossy mode that the pack has measured.
     """
 
@@ -94,6 +97,8 @@ class Plan:
     source: str
     speeds: tuple[Speed, ...]
     qualities: dict[str, tuple[Speed, ...]]
+    layers: int
+    device: DeviceBudget | None
 
 
 def plan_model(
@@ -107,12 +112,16 @@ def plan_model(
     trace: Trace | None = None,
     disk: float | None = None,
     bandwidth: float | None = None,
+    vram: int | None = None,
+    gpu_layers: int | None = None,
 ) -> Plan:
     """Plans a pack, a GGUF file, or a Hugging Face folder as converted at `bits`: its config.json is enough.
 
     memory: bytes, None for what is free. parallel: sequences whose state is kept, None for as
     many as `load` takes. disk, bandwidth: bytes per second of
-    the disk and of the memory. trace: of this model, for hit rates; without one they are a published range.
+    the disk and of the memory. vram: bytes of a device's memory, None without one; gpu_layers: that are computed there,
+    None for as many as fit. How fast they are there is not known, so that no speeds are given then. trace: of this
+    model, for hit rates; without one they are a published range.
 
     A lossy mode is taken to read, keep and compute the share of an expert that its mean bits are of exact mode's.
 
@@ -140,8 +149,14 @@ def plan_model(
         parallel = automatic_sequences(memory, index, options)
         options = replace(options, sequences=parallel)
 
+    placed = None if vram is None else plan_device(vram, index, options, layers=gpu_layers)
+    if placed is not None and placed.layers:
+        options = replace(options, device_layers=placed.layers, device_slots=placed.slots, chunk=placed.chunk)
+        bandwidth = None
+    largest_chunk = options.chunk
+
     def budget(limit: int) -> Budget:
-        return plan_budget(limit, index, options)
+        return plan_budget(limit, index, options, largest_chunk=largest_chunk)
 
     needs = plan_memory(index, replace(options, chunk=CHUNKS[-1]))
     fixed = used_now() + RESERVE + needs.dense + needs.state + needs.scratch
@@ -184,11 +199,11 @@ def plan_model(
         active_parameters=active_parameters,
         context=length,
         parallel=parallel,
-        dense=needs.dense,
+        dense=needs.dense + needs.device_dense,
         experts=sum(layer.experts * size for layer, size in zip(spec.layers, expert_bytes, strict=True)),
         expert=max(expert_bytes),
         active=active,
-        state=needs.state,
+        state=needs.state + needs.device_state,
         least=least,
         sensible=sensible,
         everything=everything,
@@ -196,6 +211,8 @@ def plan_model(
         source=f"trace of {trace.model}" if trace else "published range for caches of recently used experts",
         speeds=speeds(1.0, needs.slot),
         qualities={name: speeds(share, levels_apart.slot) for name, share in _mode_shares(index).items()},
+        layers=len(spec.layers),
+        device=placed,
     )
 
 

@@ -147,13 +147,18 @@ def _facts(model: Model) -> dict[str, Any]:
         "threads": model.threads,
         "memory": model.budget.limit,
         "quality": model.quality,
+        "device": "" if model.device is None else model.device.name,
+        "gpu_layers": 0 if model.device is None else model.device.budget.layers,
+        "gpu_experts": 0 if model.device is None else model.device.budget.slots,
     }
 
 
 def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     streamed = any(row["mib_per_token"] for row in rows)
     lossy = any(row["quality"] != "exact" for row in rows)
+    placed = any(row.get("device") for row in rows)
     texts = ["model", "size", "params", "isa", "threads", "memory", *(["quality"] if lossy else [])]
+    texts += ["device", "ngl", "experts on it"] if placed else []
     numbers = ["test", "t/s", *(["experts in memory", "MiB/token"] if streamed else [])]
     lines = [f"| {' | '.join(texts + numbers)} |", "|---" * len(texts) + "|---:" * len(numbers) + "|"]
     for row in rows:
@@ -165,6 +170,7 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
             str(row["threads"]),
             f"{row['memory'] / 1e9:.2f} GB",
             *([row["quality"]] if lossy else []),
+            *([row["device"], str(row["gpu_layers"]), str(row["gpu_experts"])] if placed else []),
             row["test"],
             f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
         ]

@@ -1,6 +1,7 @@
 """Tell what this machine can do and what stands in the way.
 
 edgemoe doctor
+edgemoe doctor --gpu                     a GPU, too: its kernels, memory and link
 edgemoe doctor --json
 """
 
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from edgemoe.options import GPUS
 
 if TYPE_CHECKING:
     from edgemoe.machine import Machine
@@ -25,9 +28,18 @@ if TYPE_CHECKING:
 )
 @click.option("--no-measure", is_flag=True, help="Measure no bandwidths: quicker, and no file to read is written.")
 @click.option(
+    "--gpu",
+    is_flag=False,
+    flag_value="auto",
+    default="none",
+    type=click.Choice(GPUS),
+    metavar="[auto|cuda|emulated]",
+    help="Look at a GPU, too: is every kernel right, how fast are its memory and its link.",
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object; sizes are bytes, speeds bytes per second."
 )
-def command(folder: Path | None, no_measure: bool, as_json: bool) -> int:
+def command(folder: Path | None, no_measure: bool, gpu: str, as_json: bool) -> int:
     """Tell what this machine can do and what stands in the way, each problem with its remedy.
 
     Writes a temporary file of at most 256 MiB into the folder, reads it, and removes it. Exits with 1 only for what
@@ -39,6 +51,7 @@ def command(folder: Path | None, no_measure: bool, as_json: bool) -> int:
     machine = examine(
         folder or default_cache_dir(),
         measure=not no_measure,
+        gpu=gpu,
         announce=None if as_json else lambda text: click.echo(f"{text} ...", err=True),
     )
     if as_json:

@@ -23,9 +23,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def memory_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Callback of an option `auto|SIZE`: 8GB is 8 * 10^9 bytes, 6GiB is 6 * 2^30. Gives bytes, None for auto."""
     try:
-        return None if value is None else parse_size(value)
+        return None if value is None else parse_size(value, param.name or "memory")
     except OptionError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def layer_count(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Callback of an option `N|auto`. Gives None for auto."""
+    if value is None or value == "auto":
+        return None
+    if not (value.isascii() and value.isdigit()):
+        raise click.BadParameter(f"{value!r} is neither a number of layers nor auto", ctx, param)
+    return int(value)
 
 
 def token_limit(ctx: click.Context, param: click.Parameter, value: int) -> int | None:
@@ -87,13 +96,22 @@ def context_option(function: Function) -> Function:
     return load_option("context", "-c", "--ctx-size", metavar="N")(function)
 
 
+def gpu_options(function: Function) -> Function:
+    """--gpu -ngl --vram: what computes beside the processor, and with how much."""
+    layers = load_option("gpu_layers", "-ngl", "--gpu-layers", metavar="N|auto", type=str, callback=layer_count)
+    vram = load_option("vram", "--vram", metavar="auto|SIZE", callback=memory_size)
+    return _apply(function, [load_option("gpu", "--gpu"), layers, vram])
+
+
 def model_options(function: Function) -> Function:
-    """-M -t -ctk -ctv --quality (and -c, whose meaning the command says): the keyword arguments of `open_model`."""
+    """-M -t --gpu -ngl --vram -ctk -ctv --quality (and -c, whose meaning the command says): the keyword
+    arguments of `open_model`."""
     return _apply(
         function,
         [
             memory_option,
             load_option("threads", "-t", "--threads", metavar="N"),
+            gpu_options,
             load_option("cache_type_k", "-ctk", "--cache-type-k"),
             load_option("cache_type_v", "-ctv", "--cache-type-v"),
             load_option("quality", "--quality"),

@@ -1,6 +1,7 @@
 """Tell whether a model fits, and how fast it will be, before it runs.
 
 edgemoe plan model.emoe -M 8GB
+edgemoe plan model.emoe -M 16GB --gpu cuda --vram 8GB     with a GPU that need not be there
 edgemoe plan Qwen3-30B-A3B/ --bits 4
 edgemoe plan config.json --bits 4 -M 8GB     before anything else is downloaded
 """
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli.options import context_option, load_option, memory_option
+from edgemoe.cli.options import context_option, gpu_options, load_option, memory_option
 from edgemoe.errors import OptionError
 from edgemoe.options import parse_size
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @memory_option
 @context_option
 @load_option("parallel", "-np", "--parallel", metavar="N")
+@gpu_options
 @click.option(
     "--bits",
     type=click.Choice(["4", "8", "16", "32"]),
@@ -45,6 +47,9 @@ def command(
     memory: int | None,
     context: int | None,
     parallel: int | None,
+    gpu: str,
+    gpu_layers: int | None,
+    vram: int | None,
     bits: str,
     trace: Path | None,
     disk: str | None,
@@ -54,6 +59,8 @@ def command(
     """Tell whether MODEL (a pack, a GGUF file, a Hugging Face folder or its config.json alone; default: the bundled
     one) fits into the memory, and how fast it will be with several budgets, and with each --quality that the pack has
     measured.
+
+    With a GPU it is told what would lie there; with --gpu cuda --vram SIZE it need not be in this machine.
 
     Only headers are read. Disk and memory are measured where models are cached, unless given. Exits with 1 and the
     number that would do where the model cannot fit.
@@ -72,6 +79,8 @@ def command(
     routing = read_trace(trace, weights=False) if trace else None
     # What does not fit is said before anything is measured.
     asked: dict[str, Any] = {"memory": memory, "context": context, "parallel": parallel, "bits": int(bits)}
+    device, size = _device(gpu, gpu_layers, vram)
+    asked |= {"vram": size, "gpu_layers": gpu_layers}
     plan_model(path, **asked)
     if len(speeds) < 2:
         from edgemoe.machine import examine
@@ -90,13 +99,34 @@ def command(
     )
     if as_json:
         click.echo(
-            json.dumps({**dataclasses.asdict(plan), **{f"{name}_speed": speed for name, speed in speeds.items()}})
+            json.dumps(
+                {
+                    **dataclasses.asdict(plan),
+                    "device_name": device if plan.device is not None else None,
+                    **{f"{name}_speed": speed for name, speed in speeds.items()},
+                }
+            )
         )
     else:
-        _show(plan, speeds)
+        _show(plan, speeds, device)
 
 
-def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
+def _device(gpu: str, layers: int | None, vram: int | None) -> tuple[str, int | None]:
+    """The name of the device that is planned for, and bytes of its memory; None for none."""
+    if gpu == "none" or layers == 0:
+        return "", None
+    if gpu == "cuda" and vram is not None:
+        return "the GPU", vram
+    from edgemoe.device_memory import automatic_vram
+    from edgemoe.devices import open_device
+
+    found = open_device(gpu)
+    if found is None or (found.unified and vram is None):
+        return "", None
+    return found.name, automatic_vram(found.available) if vram is None else vram
+
+
+def _show(plan: Plan, speeds: dict[str, int | None], device: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -121,6 +151,8 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
         f"experts {format_size(plan.experts)} ({format_size(plan.expert)} each), "
         f"state of {sequences}{plan.context} positions {format_size(plan.state)}"
     )
+    if plan.device is not None:
+        say(_placement(plan, device))
     fits = "all of it fits" if plan.memory >= plan.everything else "it fits, experts are streamed"
     say(f"with {format_size(plan.memory)}: {fits}")
     say(
@@ -157,8 +189,29 @@ def _show(plan: Plan, speeds: dict[str, int | None]) -> None:
         say("by --quality:")
         console.print(table)
     say(f"hit rates: {printable(plan.source)}")
+    if plan.device is not None and plan.device.layers:
+        say("budgets, hit rates and reads are of the processor's memory alone; how fast the GPU is was not measured")
     if speeds.get("disk") and speeds.get("bandwidth"):
         say(f"at {format_size(speeds['disk'] or 0)}/s from disk, {format_size(speeds['bandwidth'] or 0)}/s from memory")
+
+
+def _placement(plan: Plan, name: str) -> str:
+    """What lies in a device's memory."""
+    from edgemoe.memory import format_size
+    from edgemoe.printable import printable
+
+    found = plan.device
+    assert found is not None
+    where = f"on {printable(name)}, with {format_size(found.limit)}: "
+    if not found.layers:
+        return f"{where}nothing, not even one layer fits"
+    head = " and the head" if found.layers > plan.layers else ""
+    sizes = (
+        f"{format_size(found.dense)} dense weights, {format_size(found.state)} state, "
+        f"{format_size(found.scratch)} activations"
+    )
+    experts = f", {found.slots} of {found.all_slots} experts {format_size(found.slots * found.slot_bytes)}"
+    return f"{where}{min(found.layers, plan.layers)} of {plan.layers} layers{head} ({sizes}){experts}"
 
 
 def _range(values: list[str]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli.options import load_option, memory_option
+from edgemoe.cli.options import gpu_options, load_option, memory_option
 from edgemoe.errors import OptionError, TraceError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _PIECE = 512  # tokens of a text that are run together, as in the paper
 @click.option("--model", "name", help="Whose router logits, where the folder holds several models'.")
 @click.option("--expert-size", help="Size of one stored expert (2.5MB), to count bytes and memory.")
 @load_option("threads", "-t", "--threads", metavar="N")
+@gpu_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write a report to this file.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write the trace to this file.")
@@ -47,6 +48,9 @@ def command(
     name: str | None,
     expert_size: str | None,
     threads: int | None,
+    gpu: str,
+    gpu_layers: int | None,
+    vram: int | None,
     as_json: bool,
     page: Path | None,
     save: Path | None,
@@ -65,7 +69,8 @@ def command(
 
     expert_bytes = parse_size(expert_size, "--expert-size") if expert_size else None
     errors = Console(stderr=True)
-    routing = _run(trace, texts, tokens, memory, threads) if texts else _load(trace, top_k, name)
+    options = {"memory": memory, "threads": threads, "gpu": gpu, "gpu_layers": gpu_layers, "vram": vram}
+    routing = _run(trace, texts, tokens, options) if texts else _load(trace, top_k, name)
     if save:
         routing.save(save)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
@@ -108,7 +113,7 @@ def _load(source: Path, top_k: int | None, name: str | None) -> Trace:
     return read_trace(source, weights=False)
 
 
-def _run(source: Path, texts: tuple[Path, ...], tokens: int, memory: int | None, threads: int | None) -> Trace:
+def _run(source: Path, texts: tuple[Path, ...], tokens: int, options: dict[str, Any]) -> Trace:
     """The trace of a model on some files, cut into pieces of _PIECE tokens that are run one by one."""
     import tempfile
 
@@ -117,7 +122,7 @@ def _run(source: Path, texts: tuple[Path, ...], tokens: int, memory: int | None,
     from edgemoe.profiling.trace import concatenate
 
     traces = []
-    with tempfile.TemporaryDirectory() as folder, edgemoe.load(source, memory=memory, threads=threads) as model:
+    with tempfile.TemporaryDirectory() as folder, edgemoe.load(source, **options) as model:
         piece = min(_PIECE, model.context)
         for number, text in enumerate(texts):
             ids = model.tokenizer.encode(text.read_text(encoding="utf-8", errors="replace"))[:tokens]

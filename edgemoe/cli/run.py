@@ -83,6 +83,9 @@ def command(
     context: int | None,
     memory: int | None,
     threads: int | None,
+    gpu: str,
+    gpu_layers: int | None,
+    vram: int | None,
     cache_type_k: str,
     cache_type_v: str,
     quality: str,
@@ -124,6 +127,9 @@ def command(
         model,
         memory=memory,
         threads=threads,
+        gpu=gpu,
+        gpu_layers=gpu_layers,
+        vram=vram,
         context=context,
         cache_type_k=cache_type_k,
         cache_type_v=cache_type_v,
@@ -235,6 +241,8 @@ def _answer(
         click.echo(json.dumps(report, ensure_ascii=False))
     else:
         writer.finish(line=sys.stdout.isatty())
+    if verbose and not as_json and engine.device is not None:
+        note(f"gpu {engine.device}")
     if verbose and not as_json:
         note(f"stopped by {result.finish_reason}, seed {options['seed']}")
         print_counters(engine.stats(result))

@@ -121,6 +121,9 @@ def command(
     max_tokens: int | None,
     memory: int | None,
     threads: int | None,
+    gpu: str,
+    gpu_layers: int | None,
+    vram: int | None,
     cache_type_k: str,
     cache_type_v: str,
     quality: str,
@@ -165,6 +168,9 @@ def command(
             model or (words[0] if words else None),
             memory=memory,
             threads=threads,
+            gpu=gpu,
+            gpu_layers=gpu_layers,
+            vram=vram,
             context=context,
             parallel=parallel,
             max_gap=max_gap,
@@ -199,6 +205,8 @@ def command(
 
                 note(f"model     {engine.path} ({engine.spec.family}, quality {engine.quality})")
                 note(f"memory    {format_size(engine.budget.limit)}")
+                if engine.device is not None:
+                    note(f"gpu       {engine.device}")
                 note(f"context   {engine.context} tokens, {engine.options.sequences} in parallel")
                 note(f"listening at http://{_bracketed(address)}:{number}")
 

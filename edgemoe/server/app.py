@@ -236,7 +236,7 @@ class _Server:
         generated = self.generated()
 
         def text() -> str:
-            return self.metrics.text(self.model.counters(), self.status(), self.memory(), generated())
+            return self.metrics.text(self.model.counters(), self.status(), self.memory(), generated(), self.device())
 
         return PlainTextResponse(await self.in_thread(text), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -262,6 +262,7 @@ class _Server:
                 "generated_tokens": generated_tokens,
             },
             "memory": self.memory(),
+            "device": self.device(),
             "layers": len(layers),
             "experts": max((layer.experts for layer in layers), default=0),
             "resident": _base64(levels.astype("u1")),
@@ -278,6 +279,18 @@ class _Server:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {"limit": self.model.budget.limit, "peak": peak, "cache": self.model.budget.cache_bytes}
+
+    def device(self) -> dict[str, Any] | None:
+        """What computes beside the processor: its name, layers (the head as one), experts that it holds, bytes."""
+        use = self.model.device
+        if use is None:
+            return None
+        return {
+            "name": use.name,
+            "layers": use.budget.layers,
+            "experts": use.budget.slots,
+            "memory": use.budget.taken,
+        }
 
     async def openapi(self, request: Request) -> Response:
         return Response(_OPENAPI.read_bytes(), media_type="application/json")

@@ -6,6 +6,7 @@ import bisect
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from edgemoe.serving.generation import GenerationResult
 
@@ -68,9 +69,10 @@ class Metrics:
         status: Mapping[str, int],
         memory: Mapping[str, int],
         generated_tokens: int,
+        device: Mapping[str, Any] | None = None,
     ) -> str:
         """counters: `Model.counters()`. status: `Model.status()`. memory: limit, peak and cache in bytes.
-        generated_tokens: with those of answers that are not at their end."""
+        generated_tokens: with those of answers that are not at their end. device: name, layers, experts and memory."""
         lines: list[str] = []
 
         def add(name: str, kind: str, text: str, *samples: str) -> None:
@@ -104,6 +106,16 @@ class Metrics:
         value("read_bytes_total", "counter", "Bytes read from disk.", counters["bytes_read"])
         value("stall_seconds_total", "counter", "Time that passes waited for reads.", counters["stall_ms"] / 1e3)
         value("compute_seconds_total", "counter", "The rest of their time.", counters["compute_ms"] / 1e3)
+        if device is not None:
+            label = device["name"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+            info = f'edgemoe_device_info{{name="{label}"}} 1'
+            add("device_info", "gauge", "What computes beside the processor.", info)
+            value("device_layers", "gauge", "Layers that it computes; the head counts as one.", device["layers"])
+            value("device_experts", "gauge", "Experts that its memory holds.", device["experts"])
+            value("device_memory_bytes", "gauge", "Its memory that is taken.", device["memory"])
+            value("device_hits_total", "counter", "Uses of experts in its memory.", counters["device_hits"])
+            value("device_uploads_total", "counter", "Experts brought there.", counters["device_uploads"])
+            value("device_upload_bytes_total", "counter", "Their bytes.", counters["device_upload_bytes"])
         for name, number in memory.items():
             value(f"memory_{name}_bytes", "gauge", f"Memory: {name}.", number)
         return "\n".join(lines) + "\n"

@@ -323,6 +323,10 @@ def figures(run: EngineCounters) -> dict[str, float]:
         "prefetch_used": run.prefetch_used,
         "prefetch_late": run.prefetch_late,
         "prefetch_wasted": run.prefetch_wasted,
+        "device_hits": run.device_hits,
+        "device_hit_rate": run.device_hits / run.expert_uses if run.expert_uses else 0.0,
+        "device_uploads": run.device_uploads,
+        "device_upload_bytes": run.device_upload_bytes,
         "mean_bits": run.expert_bits / run.expert_uses if run.expert_uses else 0.0,
         "disk_mb_s": run.bytes_read / run.read_seconds / 1e6 if run.read_seconds else 0.0,
     }

@@ -153,12 +153,15 @@ def test_options_reach_the_model(model: FakeModel) -> None:
         *("--dry-penalty-last-n", "100", "--dry-sequence-breaker", "\\n", "--dry-sequence-breaker", ";"),
         *("--mirostat", "2", "--mirostat-lr", "0.2", "--mirostat-ent", "4", "--samplers", "top_k;temp"),
         *("-l", "5+1.5", "--logit-bias", "6-inf", "-j", '{"type": "object"}', "--eviction", "lru", "--no-prefetch"),
-        *("--quality", "fast"),
+        *("--quality", "fast", "--gpu", "cuda", "-ngl", "99", "--vram", "8GiB"),
     )
     assert result.exit_code == 0, result.stderr
     assert model.loaded[1] == {
         "memory": 1_500_000_000,
         "threads": 2,
+        "gpu": "cuda",
+        "gpu_layers": 99,
+        "vram": 8 << 30,
         "context": 100,
         "cache_type_k": "f32",
         "cache_type_v": "q8_0",
