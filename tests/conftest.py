@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from helpers import byte_level_tokenizer, write_tiny_qwen3_moe
 
+from edgemoe import devices
+
 
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -19,6 +21,14 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
     os.chdir(begin)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu() -> Iterator[None]:
+    """Models are loaded as on machines without a GPU, here or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "CUDA_LIBRARY", "/nowhere/libcuda.so.1")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -234,18 +234,12 @@ def test_a_device_too_small_for_a_layer_is_not_used(pack: Path) -> None:
 
 
 @pytest.fixture
-def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "CUDA_LIBRARY", "/nowhere/libcuda.so.1")
-
-
-@pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     monkeypatch.setattr(devices, "CUDA_LIBRARY", fake.path)
     return fake
 
 
-@pytest.mark.usefixtures("no_driver")
 def test_without_a_driver(pack: Path) -> None:
     told: list[str] = []
     with edgemoe.load(pack, announce=told.append) as model:

@@ -41,6 +41,8 @@ class FakeGeneration:
 class FakeModel:
     """Answers with five words and remembers what it was asked."""
 
+    device = None
+
     def __init__(self, template: str | None = None) -> None:
         self.tokenizer = types.SimpleNamespace(chat_template=template, use_chat_template=self.use_chat_template)
         self.asked: list[Any] = []
@@ -224,6 +226,7 @@ def test_only_what_was_given_reaches_the_model(model: FakeModel) -> None:
     assert 0 <= seed < 1 << 32
     assert model.options == {"max_tokens": None, "stop": ()}
     defaults = {"memory": None, "threads": None, "context": None, "cache_type_k": "f16", "cache_type_v": "f16"}
+    defaults |= {"gpu": "auto", "gpu_layers": None, "vram": None}
     assert model.loaded[1] == {**defaults, "eviction": "next_use", "prefetch": True, "quality": "exact", "parallel": 1}
 
 

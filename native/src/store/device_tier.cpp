@@ -93,9 +93,9 @@ DeviceTier::DeviceTier(Device& device, Memory& memory, std::vector<const ExpertL
 DeviceTier::~DeviceTier() {
     try {
         wait();
+        device_.unpin(staging_.data());
     } catch (...) {  // a device that has failed reads nothing any more
     }
-    device_.unpin(staging_.data());
 }
 
 void DeviceTier::begin_turn() {
