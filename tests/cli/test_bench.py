@@ -55,6 +55,9 @@ def test_streaming_is_told() -> None:
     lines = _markdown([row | {"quality": "fast"}]).splitlines()
     assert "| memory | quality | test |" in lines[0] and "| 3.00 GB | fast | tg8 |" in lines[2]
     assert [line.count("|") for line in lines] == [12] * 3
+    lines = _markdown([row | {"device": "A GPU", "gpu_layers": 3, "gpu_experts": 20}]).splitlines()
+    assert "| memory | device | ngl | experts on it | test |" in lines[0] and "| A GPU | 3 | 20 | tg8 |" in lines[2]
+    assert [line.count("|") for line in lines] == [14] * 3
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from fake_cuda import FakeCuda
 
-from edgemoe import machine
+from edgemoe import devices, machine
 from edgemoe.cli import main
 
 
@@ -22,6 +24,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "TEST_FILE", 16 << 20)
     monkeypatch.setattr(machine, "BLOCK_SIZES", (64 << 10, 1 << 20))
     monkeypatch.setattr(machine, "DEPTHS", (1, 2))
+    monkeypatch.setattr(machine, "DEVICE_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "DEVICE_ROUNDS", 1)
     monkeypatch.setenv("EDGEMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("EDGEMOE_ISA", raising=False)
 
@@ -97,3 +101,44 @@ def test_little_space_is_only_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     found = json.loads(result.stdout)
     notes = [finding["topic"] for finding in found["findings"] if finding["state"] == "note"]
     assert {"cache folder", "disk speed"} <= set(notes)
+
+
+def test_a_device_is_looked_at() -> None:
+    result = run("--gpu", "emulated", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["device"]
+    assert found["kind"] == found["name"] == "emulated"
+    assert 0 < found["available"] <= found["memory"]
+    assert found["bandwidth"] > 0 and found["upload"] > 0 and found["round_trip"] > 0
+    assert found["kernels"] > 40 and found["wrong"] == []
+    result = run("--gpu=emulated", "--no-measure")
+    assert "gpu: emulated" in result.stdout and f"{found['kernels']} of {found['kernels']} kernels" in result.stdout
+    assert "gpu" not in run("--no-measure").stdout
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    result = run("--no-measure", "--gpu")
+    assert result.exit_code == 0
+    assert "note  gpu: no NVIDIA driver" in result.stdout
+    result = run("--no-measure", "--gpu", "cuda")
+    assert result.exit_code == 1
+    assert "problem  gpu: no NVIDIA driver" in result.stdout
+
+
+class Wrong(FakeCuda):
+    """One kernel computes something else."""
+
+    def _launch(self, name: bytes, *arguments: Any) -> None:
+        super()._launch(b"add_scaled" if name == b"add_vector" else name, *arguments)
+
+
+def test_a_kernel_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Wrong()
+    monkeypatch.setattr(devices, "CUDA_LIBRARY", fake.path)
+    result = run("--no-measure", "--gpu")
+    assert result.exit_code == 1
+    assert "gpu: Fake 0, driver of CUDA 12.4, " in result.stdout
+    assert "kernels give the processor's bits, but not add_vector (--gpu none computes without it)" in result.stdout
+    fake.lose(999)
+    result = run("--no-measure", "--gpu")
+    assert "gpu" in result.stdout and result.exit_code == 0  # as if there were none

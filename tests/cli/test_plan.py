@@ -160,3 +160,33 @@ def test_for_people(models: tuple[Path, Path]) -> None:
     assert run(str(models[1]), "-M", "1GB", "-c", "999999999", *SPEEDS).exit_code == 1
     assert run(str(models[1]), "--disk", "auto", "-M", "1GB").exit_code == 1
     assert run(str(models[1].with_name("none"))).exit_code == 1
+
+
+def test_with_a_gpu_that_need_not_be_there(models: tuple[Path, Path]) -> None:
+    def plan(*arguments: str) -> dict[str, Any]:
+        result = run(str(models[1]), "-M", "1GB", "--json", *SPEEDS, *arguments)
+        assert result.exit_code == 0, result.stderr
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    alone = plan()
+    assert (alone["device"], alone["device_name"], alone["layers"]) == (None, None, 2)
+    placed = plan("--gpu", "cuda", "--vram", "100MB")
+    assert (placed["device"]["layers"], placed["device"]["slots"], placed["device_name"]) == (3, 12, "the GPU")
+    assert placed["least"] < alone["least"]
+    assert placed["state"] == alone["state"]
+    assert placed["speeds"][0]["expected"] is None and alone["speeds"][0]["expected"] > 0  # nobody knows
+    one = plan("--gpu", "cuda", "--vram", "100MB", "-ngl", "1")
+    assert (one["device"]["layers"], one["device"]["all_slots"]) == (1, 6)
+    assert plan("--gpu", "cuda", "--vram", "1MB")["device"]["layers"] == 0
+    assert plan("--gpu", "none", "--vram", "100MB")["device"] is None
+    assert plan("--gpu", "emulated")["device_name"] == "emulated"
+    result = run(str(models[1]), "-M", "1GB", *SPEEDS, "--gpu", "cuda", "--vram", "100MB", "-ngl", "99")
+    assert "on the GPU, with 100 MB: 2 of 2 layers and the head (" in result.stdout
+    assert "12 of 12 experts" in result.stdout and "how fast the GPU is was not measured" in result.stdout
+    result = run(str(models[1]), "-M", "1GB", *SPEEDS, "--gpu", "cuda", "--vram", "1MB", "-ngl", "2")
+    assert result.exit_code == 1 and "the least that works is --vram " in result.stderr
+    result = run(str(models[1]), "-M", "1GB", *SPEEDS, "--gpu", "cuda", "--vram", "1MB")
+    assert "nothing, not even one layer fits" in result.stdout
+    assert "--gpu cuda: no NVIDIA driver" in run(str(models[1]), *SPEEDS, "--gpu", "cuda").stderr
+    assert run(str(models[1]), *SPEEDS, "-ngl", "some").exit_code == 2

@@ -53,6 +53,27 @@ def test_the_engine_tells_what_the_page_shows(http: httpx2.Client, bundled: edge
     assert {"hit_rate", "bytes_read", "stall_ms", "generated_tokens"} <= report["counters"].keys()
 
 
+def test_a_device_is_told(http: httpx2.Client) -> None:
+    assert http.get("/engine").json()["device"] is None
+    assert "edgemoe_device" not in http.get("/metrics").text
+    with (
+        edgemoe.load(context=128, threads=1, gpu="emulated", gpu_layers=1) as model,
+        serving(model) as url,
+        httpx2.Client(base_url=url, timeout=60) as client,
+    ):
+        client.post("/v1/completions", json={"prompt": "The sea", "max_tokens": 3, "ignore_eos": True})
+        report = client.get("/engine").json()
+        assert model.device is not None
+        memory = model.device.budget.taken
+        assert report["device"] == {"name": "emulated", "layers": 1, "experts": 32, "memory": memory}
+        assert report["counters"]["device_hits"] > 0
+        lines = client.get("/metrics").text.splitlines()
+    assert 'edgemoe_device_info{name="emulated"} 1' in lines
+    assert "edgemoe_device_layers 1" in lines and f"edgemoe_device_memory_bytes {memory}" in lines
+    (hits,) = [line for line in lines if line.startswith("edgemoe_device_hits_total ")]
+    assert int(hits.split()[1]) > 0
+
+
 def test_residency_is_told_as_bytes(
     http: httpx2.Client, bundled: edgemoe.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
