@@ -11,6 +11,7 @@ void test_placement();
 void test_store();
 void test_sequence_state();
 void test_backend();
+void test_device_tier();
 void test_emulator();
 void test_engine();
 void test_clients();
@@ -29,6 +30,7 @@ int main(int argc, char** argv) {
                                 {"store", test_store},
                                 {"sequence_state", test_sequence_state},
                                 {"backend", test_backend},
+                                {"device_tier", test_device_tier},
                                 {"emulator", test_emulator},
                                 {"engine", test_engine},
                                 {"clients", test_clients},

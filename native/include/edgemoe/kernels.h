@@ -30,6 +30,7 @@
 // outputs do not overlap inputs.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -43,6 +44,9 @@ namespace edgemoe {
 inline constexpr int kLanes = 16;    // accumulators of a reduction
 inline constexpr int kKvBlock = 64;  // positions of a block of keys and values
 inline constexpr int kKvGroup = 32;  // elements of a q8_0 key or value that share a scale
+
+inline constexpr float kNan = std::bit_cast<float>(0x7FC00000u);  // the one that is ever written
+inline float canonical(float x) { return x == x ? x : kNan; }
 
 // The inputs of a product, for up to `tokens` tokens. Float layouts read `values`; quantized layouts read the rest.
 struct Activations {

@@ -19,9 +19,6 @@ namespace edgemoe::scalar {
 using Lanes = std::array<float, kLanes>;
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
-inline constexpr float kNan = std::bit_cast<float>(0x7FC00000u);
-
-inline float canonical(float x) { return x == x ? x : kNan; }
 
 // The vector instructions' maximum: the second operand where they are unordered or equal.
 inline float maximum_of(float a, float b) { return a > b ? a : b; }

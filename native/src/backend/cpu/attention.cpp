@@ -75,7 +75,7 @@ void CpuBackend::attend(const AttentionHeads& a, int layer, const AttentionBuffe
                         state.blocks(layer, kv_head), begin, end, maximum, sum, out);
         for (size_t h = 0; h < group; ++h) {
             float* head = out + h * dim;
-            for (size_t d = 0; d < dim; ++d) head[d] /= sum[h];
+            for (size_t d = 0; d < dim; ++d) head[d] = canonical(head[d] / sum[h]);
             if (a.output_gate) {
                 const float* gate = b.projected.address() + (t * query_size + (first_head + h) * dim) * 2 + dim;
                 kernels_.sigmoid_multiply({gate, dim}, head, head);
@@ -123,7 +123,7 @@ void CpuBackend::attend_latents(const LatentHeads& a, int layer, const LatentBuf
         kernels_.attend_latent(a.type, asked, static_cast<int>(many), static_cast<int>(latent), a.kv_rank, a.scale,
                                state.blocks(layer, 0), 0, rows_.positions[t] + 1, maximum, sum, out);
         for (size_t h = 0; h < many; ++h)
-            for (size_t d = 0; d < rank; ++d) out[h * rank + d] /= sum[h];
+            for (size_t d = 0; d < rank; ++d) out[h * rank + d] = canonical(out[h * rank + d] / sum[h]);
     });
 }
 

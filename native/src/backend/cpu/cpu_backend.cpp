@@ -88,7 +88,7 @@ void CpuBackend::embed(const Matrix& embedding, float multiplier, Floats out) {
         }
         dequantize_row(embedding, rows_.tokens[t], x);
         if (multiplier != 1.0f)
-            for (size_t i = 0; i < size; ++i) x[i] *= multiplier;
+            for (size_t i = 0; i < size; ++i) x[i] = canonical(x[i] * multiplier);
     });
 }
 
@@ -120,7 +120,7 @@ void CpuBackend::add(float factor, ConstFloats values, Floats x, int size, int c
 void CpuBackend::scale(ConstFloats factor, Floats x, int size, int count) {
     each_row(count, [&](int t) {
         float* row = x.address() + static_cast<size_t>(t) * size;
-        for (int i = 0; i < size; ++i) row[i] *= *factor.address();
+        for (int i = 0; i < size; ++i) row[i] = canonical(row[i] * *factor.address());
     });
 }
 
@@ -135,7 +135,7 @@ void CpuBackend::multiply(ConstFloats a, size_t a_stride, ConstFloats b, size_t 
         const float* left = a.address() + t * a_stride;
         const float* right = b.address() + t * b_stride;
         float* target = out.address() + t * out_stride;
-        for (int i = 0; i < size; ++i) target[i] = left[i] * right[i];
+        for (int i = 0; i < size; ++i) target[i] = canonical(left[i] * right[i]);
     });
 }
 

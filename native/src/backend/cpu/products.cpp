@@ -137,7 +137,7 @@ void CpuBackend::gate_rows(ConstFloats weights, ConstFloats x, int size, int cou
         float gate = sums[0];
         kernels_.sigmoid({&gate, 1});
         float* row = out.address() + size_t(t) * size;
-        for (int i = 0; i < size; ++i) row[i] *= gate;
+        for (int i = 0; i < size; ++i) row[i] = canonical(row[i] * gate);
     });
 }
 
@@ -150,7 +150,7 @@ void CpuBackend::head(const Head& head, ConstFloats x, int count, float* logits)
         const std::span<float> row{logits + t * size, size};
         if (head.bias) kernels_.add_scaled(1.0f, head.bias.address(), row);
         if (head.divisor != 1.0f)
-            for (float& logit : row) logit /= head.divisor;
+            for (float& logit : row) logit = canonical(logit / head.divisor);
         if (head.softcap != 0) kernels_.softcap(head.softcap, row);
     });
 }

@@ -89,11 +89,11 @@ void CpuBackend::choose(const Choice& of, Floats all_scores, int count, Buffer<i
             for (size_t pick = 0; pick < top_k; ++pick) total += out[pick];
             if (total < spec.renormalize_least) total = spec.renormalize_least;
             total += spec.renormalize_epsilon;
-            for (size_t pick = 0; pick < top_k; ++pick) out[pick] /= total;
+            for (size_t pick = 0; pick < top_k; ++pick) out[pick] = canonical(out[pick] / total);
         }
         for (size_t pick = 0; pick < top_k; ++pick) {
-            out[pick] *= spec.weight_scale;
-            if (of.expert_scale) out[pick] *= of.expert_scale.address()[order[pick]];
+            out[pick] = canonical(out[pick] * spec.weight_scale);
+            if (of.expert_scale) out[pick] = canonical(out[pick] * of.expert_scale.address()[order[pick]]);
         }
     });
 }
