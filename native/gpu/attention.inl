@@ -352,7 +352,6 @@ KERNEL(attend_latents, IN(0, float, queries), OUT(1, float, asked), IN(2, i32, p
             }
             if (d < rank) out[d] = element;
         }
-        BARRIER();
     }
     for (int d = THREAD; d < rank; d += ATTEND_THREADS) out[d] = canonical(out[d] / softmax.sum);
 }
