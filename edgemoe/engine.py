@@ -166,6 +166,7 @@ class Engine:
                 raise
             finally:
                 self._running = None
+                del core  # an error that somebody keeps would keep it, and what it has of a device's memory
 
     def forward_layer(
         self,

@@ -95,7 +95,9 @@ def load_engine(index: ModelIndex, options: LoadOptions, announce: Announce | No
     except DeviceError as error:
         if options.gpu != "auto":
             less = "a smaller --vram or -ngl takes less of it, " if isinstance(error, DeviceMemoryError) else ""
-            raise type(error)(f"{device.name}: {error}; {less}--gpu none computes without it") from error
+            name = device.name
+            del device  # an error that somebody keeps would keep it
+            raise type(error)(f"{name}: {error}; {less}--gpu none computes without it") from error.with_traceback(None)
         failed = str(error)  # and not the error, which would keep the engine
     say(f"{device.name}: {failed}; the processor computes everything")
     del device

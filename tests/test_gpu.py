@@ -3,9 +3,10 @@ a device cannot be used."""
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from tiny_gguf import tiny
 
 import edgemoe
-from edgemoe import devices
+from edgemoe import devices, memory
 from edgemoe.convert import convert
 from edgemoe.device_memory import RESERVE, automatic_vram, plan_device
+from edgemoe.engine import plan_memory
 from edgemoe.errors import DeviceError, DeviceMemoryError, MemoryBudgetError, OptionError
 from edgemoe.formats.read import read_index
 from edgemoe.model_files import bundled_model
@@ -186,6 +188,7 @@ def test_layers_first_then_experts() -> None:
     for size in range(33_000_000, 75_000_000, 1_000_000):
         found = plan_device(size, index, options)
         assert found.taken <= max(size - RESERVE, 0)
+        assert 4 * found.scratch <= size - RESERVE or found.chunk == 32
         assert found.layers >= before.layers or found.chunk > before.chunk
         if found.slots < found.all_slots and found.layers:
             assert found.taken + found.slot_bytes > size - RESERVE
@@ -221,6 +224,25 @@ def test_the_processors_budget_is_without_what_the_device_has(pack: Path) -> Non
         assert model.budget.state + model.device.budget.state == cpu.budget.state
 
 
+def test_copies_of_states_are_the_hosts(pack: Path, tmp_path: Path) -> None:
+    kept = {"prompt_cache_dir": tmp_path / "states"}
+    with edgemoe.load(pack, **CPU, **kept) as cpu, edgemoe.load(pack, **EMULATED, **kept) as model:
+        assert model.device is not None and model.device.budget.state > 0
+        assert model.budget.state + model.device.budget.state == cpu.budget.state
+
+
+def test_both_memories_are_planned_with_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "used_now", lambda: 50_000_000)
+    index = read_index(bundled_model())
+    for options, smaller in (({"memory": 95_000_000}, True), ({"vram": 45_000_000}, True), ({}, False)):
+        with edgemoe.load(gpu_layers=2, context=256, **EMULATED, **options) as model:
+            assert model.device is not None
+            placed, planned = model.device.budget, plan_memory(index, model.options)
+            assert model.options.chunk == model.budget.chunk == placed.chunk
+            assert (placed.chunk < 512) == smaller
+            assert (placed.scratch, placed.state) == (planned.device_scratch, planned.device_state)
+
+
 def test_a_device_too_small_for_a_layer_is_not_used(pack: Path) -> None:
     told: list[str] = []
     with edgemoe.load(pack, vram="30MB", announce=told.append, **EMULATED) as model:
@@ -234,10 +256,11 @@ def test_a_device_too_small_for_a_layer_is_not_used(pack: Path) -> None:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     fake = FakeCuda()
     monkeypatch.setattr(devices, "CUDA_LIBRARY", fake.path)
-    return fake
+    yield fake
+    gc.collect()  # what is left of a device must not meet another one's driver
 
 
 def test_without_a_driver(pack: Path) -> None:
@@ -275,10 +298,10 @@ def test_a_gpu_without_room(pack: Path, tokens: list[int], cuda: FakeCuda, n: in
     assert len(told) == 1 and "; the processor computes everything" in told[0]
     assert "allocations" not in cuda.live()
     cuda.fail("cuMemAlloc_v2", OUT_OF_MEMORY, n)
-    with pytest.raises(
-        DeviceMemoryError, match="a smaller --vram or -ngl takes less of it, --gpu none computes without"
-    ):
+    way_out = "a smaller --vram or -ngl takes less of it, --gpu none computes without"
+    with pytest.raises(DeviceMemoryError, match=way_out) as error:
         edgemoe.load(pack, gpu="cuda")
+    assert "contexts" not in cuda.live() and error
 
 
 def test_a_gpu_that_is_lost(pack: Path, tokens: list[int], cuda: FakeCuda) -> None:
@@ -286,8 +309,10 @@ def test_a_gpu_that_is_lost(pack: Path, tokens: list[int], cuda: FakeCuda) -> No
         generation = iter(model.generate(tokens, max_tokens=20, **GREEDY))
         next(generation)
         cuda.lose(999)
-        with pytest.raises(DeviceError, match="load the model again, or with --gpu none"):
+        with pytest.raises(DeviceError, match="load the model again, or with --gpu none") as told:
             list(generation)
+    # Nothing of it is left, though the error is.
+    assert "contexts" not in cuda.live() and told
 
 
 def test_memory_that_is_the_processors(pack: Path, cuda: FakeCuda) -> None:
