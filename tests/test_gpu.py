@@ -26,6 +26,7 @@ from edgemoe.errors import DeviceError, DeviceMemoryError, MemoryBudgetError, Op
 from edgemoe.formats.read import read_index
 from edgemoe.model_files import bundled_model
 from edgemoe.options import EngineOptions
+from edgemoe.text.named_templates import NAMED_TEMPLATES
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 EMULATED: dict[str, Any] = {"gpu": "emulated", "threads": 1}
@@ -175,6 +176,20 @@ def test_snapshots_are_of_no_device(pack: Path, tokens: list[int]) -> None:
         model.next_logits(tokens)
         cpu.restore(model.snapshot())
         assert same(cpu.next_logits([*tokens, 4]), model.next_logits([*tokens, 4]))
+
+
+def test_a_conversation() -> None:
+    said = []
+    for options in (CPU, EMULATED | {"gpu_layers": 3}):
+        with edgemoe.load(context=256, **options) as model:
+            model.tokenizer.use_chat_template(NAMED_TEMPLATES["chatml"])
+            messages = [{"role": "user", "content": "Tell me of the sea."}]
+            answer = "".join(model.chat(messages, max_tokens=5, **GREEDY))
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+            again = model.chat(messages, max_tokens=5, **GREEDY)
+            said.append((answer, "".join(again), again.result.computed_prompt_tokens))
+            assert again.result.computed_prompt_tokens < again.result.prompt_tokens
+    assert said[0] == said[1]
 
 
 # -- dividing its memory ----------------------------------------------------------------------------------------------

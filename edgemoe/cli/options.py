@@ -98,7 +98,8 @@ def context_option(function: Function) -> Function:
 
 def gpu_options(function: Function) -> Function:
     """--gpu -ngl --vram: what computes beside the processor, and with how much."""
-    layers = load_option("gpu_layers", "-ngl", "--gpu-layers", metavar="N|auto", type=str, callback=layer_count)
+    spellings = ("-ngl", "--gpu-layers", "--n-gpu-layers")
+    layers = load_option("gpu_layers", *spellings, metavar="N|auto", type=str, callback=layer_count)
     vram = load_option("vram", "--vram", metavar="auto|SIZE", callback=memory_size)
     return _apply(function, [load_option("gpu", "--gpu"), layers, vram])
 
