@@ -1,11 +1,13 @@
-// Which misses a device takes, and which experts lie in its memory.
+// Which misses a device takes, which experts lie in its memory, and that a device which has failed stays so.
 #include "store/device_tier.h"
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "backend/device/fail_stop.h"
 #include "check.h"
 
 namespace edgemoe::tests {
@@ -27,6 +29,10 @@ void test_decisions() {
     for (int misses = 0; misses <= 8; ++misses)
         check(rule_of(20, 1).moved(misses) == 0, "a link of 1 GB/s moves one of " + std::to_string(misses));
     check(rule_of(20, 1).moved(42) == 2, "a link of 1 GB/s does not carry its part of many");
+    int all = 0;
+    MissRule fast = rule_of(10, 1000);
+    for (int i = 0; i < 64; ++i) all += fast.moved(4) == 4;
+    check(all > 50 && all < 64, "the host's figure is never taken again");
     // One as fast as the host takes half of them; a fast one takes more, and not all.
     check(rule_of(10, 10).moved(8) == 4, "an equal link does not take half");
     check(rule_of(10, 10).moved(1) == 0, "a single miss is moved for nothing");
@@ -61,9 +67,14 @@ void test_figures_converge() {
 class SlowLink final : public Device {
   public:
     DeviceFacts facts() const override { return {.name = "slow link"}; }
-    std::byte* allocate(size_t bytes) override { return memory_.allocate(bytes); }
+    std::byte* allocate(size_t bytes) override {
+        if (fails) throw DeviceMemoryError("no room");
+        return memory_.allocate(bytes);
+    }
     void release(std::byte* /*memory*/) override {}
-    void launch(Kernel /*kernel*/, int /*groups*/, std::span<const Argument> /*arguments*/) override {}
+    void launch(Kernel /*kernel*/, int /*groups*/, std::span<const Argument> /*arguments*/) override {
+        if (fails) throw DeviceError("a launch failed");
+    }
     void write(std::byte* to, std::span<const std::byte> from) override { memory_.write(to, from); }
     void copy(std::byte* to, const std::byte* from, size_t bytes) override { memory_.copy(to, from, bytes); }
     void read(std::span<std::byte> to, const std::byte* from) override { memory_.read(to, from); }
@@ -83,6 +94,7 @@ class SlowLink final : public Device {
 
     std::vector<std::pair<std::byte*, std::span<const std::byte>>> pending;
     uint64_t arrived = 0;
+    bool fails = false;
 
   private:
     HostMemory memory_;
@@ -170,9 +182,15 @@ void test_what_lies_where() {
     // What this turn works with stays.
     tier.begin_turn();
     check(tier.find(0, 1, 0) && tier.find(0, 2, 0), "experts went by themselves");
+    tier.find(0, 3, 0);
     check(!tier.bring(0, 3, 0, host(3)), "a slot at work is overwritten");
     tier.begin_turn();
     tier.find(0, 2, 0);
+    tier.find(0, 3, 0);
+    check(!tier.bring(0, 3, 0, host(3)), "one that was used as long ago gives way");
+    tier.begin_turn();
+    tier.find(0, 2, 0);
+    tier.find(0, 3, 0);
     const auto brought = tier.bring(0, 3, 0, host(3));
     check(brought.has_value() && !tier.has(0, 1, 0), "nothing can be brought although a slot is idle");
     tier.wait();
@@ -180,9 +198,26 @@ void test_what_lies_where() {
     check_parts(*brought, 3, 1);
 }
 
+void test_failures_last() {
+    const auto slow = std::make_shared<SlowLink>();
+    FailStop device(slow);
+    slow->fails = true;
+    check_throws<DeviceMemoryError>([&] { device.allocate(1); }, "an allocation without room");
+    slow->fails = false;
+    check(device.allocate(1) != nullptr, "a lack of room is taken for a failure");
+    slow->fails = true;
+    const auto launch = [&] { static_cast<Device&>(device).launch(Kernel::rms_norm, 1); };
+    check_throws<DeviceError>(launch, "a launch that fails");
+    slow->fails = false;
+    check_throws<DeviceError>(launch, "a launch after a failure");
+    check_throws<DeviceError>([&] { device.wait(); }, "waiting after a failure");
+    check_throws<DeviceError>([&] { device.allocate(1); }, "an allocation after a failure");
+}
+
 }  // namespace
 
 void test_device_tier() {
+    test_failures_last();
     test_decisions();
     test_figures_converge();
     test_what_lies_where();

@@ -268,6 +268,16 @@ class Backend {
     void write(std::span<const T> values, Buffer<T> buffer) {
         memory().write(reinterpret_cast<std::byte*>(buffer.address()), std::as_bytes(values));
     }
+    // A buffer's contents into one of another backend's; one of the two is the host's.
+    void take(ConstFloats from, size_t count, Backend& other, Floats to) {
+        const auto* source = reinterpret_cast<const std::byte*>(from.address());
+        auto* target = reinterpret_cast<std::byte*>(to.address());
+        const size_t bytes = count * sizeof(float);
+        if (other.memory().is_hosts())
+            memory().read({target, bytes}, source);
+        else
+            other.memory().write(target, {source, bytes});
+    }
     // Everything asked for so far has been computed: what it read may change.
     virtual void wait() = 0;
 };

@@ -207,7 +207,7 @@ class EmulatedDevice final : public Device {
                     throw DeviceError(operation.name + ": " + error.what());
                 }
             }
-        } catch (const DeviceError& error) {
+        } catch (const std::exception& error) {
             failure_ = error.what();
             queue_.clear();
             throw;

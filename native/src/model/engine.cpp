@@ -1,6 +1,7 @@
 #include "edgemoe/engine.h"
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <mutex>
 #include <stdexcept>
@@ -8,6 +9,7 @@
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/device/device_backend.h"
+#include "backend/device/fail_stop.h"
 #include "model/pass.h"
 #include "store/device_tier.h"
 
@@ -50,7 +52,8 @@ std::vector<const ExpertLayer*> device_experts(const PackIndex& index, const Dev
 bool is_of_device(const ModelSpec& spec, const DeviceShare& share, const std::string& name) {
     if (name == "final_norm" || name == "final_norm_bias" || name == "head" || name == "head_bias") return share.head;
     if (!name.starts_with("layers.")) return false;
-    const size_t layer = std::stoul(name.substr(7));
+    size_t layer = spec.layers.size();
+    std::from_chars(name.data() + 7, name.data() + name.size(), layer);
     if (layer >= spec.layers.size()) return false;
     return Pass::is_of_mixer(name.substr(name.find('.', 7) + 1)) ? share.mixers[layer] : share.halves[layer];
 }
@@ -82,7 +85,9 @@ MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const Eng
     plan.dense = Weights::bytes(
         index, [&](const std::string& name) { return !on_device(name) || name.find(".expert_") != std::string::npos; });
     if (share.head && spec.tied_embeddings) {  // rows are looked up on the host
-        const DenseTensor& embedding = index.dense.at("embedding");
+        const auto found = index.dense.find("embedding");
+        if (found == index.dense.end()) throw std::invalid_argument("tensor embedding is missing");
+        const DenseTensor& embedding = found->second;
         plan.device_dense += matrix_bytes(stored_layout(embedding.layout).layout, embedding.rows, embedding.cols);
     }
     const std::vector<KvShape> shapes = state_shapes(spec, options);
@@ -95,12 +100,12 @@ MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const Eng
     if (options.device_layers > 0)
         plan.device_scratch = Pass::buffer_bytes(spec, options.chunk, share, true) +
                               DeviceBackend::workspace_bytes(sizes, spec.vocab_size);
+    const StoreLayout experts(index, options.store.all_levels);
     const std::vector<const ExpertLayer*> on_device_too = device_experts(index, share);
     plan.device_slot = DeviceTier::slot_bytes(on_device_too);
     for (const ExpertLayer* layer : on_device_too)
         if (layer) plan.device_experts += static_cast<int>(layer->sections.size());
     if (options.device_slots > 0) plan.scratch += DeviceTier::staging_bytes(on_device_too);
-    const StoreLayout experts(index, options.store.all_levels);
     plan.slot = experts.slot_bytes();
     plan.experts = experts.slots();
     for (const LayerSpec& layer : spec.layers) plan.minimum_slots = std::max(plan.minimum_slots, layer.top_k);
@@ -110,20 +115,24 @@ MemoryPlan Engine::plan(const ModelSpec& spec, const PackIndex& index, const Eng
 Engine::Engine(ModelSpec spec, PackIndex index, EngineOptions options, std::shared_ptr<Device> device,
                const MakeBackend& make_backend)
     : spec_(std::move(spec)), index_(std::move(index)), options_(std::move(options)) {
-    if (!device) options_.device_layers = 0;
+    if (!device && (options_.device_layers > 0 || options_.device_slots > 0))
+        throw std::invalid_argument("there is no device for " + std::to_string(options_.device_layers) + " layers");
+    if (device) device = std::make_shared<FailStop>(std::move(device));
     const BackendSizes sizes = Pass::backend_sizes(spec_, options_.chunk);
     if (make_backend)
         backend_ = make_backend(options_, sizes);
     else
         backend_ = std::make_unique<CpuBackend>(select_kernels(options_.isa), options_.threads, sizes);
     const DeviceShare share = device_share(spec_, options_);
-    if (options_.device_layers > 0) device_ = std::make_unique<DeviceBackend>(device, sizes, spec_.vocab_size);
+    const size_t dense_there = options_.device_layers > 0 ? plan(spec_, index_, options_).device_dense : 0;
+    if (options_.device_layers > 0)
+        device_ = std::make_unique<DeviceBackend>(device, sizes, spec_.vocab_size, dense_there);
     for (const std::string& path : index_.files) files_.push_back(std::make_unique<DirectFile>(path));
     weights_ = std::make_unique<Weights>(index_, files_);
-    if (device_ && options_.device_slots > 0)
-        tier_ = std::make_unique<DeviceTier>(*device, device_->memory(), device_experts(index_, share),
-                                             options_.device_slots);
     if (!index_.experts.empty()) store_ = std::make_unique<ExpertStore>(index_, files_, options_.store);
+    if (const auto layers = device_experts(index_, share);
+        device_ && options_.device_slots > 0 && DeviceTier::slot_bytes(layers) > 0)
+        tier_ = std::make_unique<DeviceTier>(*device, device_->memory(), layers, options_.device_slots);
     pass_ = std::make_unique<Pass>(Pass::Setting{spec_, index_, options_.key_type, options_.value_type, options_.chunk},
                                    *weights_, *backend_, device_.get(), share, store_.get(), tier_.get());
     std::vector<Memory*> memories;
@@ -298,7 +307,12 @@ void Engine::forward(const Batch& batch, LayerRange layers, float* logits, const
             } catch (...) {  // the first failure is the one to tell
             }
             add_counts(counters);
-            for (const auto& [sequence, end] : ends) sequence->give_up_writing();
+            for (const auto& [sequence, end] : ends) {
+                try {
+                    sequence->give_up_writing();
+                } catch (const DeviceError&) {  // it will compute nothing any more
+                }
+            }
             if (store_) store_->hint(0, {});  // what was expected will not come
             throw;
         }

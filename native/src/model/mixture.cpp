@@ -261,11 +261,13 @@ void Mixture::run(const HalfInput& input) {
     backend.write(std::span<const int32_t>(demanded.places), b.places);
     const ExpertBuffers here{b.pair_rows, b.hidden, b.up, b.outputs};
     if (is_apart()) {
+        // First what the host waits for: the device computes its own experts meanwhile.
+        if (!needs.empty()) backend.take(experts_input, size_t(count) * hidden, host_, host_buffers_.input);
         if (tier_) {
             backend.begin_experts(shapes_, experts_input, count);
             if (!resident.empty()) backend.experts(shapes_, resident, here);
         }
-        run_apart(input, demanded, experts_input, stream, needs);
+        run_apart(input, demanded, stream, needs);
     } else {
         backend.begin_experts(shapes_, experts_input, count);
         std::vector<ExpertWork> work;
@@ -285,8 +287,8 @@ void Mixture::run(const HalfInput& input) {
     add_up(input);
 }
 
-void Mixture::run_apart(const HalfInput& input, const Grouping& demanded, ConstFloats experts_input,
-                        ExpertStream& stream, std::span<const ExpertStream::Need> needs) {
+void Mixture::run_apart(const HalfInput& input, const Grouping& demanded, ExpertStream& stream,
+                        std::span<const ExpertStream::Need> needs) {
     // With more rows most experts are at work: to bring them all would push out those that single tokens use.
     constexpr int kFewRows = 8;
     const Buffers& b = buffers_;
@@ -296,7 +298,6 @@ void Mixture::run_apart(const HalfInput& input, const Grouping& demanded, ConstF
     const bool fills = tier_ && input.count <= kFewRows;
     const bool observed = input.observer && input.observer->wants_experts();
     if (!needs.empty()) {
-        host_.write(backend_.read(experts_input, input.count * hidden), h.input);
         host_.write(std::span<const int32_t>(demanded.pair_rows), h.pair_rows);
         host_.begin_experts(host_shapes_, h.input, input.count);
     }
@@ -395,8 +396,7 @@ void Mixture::expect(const HalfInput& input) {
     if (count == 0) return store_.hint(layer_, {});
     ConstFloats x = input.x;
     if (&input.backend != &backend) {  // the stream is in another memory
-        const size_t size = size_t(input.count) * model_.hidden_size;
-        backend.write(input.backend.read(x, size), b.x);
+        input.backend.take(x, size_t(input.count) * model_.hidden_size, backend, b.x);
         x = b.x;
     }
     if (input.next_rows) {

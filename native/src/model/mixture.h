@@ -65,7 +65,7 @@ class Mixture final : public FeedForwardHalf {
     ExpertWork work_of(const Grouping& demanded, const ExpertStream::Need& need, const ExpertParts& parts) const;
     Matrix at_level(const Matrix& shape, const std::array<const std::byte*, kMaxLevels>& data, int level) const;
     // Computes what `needs` says on the host, and gives it to the backend.
-    void run_apart(const HalfInput& input, const Grouping& demanded, ConstFloats experts_input, ExpertStream& stream,
+    void run_apart(const HalfInput& input, const Grouping& demanded, ExpertStream& stream,
                    std::span<const ExpertStream::Need> needs);
     void observe(const HalfInput& input, const Grouping& demand, ConstFloats experts_input) const;
     void add_up(const HalfInput& input) const;

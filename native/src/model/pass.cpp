@@ -51,8 +51,8 @@ BackendSizes Pass::backend_sizes(const ModelSpec& model, int rows) {
         sizes.inner_groups = std::max(
             {sizes.inner_groups, pairs * column_groups(layer.ffn_dim), rows * column_groups(layer.shared_dim)});
         if (a.kind == AttentionKind::mla)
-            sizes.by_head =
-                std::max(sizes.by_head, size_t(a.heads) * std::max({a.head_dim - a.rope_dim, a.kv_rank, a.value_dim}));
+            sizes.by_head = std::max(sizes.by_head, size_t(std::min(a.heads, kHeadsAtATime)) *
+                                                        std::max({a.head_dim - a.rope_dim, a.kv_rank, a.value_dim}));
         sizes.heads = std::max(sizes.heads, a.heads);
         sizes.experts = std::max(sizes.experts, layer.experts);
     }
@@ -122,7 +122,7 @@ void Pass::mix(const Layer& layer, int count) {
 void Pass::go_on(Side*& from, Side& to, int count) const {
     if (from == &to) return;
     const size_t size = size_t(count) * model_.hidden_size;
-    to.backend->write(from->backend->read(ConstFloats(from->buffers.x), size), to.buffers.x);
+    from->backend->take(from->buffers.x, size, *to.backend, to.buffers.x);
     from = &to;
 }
 

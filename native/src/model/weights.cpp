@@ -126,7 +126,15 @@ std::span<float> Weights::vector(const std::string& name, int size) {
 std::span<const float> Weights::constant(int size, float value) { return constants_.emplace_back(size, value); }
 
 void Weights::release(const std::string& name) {
-    arena_.release(tensor(name), bytes_of(stored_tensor(find(index_, name))));
+    const std::byte* begin = tensor(name);
+    const std::byte* end = begin + bytes_of(stored_tensor(find(index_, name)));
+    // Another tensor may have the same bytes.
+    const auto& dense = sections_->all.at(find(index_, name).section).dense;
+    for (size_t i = 0; i < dense.names.size(); ++i) {
+        const std::byte* other = tensor(dense.names[i]);
+        if (dense.names[i] != name && other < end && begin < other + bytes_of(dense.tensors[i])) return;
+    }
+    arena_.release(begin, end - begin);
 }
 
 const std::byte* PlacedWeights::keep(const std::string& name, std::span<const std::byte> bytes) const {

@@ -43,7 +43,13 @@ Arena::~Arena() {
 void Arena::release(const std::byte* first, size_t bytes) {
     const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE)), address = reinterpret_cast<uintptr_t>(first);
     const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-    if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    if (begin >= end) return;
+    auto* const pages = reinterpret_cast<void*>(begin);
+#if defined(MADV_NOHUGEPAGE)
+    ::madvise(pages, end - begin,
+              MADV_NOHUGEPAGE);  // or the system would fill the holes up, for the sake of what is left
+#endif
+    ::madvise(pages, end - begin, MADV_DONTNEED);
 }
 
 Arena::Arena(Arena&& other) noexcept

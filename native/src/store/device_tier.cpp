@@ -45,14 +45,17 @@ void MissRule::Average::add(size_t bytes, double seconds) {
     rate = rate == 0 ? measured : rate + kNewest * (measured - rate);
 }
 
-int MissRule::moved(int misses) const {
+int MissRule::moved(int misses) {
     if (host_.rate <= 0 || link_.rate <= 0) return 0;
     // Of m misses, n over the link: n / link <= (m - n) / host, with rates in experts.
     const double share = link_.rate / (link_.rate + host_.rate);
     const int whole = static_cast<int>(share * misses);
     // One more, if all are done sooner then.
     const auto longest = [&](int n) { return std::max(n / link_.rate, (misses - n) / host_.rate); };
-    return whole < misses && longest(whole + 1) < longest(whole) ? whole + 1 : whole;
+    const int moved = whole < misses && longest(whole + 1) < longest(whole) ? whole + 1 : whole;
+    // Now and then the host takes one, for its figure would never change otherwise.
+    if (moved == misses && misses > 0 && ++without_host_ % kAgain == 0) return moved - 1;
+    return moved;
 }
 
 size_t DeviceTier::slot_bytes(std::span<const ExpertLayer* const> layers) {
@@ -129,6 +132,7 @@ std::optional<ExpertParts> DeviceTier::find(int layer, int expert, int level) {
 void DeviceTier::collect() {
     while (!uploads_.empty() && device_.done(uploads_.front().number)) {
         const Upload& arrived = uploads_.front();
+        last_arrival_ = std::chrono::steady_clock::now();
         slots_[arrived.slot].here = slots_[arrived.slot].coming;
         free_staging_.push_back(arrived.staging);
         uploads_.pop_front();
@@ -138,11 +142,12 @@ void DeviceTier::collect() {
 void DeviceTier::wait() {
     while (!uploads_.empty()) {
         const Upload& next = uploads_.front();
+        const auto begin = std::max(next.begin, last_arrival_);  // they go one after the other
         if (device_.done(next.number)) {
-            rule_.link_took_at_most(next.bytes, seconds_since(next.begin));
+            rule_.link_took_at_most(next.bytes, seconds_since(begin));
         } else {
             device_.wait(next.number);
-            rule_.link_took(next.bytes, seconds_since(next.begin));
+            rule_.link_took(next.bytes, seconds_since(begin));
         }
         collect();
     }
@@ -179,6 +184,7 @@ bool DeviceTier::upload(int layer, int expert, int level, const ExpertParts& fro
     Slot& target = slots_[slot];
     const ExpertParts places = parts(layer, slot);
     const int staging = free_staging_.back();
+    const auto time = std::chrono::steady_clock::now();
     std::byte* const begin = staging_.data() + slot_bytes_ * staging;
     std::byte* at = begin;
     for (int i = target.here; i <= level; ++i)
@@ -187,10 +193,9 @@ bool DeviceTier::upload(int layer, int expert, int level, const ExpertParts& fro
             at += aligned(sizes_[layer][i][part]);
         }
     const auto bytes = static_cast<size_t>(at - begin);
-    const auto time = std::chrono::steady_clock::now();
-    free_staging_.pop_back();
     auto* const to = const_cast<std::byte*>(places[0][target.here]);  // the levels lie one after the other
     uploads_.push_back({device_.upload(to, {begin, bytes}), slot, staging, bytes, time});
+    free_staging_.pop_back();
     target.coming = level + 1;
     ++counters_.uploads;
     counters_.bytes += bytes;
@@ -198,12 +203,14 @@ bool DeviceTier::upload(int layer, int expert, int level, const ExpertParts& fro
 }
 
 std::optional<ExpertParts> DeviceTier::bring(int layer, int expert, int level, const ExpertParts& from) {
-    if (!upload(layer, expert, level, from, turn_)) return std::nullopt;
+    collect();
+    if (!upload(layer, expert, level, from, std::min(before_[number_of(layer, expert)], turn_))) return std::nullopt;
     return parts(layer, slot_of_[number_of(layer, expert)]);
 }
 
 void DeviceTier::offer(int layer, int expert, int level, const ExpertParts& from) {
     collect();
+    if (!uploads_.empty()) return;
     upload(layer, expert, level, from, std::min(before_[number_of(layer, expert)], turn_));
 }
 

@@ -38,7 +38,7 @@ class MissRule {
     void link_took_at_most(size_t bytes, double seconds) {
         if (seconds > 0 && static_cast<double>(bytes) / seconds > link_.rate) link_.add(bytes, seconds);
     }
-    int moved(int misses) const;
+    int moved(int misses);
 
     double host_rate() const { return host_.rate; }  // bytes a second, 0 if unknown
     double link_rate() const { return link_.rate; }
@@ -49,7 +49,10 @@ class MissRule {
 
         void add(size_t bytes, double seconds);
     };
+    static constexpr int kAgain = 32;
+
     Average host_, link_;
+    int without_host_ = 0;  // times that the host would have had nothing to do
 };
 
 class DeviceTier {
@@ -72,11 +75,11 @@ class DeviceTier {
     bool has(int layer, int expert, int level);  // without using it
 
     MissRule& rule() { return rule_; }
-    // Brings an expert here, in place of one that this turn does not use; wait() before the device uses it. None: there
-    // is no such place.
+    // Brings an expert here within its turn; wait() before the device uses it. None: nothing there gives way to it.
     std::optional<ExpertParts> bring(int layer, int expert, int level, const ExpertParts& from);
     void wait();
-    // An expert that this turn has used elsewhere, with these levels in the host's memory.
+    // An expert that this turn has used elsewhere, with these levels in the host's memory. Uploaded if the link is
+    // idle.
     void offer(int layer, int expert, int level, const ExpertParts& from);
 
     struct Counters {
@@ -94,7 +97,7 @@ class DeviceTier {
         uint64_t number;
         int slot, staging;
         size_t bytes;
-        std::chrono::steady_clock::time_point begin;
+        std::chrono::steady_clock::time_point begin;  // with the copy from the host's memory
     };
     static constexpr int kUploads = 4;  // under way at a time
 
@@ -117,6 +120,7 @@ class DeviceTier {
     Arena staging_;
     std::vector<int> free_staging_;
     std::deque<Upload> uploads_;
+    std::chrono::steady_clock::time_point last_arrival_{};
     MissRule rule_;
     Counters counters_;
 };

@@ -77,18 +77,25 @@ Kernel product_kernel(Layout layout) {
 
 }  // namespace
 
+DeviceMemory::~DeviceMemory() {
+    for (std::byte* piece : pieces_) {
+        try {
+            device_.release(piece);
+        } catch (...) {  // a device that has failed has nothing to give back
+        }
+    }
+}
+
+void DeviceMemory::reserve(size_t bytes) {
+    if (bytes <= left_) return;
+    piece_ = pieces_.emplace_back(device_.allocate(bytes));
+    left_ = bytes;
+}
+
 std::byte* DeviceMemory::allocate(size_t bytes) {
-    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    if (bytes > kPiece / 4) {
-        std::byte* own = device_.allocate(bytes);
-        taken_ += bytes;
-        return own;
-    }
-    if (bytes > left_) {
-        piece_ = device_.allocate(kPiece);
-        taken_ += kPiece;
-        left_ = kPiece;
-    }
+    bytes = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+    if (bytes > left_ && bytes > kPiece / 4) return pieces_.emplace_back(device_.allocate(bytes));
+    if (bytes > left_) reserve(kPiece);
     std::byte* found = piece_;
     piece_ += bytes;
     left_ -= bytes;
@@ -139,14 +146,23 @@ size_t DeviceBackend::workspace_bytes(const BackendSizes& sizes, int vocabulary)
     return measured.used();
 }
 
-DeviceBackend::DeviceBackend(std::shared_ptr<Device> device, const BackendSizes& sizes, int vocabulary)
+DeviceBackend::DeviceBackend(std::shared_ptr<Device> device, const BackendSizes& sizes, int vocabulary, size_t weights)
     : device_(std::move(device)), name_(device_->facts().name), memory_(*device_), ropes_(sizes.ropes) {
     for (const RopeSpec& rope : ropes_) widest_pairs_ = std::max(widest_pairs_, rope.inverse_frequencies.size());
     Places places(memory_.allocate(workspace_bytes(sizes, vocabulary)));
     work_.place(places, sizes, vocabulary);
+    // With what aligning each of them takes.
+    if (weights > 0) memory_.reserve(weights + weights / 64 + kPiece);
 }
 
-DeviceBackend::~DeviceBackend() = default;
+DeviceBackend::~DeviceBackend() {
+    for (const Tables& tables : tables_) {
+        try {
+            if (tables.room) device_->release(reinterpret_cast<std::byte*>(tables.tables.address()));
+        } catch (...) {  // as in ~DeviceMemory
+        }
+    }
+}
 
 void DeviceBackend::begin(const Rows& rows) {
     rows_ = rows;

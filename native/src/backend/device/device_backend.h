@@ -23,6 +23,12 @@ struct LatentShape;
 class DeviceMemory final : public Memory {
   public:
     explicit DeviceMemory(Device& device) : device_(device) {}
+    ~DeviceMemory() override;
+    DeviceMemory(const DeviceMemory&) = delete;
+    DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+    // One piece for what is allocated next: a driver rounds each piece up.
+    void reserve(size_t bytes);
 
     bool is_hosts() const override { return false; }
     std::byte* allocate(size_t bytes) override;
@@ -30,19 +36,18 @@ class DeviceMemory final : public Memory {
     void read(std::span<std::byte> to, const std::byte* from) override { device_.read(to, from); }
     void copy(std::byte* to, const std::byte* from, size_t bytes) override { device_.copy(to, from, bytes); }
     const std::byte* keep(std::span<const std::byte> bytes) override;
-    // What allocate() has taken of the device's memory.
-    size_t taken() const { return taken_; }
 
   private:
     Device& device_;
+    std::vector<std::byte*> pieces_;
     std::byte* piece_ = nullptr;  // the shared one at hand
     size_t left_ = 0;             // bytes of it
-    size_t taken_ = 0;
 };
 
 class DeviceBackend final : public Backend {
   public:
-    DeviceBackend(std::shared_ptr<Device> device, const BackendSizes& sizes, int vocabulary);
+    // weights: bytes of them that will be kept.
+    DeviceBackend(std::shared_ptr<Device> device, const BackendSizes& sizes, int vocabulary, size_t weights);
     ~DeviceBackend() override;
 
     // Of the device's memory that it keeps for itself.

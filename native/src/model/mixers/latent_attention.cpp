@@ -9,9 +9,6 @@
 namespace edgemoe {
 namespace {
 
-// Heads that are computed at a time: their latents are larger than what they are made of.
-constexpr int kHeadsAtATime = 16;
-
 struct Buffers {
     Floats low_rank;  // [rows, q_rank] queries before their second projection
     Floats queries;   // [rows, heads, head_dim]

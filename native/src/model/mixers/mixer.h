@@ -27,6 +27,8 @@ struct MixerSetting {
     KvType key_type, value_type;
 };
 
+inline constexpr int kHeadsAtATime = 16;  // of a latent, so that buffers stay small
+
 struct MixerKind {
     // What a sequence keeps of a layer.
     KvShape (*state)(const AttentionSpec& spec, KvType key_type, KvType value_type);
