@@ -1,7 +1,7 @@
 """Every device kernel on an NVIDIA GPU: the same bytes as on the emulated device, and how fast the products are.
 
     python -m tools.gpu_check [--rounds 12] [--gigabytes 5] [--seconds 0.2] [--megabytes 256] [--cold 512]
-                              [--library PATH] [--json FILE]
+                              [--layers 6] [--tokens 64] [--library PATH] [--json FILE]
 
 The emulated device gives the bytes of the processor's scalar kernels: the tests see to that. Here both are given the
 same random numbers, sane ones and wild ones, and what they leave in their memory is compared. Then the last rows of
@@ -13,6 +13,10 @@ hold, and as a share of the bandwidth of a plain copy on the device. Small ones 
 mostly their launch and the chain of sums. Beside that: what the link to the host carries, and what a step's small
 exchanges with the host take.
 
+Then a whole model, synthesized with layers of Qwen3-30B-A3B's shape: its logits on the device have the bytes of the
+processor's, with none, a quarter, half and all of its experts there; and tokens a second of a prompt of 512 and of one
+token after the other, beside the processor's. --layers 0: no model.
+
 Ends with status 1 if a byte differs.
 """
 
@@ -22,9 +26,10 @@ import argparse
 import functools
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +54,17 @@ from edgemoe.device_check import (
     threads,
     weights,
 )
+from edgemoe.engine import Engine
 from edgemoe.errors import DeviceError
+from edgemoe.formats.index import ModelIndex
 from edgemoe.formats.layouts import packed_size
+from edgemoe.formats.read import read_index
+from edgemoe.options import EngineOptions
+from edgemoe.processors import usable_processors
+from tools.model_files import write_pack
+from tools.synthesize import SyntheticModel
 
+PROMPT = 512
 MEGABYTES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Row = dict[str, Any]
@@ -225,6 +238,61 @@ def measure(device: Device, of: Sizes) -> dict[str, Any]:
     return {"copy_bytes_per_second": bandwidth, **exchange, "small": small, "products": rows}
 
 
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+
+def run_model(index: ModelIndex, options: EngineOptions, device: Device | None, tokens: int) -> tuple[Row, bytes]:
+    """Speed, counters, and the logits after a prompt and of `tokens` tokens one by one."""
+    engine = Engine(index, options, device)
+    numbers = np.random.default_rng(4).integers(2, index.spec.vocab_size, PROMPT + tokens).tolist()
+    engine.forward(numbers[:16], range(16), [0] * 16, [15])  # what is done once only
+    engine.truncate(0, 0)
+    begin = time.perf_counter()
+    logits = [engine.forward(numbers[:PROMPT], range(PROMPT), [0] * PROMPT, [PROMPT - 1])]
+    prompt = time.perf_counter() - begin
+    before, begin = engine.counters(), time.perf_counter()
+    logits += [engine.forward([numbers[i]], [i], [0], [0]) for i in range(PROMPT, PROMPT + tokens)]
+    taken, counted = time.perf_counter() - begin, engine.counters() - before
+    engine.close()
+    row = {
+        "layers": options.device_layers,
+        "slots": options.device_slots,
+        "prompt_tokens_per_second": PROMPT / prompt,
+        "tokens_per_second": tokens / taken,
+        "hits": counted.device_hits / max(counted.expert_uses, 1),
+        "uploads": counted.device_uploads,
+        "upload_bytes": counted.device_upload_bytes,
+    }
+    return row, b"".join(one.tobytes() for one in logits)
+
+
+def check_model(open_device: Callable[[], Device], layers: int, tokens: int, small: bool) -> list[Row]:
+    """One row for each placement, the processor alone first; "same": whether its logits are the processor's."""
+    shape: dict[str, int] = {"hidden": 128, "ffn": 64, "experts": 16, "vocabulary": 512} if small else {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "synthetic.emoe"
+        write_pack(SyntheticModel(layers=layers, **shape), path, 4, 8)
+        index = read_index(path)
+        experts = sum(layer.experts for layer in index.spec.layers)
+        usual = EngineOptions(threads=usable_processors(), context=PROMPT + tokens, chunk=PROMPT, expert_slots=experts)
+        rows: list[Row] = []
+        expected = b""
+        for share in (None, 0.0, 0.25, 0.5, 1.0):
+            there = 0 if share is None else layers + 1
+            options = replace(usual, device_layers=there, device_slots=round((share or 0) * experts))
+            row, logits = run_model(index, options, None if share is None else open_device(), tokens)
+            expected = expected or logits
+            row["same"] = logits == expected
+            rows.append(row)
+            where = "the processor" if share is None else f"the device, {share:.0%} of the experts there"
+            print(
+                f"{where}: prompt {row['prompt_tokens_per_second']:.1f} tok/s, then {row['tokens_per_second']:.2f} "
+                f"tok/s, {row['hits']:.0%} of the uses there; {'the same' if row['same'] else 'OTHER'} logits",
+                flush=True,
+            )
+    return rows
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +306,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.2, help="at least, of each measurement (default: 0.2)")
     parser.add_argument("--megabytes", type=float, default=256, help="of the largest matrix (default: 256; 0: none)")
     parser.add_argument("--cold", type=float, default=512, help="megabytes of matrices taken in turn (default: 512)")
+    parser.add_argument("--layers", type=int, default=6, help="of the model (default: 6; 0: none)")
+    parser.add_argument("--tokens", type=int, default=64, help="one after the other (default: 64)")
+    parser.add_argument("--small", action="store_true", help="a model of tiny layers")
     parser.add_argument("--library", default="libcuda.so.1", help="the driver's")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
@@ -258,6 +329,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         report["different"] = different
         if options.megabytes:
             report["speed"] = measure(device, Sizes(options.seconds, options.megabytes, options.cold))
+        del device
+        if options.layers:
+
+            def another() -> Device:
+                return Device("cuda", library=options.library)
+
+            report["model"] = check_model(another, options.layers, options.tokens, options.small)
+            if not all(row["same"] for row in report["model"]):
+                different["a model"] = ["logits"]
     except DeviceError as error:
         raise SystemExit(f"gpu_check: {error}") from error
     report["seconds"] = time.perf_counter() - begin

@@ -38,6 +38,7 @@ def test_structs_are_as_large_as_the_kernels_say() -> None:
 def test_it_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake = FakeCuda()
     sizes = ["--rounds", "2", "--gigabytes", "0.0005", "--megabytes", "0.02", "--cold", "0.05", "--seconds", "0.0001"]
+    sizes += ["--layers", "2", "--tokens", "4", "--small"]
     status = status_of(*sizes, "--library", fake.path, "--json", str(tmp_path / "report.json"))
     out = capsys.readouterr().out
     assert status == 0, out
@@ -49,6 +50,8 @@ def test_it_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(report["speed"]["products"]) == 2 * sum(name.startswith("product_") for name in device_check.threads())
     assert all(0 < row["seconds"] < 60 for row in report["speed"]["products"] + report["speed"]["small"])
     assert out.count("the last rows are the same") == 3
+    assert [row["same"] for row in report["model"]] == [True] * 5
+    assert report["model"][-1]["hits"] > report["model"][1]["hits"] == 0
     assert f"{len(device_check.threads())} of {len(device_check.threads())} kernels give the same bytes" in out
 
 
