@@ -242,22 +242,23 @@ def measure(device: Device, of: Sizes) -> dict[str, Any]:
 
 
 def run_model(index: ModelIndex, options: EngineOptions, device: Device | None, tokens: int) -> tuple[Row, bytes]:
-    """Speed, counters, and the logits after a prompt and of `tokens` tokens one by one."""
+    """Speed, counters, and the logits after a prompt of a chunk and of `tokens` tokens one by one."""
+    length = options.chunk
     engine = Engine(index, options, device)
-    numbers = np.random.default_rng(4).integers(2, index.spec.vocab_size, PROMPT + tokens).tolist()
+    numbers = np.random.default_rng(4).integers(2, index.spec.vocab_size, length + tokens).tolist()
     engine.forward(numbers[:16], range(16), [0] * 16, [15])  # what is done once only
     engine.truncate(0, 0)
     begin = time.perf_counter()
-    logits = [engine.forward(numbers[:PROMPT], range(PROMPT), [0] * PROMPT, [PROMPT - 1])]
+    logits = [engine.forward(numbers[:length], range(length), [0] * length, [length - 1])]
     prompt = time.perf_counter() - begin
     before, begin = engine.counters(), time.perf_counter()
-    logits += [engine.forward([numbers[i]], [i], [0], [0]) for i in range(PROMPT, PROMPT + tokens)]
+    logits += [engine.forward([numbers[i]], [i], [0], [0]) for i in range(length, length + tokens)]
     taken, counted = time.perf_counter() - begin, engine.counters() - before
     engine.close()
     row = {
         "layers": options.device_layers,
         "slots": options.device_slots,
-        "prompt_tokens_per_second": PROMPT / prompt,
+        "prompt_tokens_per_second": length / prompt,
         "tokens_per_second": tokens / taken,
         "hits": counted.device_hits / max(counted.expert_uses, 1),
         "uploads": counted.device_uploads,
@@ -274,7 +275,8 @@ def check_model(open_device: Callable[[], Device], layers: int, tokens: int, sma
         write_pack(SyntheticModel(layers=layers, **shape), path, 4, 8)
         index = read_index(path)
         experts = sum(layer.experts for layer in index.spec.layers)
-        usual = EngineOptions(threads=usable_processors(), context=PROMPT + tokens, chunk=PROMPT, expert_slots=experts)
+        length = 16 if small else PROMPT
+        usual = EngineOptions(threads=usable_processors(), context=length + tokens, chunk=length, expert_slots=experts)
         rows: list[Row] = []
         expected = b""
         for share in (None, 0.0, 0.25, 0.5, 1.0):

@@ -64,7 +64,9 @@ class Wrong(FakeCuda):
 
 def test_a_kernel_that_computes_something_else_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     fake = Wrong()
-    assert status_of("--rounds", "1", "--gigabytes", "0", "--megabytes", "0", "--library", fake.path) == 1
+    assert (
+        status_of("--rounds", "1", "--gigabytes", "0", "--megabytes", "0", "--layers", "0", "--library", fake.path) == 1
+    )
     out = capsys.readouterr().out
     count = len(device_check.threads())
     assert f"{count - 1} of {count} kernels give the same bytes" in out
@@ -80,7 +82,10 @@ class Narrow(FakeCuda):
 
 def test_rows_that_are_not_reached_are_found(capsys: pytest.CaptureFixture[str]) -> None:
     fake = Narrow()
-    assert status_of("--rounds", "0", "--gigabytes", "0.0005", "--megabytes", "0", "--library", fake.path) == 1
+    assert (
+        status_of("--rounds", "0", "--gigabytes", "0.0005", "--megabytes", "0", "--layers", "0", "--library", fake.path)
+        == 1
+    )
     assert capsys.readouterr().out.count("the last rows are DIFFERENT") == 3
 
 
