@@ -11,15 +11,20 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgemoe import _core
+from edgemoe import _core, kernel_images
 from edgemoe._core import Device
+from edgemoe.devices import OpenDevice
 from edgemoe.formats.layouts import GGML_LAYOUTS, packed_size
+from edgemoe.kept import read_kept, write_kept
 
+ROUNDS = 2
+"""Launches of each kernel when a device is checked."""
 GUARD = 256
 """Bytes behind every buffer that stay as they are."""
 
@@ -514,6 +519,22 @@ def differences(device: Device, kernel: str, seed: int, rounds: int) -> list[str
                 left, right = (np.frombuffer(one, np.uint8) for one in (data, wanted[name]))
                 places = np.flatnonzero(left != right)
                 found.append(f"{kernel}, case {number}, {name}: {len(places)} of {left.size} bytes, from {places[0]}")
+    return found
+
+
+def wrong_kernels(device: OpenDevice, folder: Path, *, anew: bool = False) -> list[str]:
+    """Kernels that give other bytes on this device than the processor's, of some random launches each.
+
+    That is found out once, or anew, and kept in `folder`/devices.json for the device, its driver and these kernels: it
+    takes about a second. Raises DeviceError."""
+    file = folder / "devices.json"
+    key = f"{device.name}, {device.driver}, {kernel_images.digest()}"
+    known = read_kept(file)
+    kept = known.get(key)
+    if not anew and isinstance(kept, list) and set(kept) <= threads().keys():
+        return kept
+    found = [name for name in threads() if differences(device.core, name, 0, ROUNDS)]
+    write_kept(file, {**known, key: found})
     return found
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import time
@@ -12,6 +10,7 @@ from typing import Any
 
 from edgemoe import _core
 from edgemoe.errors import EdgemoeError
+from edgemoe.kept import read_kept, write_kept
 from edgemoe.options import DEFAULT_READERS
 
 DEPTHS = (1, 2, 4, 8)  # reads under way at once
@@ -20,7 +19,6 @@ _MOST_BYTES = 1 << 30  # ... and what it may read on a very fast disk
 _SMALLEST_FILE = 64 << 20  # a smaller file says little, and is read in no time
 _ENOUGH = 0.95  # of the best rate: more reads at a time take processor time from the arithmetic
 _MOST_AGE = 30 * 24 * 3600  # seconds that a measurement is believed
-_MOST_TEXT = 1 << 20
 
 
 def reading_threads(file: Path, section: int, folder: Path) -> int:
@@ -38,7 +36,7 @@ def reading_threads(file: Path, section: int, folder: Path) -> int:
         return DEFAULT_READERS
     block = 1 << min(max(math.ceil(math.log2(max(section, 1))), 16), 22)
     key = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)} {block}"
-    known = _load(folder / "disk.json")
+    known = read_kept(folder / "disk.json")
     kept = _fresh(known.get(key))
     if kept is not None:
         return kept
@@ -49,7 +47,7 @@ def reading_threads(file: Path, section: int, folder: Path) -> int:
     best = max(rates.values())
     readers = min(depth for depth, rate in rates.items() if rate >= _ENOUGH * best)
     known[key] = {"readers": readers, "bytes_per_second": round(rates[readers]), "measured": int(time.time())}
-    _save(folder / "disk.json", known)
+    write_kept(folder / "disk.json", known)
     return readers
 
 
@@ -66,22 +64,3 @@ def _fresh(entry: Any) -> int | None:
     if type(readers) is not int or readers not in DEPTHS or type(measured) is not int:
         return None
     return readers if 0 <= time.time() - measured < _MOST_AGE else None
-
-
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > _MOST_TEXT:
-            return {}
-        known = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _save(file: Path, known: dict[str, Any]) -> None:
-    # A cache folder that cannot be written costs half a second a run, no more.
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f"{file.name}.{os.getpid()}")
-        beside.write_text(json.dumps(known), "utf-8")
-        beside.replace(file)

@@ -119,7 +119,28 @@ def _device(options: LoadOptions, say: Announce) -> OpenDevice | None:
             raise OptionError(text)
         say(f"{text}; the processor computes everything")
         return None
+    failed = _failed_check(device)
+    if failed:
+        if options.gpu != "auto":
+            raise DeviceError(f"{failed}; --gpu none computes without it")
+        say(f"{failed}; the processor computes everything")
+        return None
     return device
+
+
+def _failed_check(device: OpenDevice) -> str:
+    """Why a GPU is not to be relied on; empty if it is. The emulated device is what its kernels are compared with."""
+    if device.kind == "emulated":
+        return ""
+    from edgemoe.device_check import wrong_kernels
+
+    try:
+        wrong = wrong_kernels(device, default_cache_dir())
+    except DeviceError as error:
+        return f"{device.name}: {error}"
+    if not wrong:
+        return ""
+    return f"{device.name}: {', '.join(wrong)} give other bits than the processor's (edgemoe doctor --gpu looks again)"
 
 
 def _load(

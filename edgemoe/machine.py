@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from edgemoe import _core
-from edgemoe.device_check import copy_bandwidth, differences, host_exchange, threads
+from edgemoe.device_check import copy_bandwidth, host_exchange, threads, wrong_kernels
 from edgemoe.devices import OpenDevice, open_device
 from edgemoe.errors import DeviceError
 from edgemoe.memory import cgroup_headroom, format_size
@@ -26,7 +26,6 @@ TEST_FILE = 256 << 20  # bytes of the temporary file, less where the disk is sho
 _LEAST_FILE = 16 << 20
 _SECONDS = 0.25  # of one measurement
 DEVICE_BYTES = 64 << 20  # of a copy
-DEVICE_ROUNDS = 2  # random launches of each kernel
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -112,11 +111,19 @@ class Machine:
         return max(self.disk, key=lambda speed: speed.bytes_per_second, default=None)
 
 
-def examine(folder: Path, *, measure: bool = True, announce: Announce | None = None, gpu: str = "none") -> Machine:
-    """Looks at the machine; takes a few seconds where it measures, and leaves nothing behind.
+def examine(
+    folder: Path,
+    *,
+    measure: bool = True,
+    announce: Announce | None = None,
+    gpu: str = "none",
+    cache: Path | None = None,
+) -> Machine:
+    """Looks at the machine; takes a few seconds where it measures, and leaves nothing behind but what it found of a
+    device's kernels, which loading a model wants to know.
 
     folder: where models lie. measure: bandwidths too. announce: gets what is done next. gpu: as in LoadOptions, a
-    device that is looked at, too; its kernels are checked.
+    device that is looked at, too; its kernels are checked. cache: where that is kept, `folder` if it is left out.
     """
     say = announce or (lambda _: None)
     machine = _processor()
@@ -130,7 +137,7 @@ def examine(folder: Path, *, measure: bool = True, announce: Announce | None = N
             say(f"measuring the disk under {folder}")
             _disk(machine, folder)
     if gpu != "none":
-        _device(machine, gpu, measure, say)
+        _device(machine, gpu, measure, say, cache or folder)
     return machine
 
 
@@ -205,7 +212,7 @@ def _memory_bandwidth(machine: Machine) -> None:
     )
 
 
-def _device(machine: Machine, gpu: str, measure: bool, say: Announce) -> None:
+def _device(machine: Machine, gpu: str, measure: bool, say: Announce, cache: Path) -> None:
     add = machine.findings.append
     try:
         # By its name, so that it is said what is missing.
@@ -224,7 +231,8 @@ def _device(machine: Machine, gpu: str, measure: bool, say: Announce) -> None:
     add(Finding("gpu", OK, f"{device.name}{driver}, {free}{', shared with the processor' if device.unified else ''}"))
     try:
         say("checking the GPU's kernels")
-        _kernels(machine, device, found)
+        found.wrong = wrong_kernels(device, cache, anew=True)
+        _kernels(machine, found)
         if measure:
             say("measuring the GPU")
             _device_speed(machine, device, found)
@@ -232,8 +240,7 @@ def _device(machine: Machine, gpu: str, measure: bool, say: Announce) -> None:
         add(Finding("gpu", PROBLEM, f"it failed: {error}", "--gpu none computes without it"))
 
 
-def _kernels(machine: Machine, device: OpenDevice, found: DeviceReport) -> None:
-    found.wrong = [name for name in threads() if differences(device.core, name, 0, DEVICE_ROUNDS)]
+def _kernels(machine: Machine, found: DeviceReport) -> None:
     right = f"{found.kernels - len(found.wrong)} of {found.kernels} kernels give the processor's bits"
     if found.wrong:
         text = f"{right}, but not {', '.join(found.wrong)}"

@@ -4,6 +4,7 @@ a device cannot be used."""
 from __future__ import annotations
 
 import gc
+import json
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from tiny_gguf import tiny
 
 import edgemoe
-from edgemoe import devices, memory
+from edgemoe import device_check, devices, memory
 from edgemoe.convert import convert
 from edgemoe.device_memory import RESERVE, automatic_vram, plan_device
 from edgemoe.engine import plan_memory
@@ -270,10 +271,22 @@ def test_a_device_too_small_for_a_layer_is_not_used(pack: Path) -> None:
 # -- GPUs that are not there, or fail ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where it is kept that the fake driver's kernels are right."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+def cuda(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeCuda]:
     fake = FakeCuda()
     monkeypatch.setattr(devices, "CUDA_LIBRARY", fake.path)
+    monkeypatch.setenv("EDGEMOE_CACHE", str(cache))
+    device = devices.open_device("cuda")
+    assert device is not None and device_check.wrong_kernels(device, cache) == []
+    del device
+    gc.collect()
+    fake.launches.clear()
     yield fake
     gc.collect()  # what is left of a device must not meet another one's driver
 
@@ -301,6 +314,39 @@ def test_a_gpu_is_used(pack: Path, tokens: list[int], cuda: FakeCuda) -> None:
             assert "layers and the head" in repr(model)
     assert not cuda.errors
     assert not {kind: count for kind, count in cuda.live().items() if kind == "allocations"}
+
+
+class Wrong(FakeCuda):
+    """One kernel computes something else."""
+
+    def _launch(self, name: bytes, *arguments: Any) -> None:
+        super()._launch(b"add_scaled" if name == b"add_vector" else name, *arguments)
+
+
+def test_a_gpu_with_a_wrong_kernel(
+    pack: Path, tokens: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Is found out when a model is loaded, and remembered."""
+    fake = Wrong()
+    monkeypatch.setattr(devices, "CUDA_LIBRARY", fake.path)
+    monkeypatch.setenv("EDGEMOE_CACHE", str(tmp_path))
+    ids, told = tokens[:12], list[str]()
+    for _ in range(2):
+        with edgemoe.load(pack, context=256, threads=1, announce=told.append) as model:
+            assert model.device is None
+            assert same(model.logits(ids), logits(pack, ids, **CPU))
+        launches = len(fake.launches)
+    assert launches == len(fake.launches) > 0  # the second time it was known
+    wrong = "add_vector give other bits than the processor's (edgemoe doctor --gpu looks again)"
+    assert told == [f"Fake 0: {wrong}; the processor computes everything"] * 2
+    with pytest.raises(DeviceError, match=r"add_vector give other bits .*; --gpu none computes without it"):
+        edgemoe.load(pack, gpu="cuda")
+    # A file that anybody may have written is not believed.
+    kept = tmp_path / "devices.json"
+    kept.write_text(json.dumps(dict.fromkeys(json.loads(kept.read_text()), "x")))
+    with edgemoe.load(pack, announce=told.append) as model:
+        assert model.device is None
+    gc.collect()
 
 
 @pytest.mark.parametrize("n", [1, 2])

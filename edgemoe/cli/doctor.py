@@ -52,6 +52,7 @@ def command(folder: Path | None, no_measure: bool, gpu: str, as_json: bool) -> i
         folder or default_cache_dir(),
         measure=not no_measure,
         gpu=gpu,
+        cache=default_cache_dir(),
         announce=None if as_json else lambda text: click.echo(f"{text} ...", err=True),
     )
     if as_json:

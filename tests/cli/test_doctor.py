@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from fake_cuda import FakeCuda
 
-from edgemoe import devices, machine
+from edgemoe import device_check, devices, machine
 from edgemoe.cli import main
 
 
@@ -25,7 +25,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "BLOCK_SIZES", (64 << 10, 1 << 20))
     monkeypatch.setattr(machine, "DEPTHS", (1, 2))
     monkeypatch.setattr(machine, "DEVICE_BYTES", 1 << 20)
-    monkeypatch.setattr(machine, "DEVICE_ROUNDS", 1)
+    monkeypatch.setattr(device_check, "ROUNDS", 1)
     monkeypatch.setenv("EDGEMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("EDGEMOE_ISA", raising=False)
 
