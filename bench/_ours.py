@@ -21,7 +21,7 @@ import edgemoe
 
 def sequence(path: str, text: str, tokens: int, trace: str, threads: int, context: int) -> dict[str, Any]:
     """A text of the model's own, `tokens` token ids; which experts they take goes to the file `trace`."""
-    with edgemoe.load(path, threads=threads, context=context) as model:
+    with edgemoe.load(path, gpu="none", threads=threads, context=context) as model:
         begin = model.tokenizer.encode(text)
         with model.trace(trace):
             # One more: a token's routing is known when the next one is computed.
@@ -33,7 +33,7 @@ def sequence(path: str, text: str, tokens: int, trace: str, threads: int, contex
 
 def plan(path: str, threads: int, context: int) -> dict[str, Any]:
     """The bytes of each part of the budget when nothing has to give way."""
-    with edgemoe.load(path, memory=1 << 50, threads=threads, context=context) as model:
+    with edgemoe.load(path, gpu="none", memory=1 << 50, threads=threads, context=context) as model:
         budget = model.budget
         return {
             "rest": budget.base + budget.dense + budget.state + budget.scratch,
@@ -67,6 +67,7 @@ def decode(
     begin = time.perf_counter()
     with edgemoe.load(
         path,
+        gpu="none",
         memory=memory,
         threads=threads,
         context=context,

@@ -35,7 +35,9 @@ def generate(model: edgemoe.Model, count: int) -> float:
 def main() -> None:
     options = json.loads(sys.argv[1])
     # Everything in memory, whatever the planner would leave to others.
-    with edgemoe.load(options["path"], memory=1 << 50, threads=options["threads"], context=options["context"]) as model:
+    with edgemoe.load(
+        options["path"], gpu="none", memory=1 << 50, threads=options["threads"], context=options["context"]
+    ) as model:
         empty = model.snapshot()
         for line in sys.stdin:
             request = json.loads(line)

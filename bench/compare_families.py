@@ -258,7 +258,7 @@ def compare(name: str, case: Case, reason: str, options: argparse.Namespace) -> 
         if case.oracle:
             reference = with_options(folder, case.oracle)
         path = write_gguf(Path(work) / "model.gguf", folder, case)
-        with edgemoe.load(path, context=case.context, cache_type_k="f32", cache_type_v="f32") as model:
+        with edgemoe.load(path, gpu="none", context=case.context, cache_type_k="f32", cache_type_v="f32") as model:
             own = log_softmax(model.logits(tokens.tolist()))
         authors = divergence(log_softmax(expected_logits(reference, tokens)), own).mean()
         try:

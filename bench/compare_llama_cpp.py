@@ -61,7 +61,7 @@ def divergence(first: Array, second: Array) -> Array:
 
 def own_text(path: Path, positions: int) -> list[int]:
     """Token ids of a text that the model writes."""
-    with edgemoe.load(path) as model:
+    with edgemoe.load(path, gpu="none") as model:
         begin = model.tokenizer.encode(TEXT)
         generation = model.generate(begin, max_tokens=max(1, positions - len(begin)), seed=1, ignore_eos=True)
         for _ in generation:
@@ -70,7 +70,7 @@ def own_text(path: Path, positions: int) -> list[int]:
 
 
 def ours(path: Path, tokens: Sequence[int]) -> Array:
-    with edgemoe.load(path) as model:
+    with edgemoe.load(path, gpu="none") as model:
         return log_softmax(model.logits(tokens))
 
 

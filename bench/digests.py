@@ -156,7 +156,7 @@ def bundled() -> Iterator[Run]:
 def load(folder: Path, run: Run, threads: int) -> edgemoe.Model:
     """Raises SystemExit where few experts in memory are asked for and no limit gives that."""
     options = {"context": 256, "threads": threads, **run.options}
-    model = edgemoe.load(folder / run.file, memory=EVERYTHING, **options)
+    model = edgemoe.load(folder / run.file, gpu="none", memory=EVERYTHING, **options)
     if not run.few:
         return model
     budget = model.budget
@@ -166,7 +166,7 @@ def load(folder: Path, run: Run, threads: int) -> edgemoe.Model:
     share = FEW
     while share < 1:  # what the process itself takes has changed since
         try:
-            model = edgemoe.load(folder / run.file, memory=rest + int(share * cache), **options)
+            model = edgemoe.load(folder / run.file, gpu="none", memory=rest + int(share * cache), **options)
         except MemoryBudgetError:
             share += 0.05
             continue

@@ -63,7 +63,7 @@ class Bench:
         for text in (self.options.text, HELD_OUT):
             found = {}
             for mode in MODES:
-                with edgemoe.load(pack, quality=mode, threads=self.options.threads) as model:
+                with edgemoe.load(pack, gpu="none", quality=mode, threads=self.options.threads) as model:
                     tokens = model.tokenizer.encode(text.read_text("utf-8"))[: self.options.text_tokens]
                     *_, last = perplexity(tokens, model.logits, min(512, model.context), *model.tokenizer.bos_ids[:1])
                     found[mode] = last.perplexity

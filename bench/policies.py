@@ -36,7 +36,7 @@ from edgemoe.options import EVICTION_POLICIES  # noqa: E402
 
 def with_room_for(path: Path, slots: int, context: int, **options: Any) -> edgemoe.Model:
     """The model with exactly so many expert slots, however much memory they take."""
-    return edgemoe.load(path, memory=1 << 50, expert_slots=slots, context=context, **options)
+    return edgemoe.load(path, gpu="none", memory=1 << 50, expert_slots=slots, context=context, **options)
 
 
 def walk(model: edgemoe.Model, tokens: Sequence[int]) -> tuple[dict[str, float], float, str]:
@@ -54,11 +54,11 @@ def measure(options: argparse.Namespace, name: str, tokens: Sequence[int], folde
     """One entry per percentage: hit rate and tokens per second of every policy, and Belady's hit rate."""
     path, threads, context = options.model, options.threads, len(tokens) + 1
     trace = folder / f"{name}.trace"
-    with edgemoe.load(path, memory=1 << 50, threads=threads, context=context) as model:
+    with edgemoe.load(path, gpu="none", memory=1 << 50, threads=threads, context=context) as model:
         layers = [layer.experts for layer in model.spec.layers]
         with model.trace(trace):
             model.logits(tokens, len(tokens) - 1)
-    with edgemoe.load(path, memory=1 << 50, threads=threads, context=context) as model:
+    with edgemoe.load(path, gpu="none", memory=1 << 50, threads=threads, context=context) as model:
         _, _, expected = walk(model, tokens)
     groups, _ = decode_groups(trace, layers, 0, len(tokens))
     requested = sum(map(len, groups))

@@ -110,10 +110,10 @@ def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     most = max(options.streams)
     context = max(most * (BEGIN + options.tokens + 64), 2 * options.prompt + 512)
     loading: dict[str, Any] = {"threads": options.threads, "parallel": most, "queue": most}
-    with edgemoe.load(path, threads=options.threads, context=256) as model:
+    with edgemoe.load(path, gpu="none", threads=options.threads, context=256) as model:
         slots = max(int(model.budget.all_slots * options.percent / 100), 1)
         context = min(context, model.spec.context)
-    with edgemoe.load(path, context=context, expert_slots=slots, **loading) as model:
+    with edgemoe.load(path, gpu="none", context=context, expert_slots=slots, **loading) as model:
         requests = Requests(model, options.tokens)
         rounds: list[dict[int, tuple[float, float]]] = []
         for number in range(options.rounds + 1):

@@ -531,7 +531,7 @@ def wrong_kernels(device: OpenDevice, folder: Path, *, anew: bool = False) -> li
     key = f"{device.name}, {device.driver}, {kernel_images.digest()}"
     known = read_kept(file)
     kept = known.get(key)
-    if not anew and isinstance(kept, list) and set(kept) <= threads().keys():
+    if not anew and isinstance(kept, list) and all(isinstance(name, str) and name in threads() for name in kept):
         return kept
     found = [name for name in threads() if differences(device.core, name, 0, ROUNDS)]
     write_kept(file, {**known, key: found})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgemoe import _core
@@ -29,21 +30,30 @@ class OpenDevice:
     driver: str
 
 
-def open_device(gpu: str) -> OpenDevice | None:
-    """The device that is asked for: "cuda" or "emulated"; "auto": a GPU if there is one; "none". Raises DeviceError
-    for one that is asked for by name and is not there."""
+def open_device(gpu: str, say: Callable[[str], None] | None = None) -> OpenDevice | None:
+    """The device that is asked for: "cuda" or "emulated"; "auto": a GPU if there is one, with a word to `say` where
+    there is a driver and it fails; "none". Raises DeviceError for one that is asked for by name and is not there."""
     if gpu == "none":
         return None
     if gpu == "auto":
         try:
             ctypes.CDLL(CUDA_LIBRARY)
             return _opened("cuda")
-        except (OSError, DeviceError):
+        except OSError:
+            return None
+        except DeviceError as error:
+            if say is not None and not is_absent(error):
+                say(f"the GPU is not used: {error}; the processor computes everything")
             return None
     try:
         return _opened("emulated" if gpu == "emulated" else "cuda")
     except DeviceError as error:
         raise type(error)(f"--gpu {gpu}: {error}; --gpu none computes without it") from error
+
+
+def is_absent(error: DeviceError) -> bool:
+    """Whether a device could not be opened because there is none."""
+    return any(sign in str(error) for sign in ("no NVIDIA driver", "sees no GPU", "NO_DEVICE"))
 
 
 def _opened(kind: str) -> OpenDevice:

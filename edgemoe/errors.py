@@ -69,7 +69,8 @@ class ThreadError(EdgemoeError):
 
 
 class DeviceError(EdgemoeError):
-    """A device (a GPU) failed, or does not do what it was asked; what was loaded is not usable any more."""
+    """A device (a GPU) is not there, failed, or does not do what it was asked; what was loaded on it is of no use any
+    more."""
 
 
 class DeviceMemoryError(DeviceError):

@@ -11,7 +11,7 @@ from edgemoe.disk import reading_threads
 from edgemoe.engine import Engine
 from edgemoe.errors import DeviceError, DeviceMemoryError, OptionError
 from edgemoe.formats.index import ModelIndex
-from edgemoe.memory import CHUNKS, Budget, automatic_budget, automatic_sequences, format_size, plan_budget
+from edgemoe.memory import CHUNKS, Budget, automatic_sequences, format_size, plan_budget
 from edgemoe.model_files import default_cache_dir
 from edgemoe.options import (
     DEFAULT_READERS,
@@ -108,7 +108,7 @@ def _device(options: LoadOptions, say: Announce) -> OpenDevice | None:
     """What is to compute beside the processor. Raises DeviceError."""
     if options.layers_on_gpu == 0:
         return None
-    device = open_device(options.gpu)
+    device = open_device(options.gpu, say)
     if device is None:
         if options.gpu == "auto" and (options.layers_on_gpu is not None or options.vram_bytes is not None):
             say("there is no GPU: the processor computes everything")
@@ -157,19 +157,21 @@ def _load(
             device = placed = None
 
     def divide(chunk: int | None, largest: int = CHUNKS[0]) -> tuple[EngineOptions, Budget]:
-        given, left = chosen, limit
+        given, beside = chosen, 0
         if placed is not None:
             given = replace(chosen, device_layers=placed.layers, device_slots=placed.slots)
-            if device is not None and device.unified:  # one memory: what the device takes of it counts once
-                left = (automatic_budget() if limit is None else limit) - placed.taken
+            # One memory: what the device takes of it counts once. An emulated one takes it from what is free.
+            if device is not None and (device.unified or (device.kind == "emulated" and limit is None)):
+                beside = placed.taken
         budget = plan_budget(
-            left,
+            limit,
             index,
             given,
             chunk=chunk,
             expert_slots=options.expert_slots,
             states=states,
             largest_chunk=largest,
+            beside=beside,
         )
         return replace(given, chunk=budget.chunk, expert_slots=budget.expert_slots), budget
 

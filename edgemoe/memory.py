@@ -134,15 +134,16 @@ def plan_budget(
     expert_slots: int | None = None,
     states: int = 1,
     largest_chunk: int = CHUNKS[0],
+    beside: int = 0,
 ) -> Budget:
     """Divides `limit` bytes (None: automatic). `chunk` and `expert_slots` of the options are not read: they are what is
     planned, unless they are given here. states: copies of the sequences' state that there may be at a time; a
-    device has one of them. largest_chunk: that is taken by itself.
+    device has one of them. largest_chunk: that is taken by itself. beside: bytes that a device takes of this memory.
 
     Raises MemoryBudgetError that names the least that would do."""
     automatic = limit is None
     limit = automatic_budget() if limit is None else limit
-    base = used_now() + RESERVE
+    base = used_now() + RESERVE + beside
     chunks = tuple(size for size in CHUNKS if size <= largest_chunk) if chunk is None else (chunk,)
     for size in chunks:
         plan = plan_memory(index, replace(options, chunk=size, expert_slots=1))

@@ -114,14 +114,15 @@ def plan_model(
     bandwidth: float | None = None,
     vram: int | None = None,
     gpu_layers: int | None = None,
+    unified: bool = False,
 ) -> Plan:
     """Plans a pack, a GGUF file, or a Hugging Face folder as converted at `bits`: its config.json is enough.
 
-    memory: bytes, None for what is free. parallel: sequences whose state is kept, None for as
-    many as `load` takes. disk, bandwidth: bytes per second of
-    the disk and of the memory. vram: bytes of a device's memory, None without one; gpu_layers: that are computed there,
-    None for as many as fit. How fast they are there is not known, so that no speeds are given then. trace: of this
-    model, for hit rates; without one they are a published range.
+    memory: bytes, None for what is free. parallel: sequences whose state is kept, None for as many as `load` takes.
+    disk, bandwidth: bytes per second of the disk and of the memory. vram: bytes of a device's memory, None without one;
+    gpu_layers: that are computed there, None for as many as fit; unified: it is the processor's memory, so that it
+    counts within `memory`. How fast they are there is not known, so no speeds are given then. trace: of this model,
+    for hit rates; without one they are a published range.
 
     A lossy mode is taken to read, keep and compute the share of an expert that its mean bits are of exact mode's.
 
@@ -155,11 +156,13 @@ def plan_model(
         bandwidth = None
     largest_chunk = options.chunk
 
+    beside = placed.taken if unified and placed is not None and placed.layers else 0
+
     def budget(limit: int) -> Budget:
-        return plan_budget(limit, index, options, largest_chunk=largest_chunk)
+        return plan_budget(limit, index, options, largest_chunk=largest_chunk, beside=beside)
 
     needs = plan_memory(index, replace(options, chunk=CHUNKS[-1]))
-    fixed = used_now() + RESERVE + needs.dense + needs.state + needs.scratch
+    fixed = used_now() + RESERVE + beside + needs.dense + needs.state + needs.scratch
     working = sum(layer.top_k for layer in spec.layers)
     least = fixed + needs.minimum_slots * needs.slot + _SLACK
     # With room for all experts the largest chunks are used.

@@ -28,6 +28,7 @@ def no_gpu() -> Iterator[None]:
     """Models are loaded as on machines without a GPU, here or not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "CUDA_LIBRARY", "/nowhere/libcuda.so.1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of child processes
         yield
 
 

@@ -113,3 +113,10 @@ class FakeCuda:
             values += len(data)
         self.launches.append(name.decode())
         self._device.launch(name.decode(), groups, arguments)
+
+
+class WrongCuda(FakeCuda):
+    """One kernel computes something else."""
+
+    def _launch(self, name: bytes, *arguments: Any) -> None:
+        super()._launch(b"add_scaled" if name == b"add_vector" else name, *arguments)

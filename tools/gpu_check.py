@@ -1,12 +1,12 @@
 """Every device kernel on an NVIDIA GPU: the same bytes as on the emulated device, and how fast the products are.
 
     python -m tools.gpu_check [--rounds 12] [--gigabytes 5] [--seconds 0.2] [--megabytes 256] [--cold 512]
-                              [--layers 6] [--tokens 64] [--library PATH] [--json FILE]
+                              [--layers 6] [--tokens 64] [--small] [--seed 0] [--library PATH] [--json FILE]
 
 The emulated device gives the bytes of the processor's scalar kernels: the tests see to that. Here both are given the
 same random numbers, sane ones and wild ones, and what they leave in their memory is compared. Then the last rows of
 matrices that are larger than 32 bits can count are compared with the same rows as matrices of their own. With
---rounds 0 and --gigabytes 0 nothing is compared, with --megabytes 0 nothing is measured.
+--rounds 0, --gigabytes 0 and --layers 0 nothing is compared; with --megabytes 0 and --layers 0 nothing is measured.
 
 Products: GB/s of a matrix's bytes, for one token and for four, of matrices that together are larger than the caches
 hold, and as a share of the bandwidth of a plain copy on the device. Small ones are reported too: what they take is

@@ -191,7 +191,7 @@ def check_routing(path: Path, tokens: int, memory: str | int | None = None) -> t
     """
     import edgemoe
 
-    with edgemoe.load(path, memory=memory, context=2 * tokens, prefetch=False) as model:
+    with edgemoe.load(path, gpu="none", memory=memory, context=2 * tokens, prefetch=False) as model:
         sampling: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
         generation = model.generate([1], max_tokens=tokens, ignore_eos=True, **sampling)
         for _ in generation:

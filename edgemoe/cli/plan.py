@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemoe.cli.options import context_option, gpu_options, load_option, memory_option
-from edgemoe.errors import OptionError
+from edgemoe.errors import DeviceError, OptionError
 from edgemoe.options import parse_size
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def command(
     routing = read_trace(trace, weights=False) if trace else None
     # What does not fit is said before anything is measured.
     asked: dict[str, Any] = {"memory": memory, "context": context, "parallel": parallel, "bits": int(bits)}
-    device, size = _device(gpu, gpu_layers, vram)
-    asked |= {"vram": size, "gpu_layers": gpu_layers}
+    device, size, unified = _device(gpu, gpu_layers, vram)
+    asked |= {"vram": size, "gpu_layers": gpu_layers, "unified": unified}
     plan_model(path, **asked)
     if len(speeds) < 2:
         from edgemoe.machine import examine
@@ -111,19 +111,30 @@ def command(
         _show(plan, speeds, device)
 
 
-def _device(gpu: str, layers: int | None, vram: int | None) -> tuple[str, int | None]:
-    """The name of the device that is planned for, and bytes of its memory; None for none."""
+def _device(gpu: str, layers: int | None, vram: int | None) -> tuple[str, int | None, bool]:
+    """The name of the device that is planned for, and bytes of its memory, None for none; whether that is the
+    processor's."""
     if gpu == "none" or layers == 0:
-        return "", None
+        return "", None, False
     if gpu == "cuda" and vram is not None:
-        return "the GPU", vram
+        return "the GPU", vram, False
     from edgemoe.device_memory import automatic_vram
     from edgemoe.devices import open_device
 
-    found = open_device(gpu)
-    if found is None or (found.unified and vram is None):
-        return "", None
-    return found.name, automatic_vram(found.available) if vram is None else vram
+    try:
+        found = open_device(gpu, lambda text: click.echo(text, err=True))
+    except DeviceError as error:
+        raise type(error)(f"{error}; with --vram SIZE it need not be here") from error
+    if found is None:
+        if vram is not None:
+            return "a GPU", vram, False
+        if layers is not None:
+            click.echo("there is no GPU: say with --vram how much memory one would have", err=True)
+        return "", None, False
+    if found.unified and vram is None:
+        click.echo(f"{found.name} shares the processor's memory: say with --vram how much of it it may take", err=True)
+        return "", None, False
+    return found.name, automatic_vram(found.available) if vram is None else vram, found.unified
 
 
 def _show(plan: Plan, speeds: dict[str, int | None], device: str) -> None:

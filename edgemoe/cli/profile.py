@@ -122,7 +122,10 @@ def _run(source: Path, texts: tuple[Path, ...], tokens: int, options: dict[str, 
     from edgemoe.profiling.trace import concatenate
 
     traces = []
-    with tempfile.TemporaryDirectory() as folder, edgemoe.load(source, **options) as model:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        edgemoe.load(source, announce=lambda text: click.echo(text, err=True), **options) as model,
+    ):
         piece = min(_PIECE, model.context)
         for number, text in enumerate(texts):
             ids = model.tokenizer.encode(text.read_text(encoding="utf-8", errors="replace"))[:tokens]

@@ -89,6 +89,7 @@ def check(run: Run, orders: tuple[str, ...] = ("ascending", "descending", "shuff
         found, counters = run.logits(device, **placement)
         assert found.tobytes() == expected.tobytes(), placement
         assert 0 <= counters.device_hits <= counters.expert_uses
+    assert counters.device_hits > 0 and counters.device_uploads > 0  # with room for all of them
 
 
 @pytest.fixture(scope="module")

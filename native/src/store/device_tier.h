@@ -1,9 +1,9 @@
 // Experts in a device's memory, beside those in the host's: which lie there, where, and which give way.
 //
 // What is here the device computes; what is missing the host computes from its own memory, or it is brought here first,
-// whichever is done sooner (MissRule). What the host has computed is uploaded afterwards, as far as the link is idle:
-// an expert into an empty slot, or in place of the one that has not been used for longest, if that was used longer ago
-// than the newcomer was before this time.
+// whichever is done sooner (MissRule). What the host has computed in passes of few rows is uploaded afterwards, as far
+// as the link is idle: an expert into an empty slot, or in place of the one that has not been used for longest, if that
+// was used longer ago than the newcomer was before this time.
 //
 // No result depends on any of it.
 #pragma once

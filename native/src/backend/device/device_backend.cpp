@@ -87,15 +87,17 @@ DeviceMemory::~DeviceMemory() {
 }
 
 void DeviceMemory::reserve(size_t bytes) {
-    if (bytes <= left_) return;
-    piece_ = pieces_.emplace_back(device_.allocate(bytes));
-    left_ = bytes;
+    reserved_ = pieces_.emplace_back(device_.allocate(bytes));
+    reserved_left_ = bytes;
 }
 
 std::byte* DeviceMemory::allocate(size_t bytes) {
     bytes = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
     if (bytes > left_ && bytes > kPiece / 4) return pieces_.emplace_back(device_.allocate(bytes));
-    if (bytes > left_) reserve(kPiece);
+    if (bytes > left_) {
+        piece_ = pieces_.emplace_back(device_.allocate(kPiece));
+        left_ = kPiece;
+    }
     std::byte* found = piece_;
     piece_ += bytes;
     left_ -= bytes;
@@ -103,7 +105,12 @@ std::byte* DeviceMemory::allocate(size_t bytes) {
 }
 
 const std::byte* DeviceMemory::keep(std::span<const std::byte> bytes) {
-    std::byte* copy = allocate(bytes.size());
+    const size_t size = (bytes.size() + kAlignment - 1) / kAlignment * kAlignment;
+    std::byte* copy = size <= reserved_left_ ? reserved_ : allocate(bytes.size());
+    if (copy == reserved_) {
+        reserved_ += size;
+        reserved_left_ -= size;
+    }
     device_.write(copy, bytes);
     return copy;
 }
@@ -152,7 +159,7 @@ DeviceBackend::DeviceBackend(std::shared_ptr<Device> device, const BackendSizes&
     Places places(memory_.allocate(workspace_bytes(sizes, vocabulary)));
     work_.place(places, sizes, vocabulary);
     // With what aligning each of them takes.
-    if (weights > 0) memory_.reserve(weights + weights / 64 + kPiece);
+    if (weights > 0) memory_.reserve(weights + kPiece / 4);
 }
 
 DeviceBackend::~DeviceBackend() {

@@ -27,7 +27,7 @@ class DeviceMemory final : public Memory {
     DeviceMemory(const DeviceMemory&) = delete;
     DeviceMemory& operator=(const DeviceMemory&) = delete;
 
-    // One piece for what is allocated next: a driver rounds each piece up.
+    // One piece for so many bytes of what is kept: a driver rounds each piece up.
     void reserve(size_t bytes);
 
     bool is_hosts() const override { return false; }
@@ -42,6 +42,8 @@ class DeviceMemory final : public Memory {
     std::vector<std::byte*> pieces_;
     std::byte* piece_ = nullptr;  // the shared one at hand
     size_t left_ = 0;             // bytes of it
+    std::byte* reserved_ = nullptr;
+    size_t reserved_left_ = 0;
 };
 
 class DeviceBackend final : public Backend {
