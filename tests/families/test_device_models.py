@@ -89,7 +89,8 @@ def check(run: Run, orders: tuple[str, ...] = ("ascending", "descending", "shuff
         found, counters = run.logits(device, **placement)
         assert found.tobytes() == expected.tobytes(), placement
         assert 0 <= counters.device_hits <= counters.expert_uses
-    assert counters.device_hits > 0 and counters.device_uploads > 0  # with room for all of them
+    if placement["device_slots"]:  # room for all experts that there are
+        assert counters.device_hits > 0 and counters.device_uploads > 0
 
 
 @pytest.fixture(scope="module")
