@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgemoe import _core
-from edgemoe.errors import DeviceError
+from edgemoe.errors import DeviceError, NoDeviceError
 
 CUDA_LIBRARY = "libcuda.so.1"
 """The NVIDIA driver's."""
@@ -39,21 +39,16 @@ def open_device(gpu: str, say: Callable[[str], None] | None = None) -> OpenDevic
         try:
             ctypes.CDLL(CUDA_LIBRARY)
             return _opened("cuda")
-        except OSError:
+        except (OSError, NoDeviceError):
             return None
         except DeviceError as error:
-            if say is not None and not is_absent(error):
+            if say is not None:
                 say(f"the GPU is not used: {error}; the processor computes everything")
             return None
     try:
         return _opened("emulated" if gpu == "emulated" else "cuda")
     except DeviceError as error:
         raise type(error)(f"--gpu {gpu}: {error}; --gpu none computes without it") from error
-
-
-def is_absent(error: DeviceError) -> bool:
-    """Whether a device could not be opened because there is none."""
-    return any(sign in str(error) for sign in ("no NVIDIA driver", "sees no GPU", "NO_DEVICE"))
 
 
 def _opened(kind: str) -> OpenDevice:

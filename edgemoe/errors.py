@@ -73,6 +73,10 @@ class DeviceError(EdgemoeError):
     more."""
 
 
+class NoDeviceError(DeviceError):
+    """There is no such device, or no driver for it."""
+
+
 class DeviceMemoryError(DeviceError):
     """A device has no room for so much."""
 

@@ -15,8 +15,8 @@ import psutil
 
 from edgemoe import _core
 from edgemoe.device_check import copy_bandwidth, host_exchange, threads, wrong_kernels
-from edgemoe.devices import OpenDevice, is_absent, open_device
-from edgemoe.errors import DeviceError
+from edgemoe.devices import OpenDevice, open_device
+from edgemoe.errors import DeviceError, NoDeviceError
 from edgemoe.memory import cgroup_headroom, format_size
 from edgemoe.processors import usable_processors
 
@@ -220,7 +220,7 @@ def _device(machine: Machine, gpu: str, measure: bool, say: Announce, cache: Pat
         assert device is not None
     except DeviceError as error:
         cause = error.__cause__ or error
-        absent = gpu == "auto" and is_absent(error)
+        absent = gpu == "auto" and isinstance(error, NoDeviceError)
         add(Finding("gpu", NOTE if absent else PROBLEM, str(cause), "" if absent else "--gpu none computes without it"))
         return
     found = DeviceReport(

@@ -304,6 +304,23 @@ def test_without_a_driver(pack: Path) -> None:
         edgemoe.load(pack, gpu="cuda")
 
 
+def test_a_driver_that_fails_is_told_and_one_without_a_gpu_is_not(pack: Path, cuda: FakeCuda) -> None:
+    for fact, value, wanted in (
+        ("devices", 0, []),
+        (
+            "version",
+            11080,
+            ["the GPU is not used: the NVIDIA driver is of CUDA 11.8, but the kernels need 12.0 or later"],
+        ),
+    ):
+        cuda.set(fact, value)
+        told: list[str] = []
+        with edgemoe.load(pack, announce=told.append) as model:
+            assert model.device is None
+        assert told == [f"{line}; the processor computes everything" for line in wanted]
+        cuda.set(fact, {"devices": 1, "version": 12040}[fact])
+
+
 def test_a_gpu_is_used(pack: Path, tokens: list[int], cuda: FakeCuda) -> None:
     ids = tokens[:12]
     wanted = logits(pack, ids, **CPU)

@@ -6,6 +6,7 @@ Names in GGUF files come from the `gguf` package's own table, not from the code 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from gguf_writer import BLOCKS, Tensor, byte_level_metadata, write
+
+from edgemoe.convert import convert
 
 Array = npt.NDArray[np.float32]
 Arrays = dict[str, Array]
@@ -177,6 +181,19 @@ def write_folder(folder: Path, case: Case, original: bool = True) -> Any:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<1>"}))
     return model
+
+
+def pack_maker(cases: Mapping[str, Case], bits: int, folders: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the pack of a case by its name, made when it is asked for first; its folder lies beside it as "hf"."""
+
+    @functools.cache
+    def pack(name: str) -> Path:
+        folder = folders.mktemp("pack")
+        write_folder(folder / "hf", cases[name])
+        convert(folder / "hf", folder / "model.emoe", bits)
+        return folder / "model.emoe"
+
+    return pack
 
 
 def read_folder(folder: Path) -> Arrays:

@@ -28,7 +28,7 @@ pytest.importorskip("gguf")
 
 import mixer_table
 from family_table import CASES as FAMILY_CASES
-from family_table import write_folder
+from family_table import pack_maker
 
 CASES = {**FAMILY_CASES, **mixer_table.CASES}
 # Every kind of layer, and of router.
@@ -95,17 +95,7 @@ def check(run: Run, orders: tuple[str, ...] = ("ascending", "descending", "shuff
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def pack(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("kind")
-            write_folder(folder / "hf", CASES[name])
-            convert(folder / "hf", folder / "model.emoe", 8)
-            made[name] = folder / "model.emoe"
-        return made[name]
-
-    return pack
+    return pack_maker(CASES, 8, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", slow_except(CASES, *KINDS))

@@ -18,7 +18,6 @@ from helpers import slow_except
 from numpy.typing import NDArray
 
 import edgemoe
-from edgemoe.convert import convert
 from edgemoe.engine import Engine
 from edgemoe.errors import StateError
 from edgemoe.formats.pack import Pack
@@ -31,7 +30,7 @@ pytest.importorskip("gguf")
 
 import mixer_table
 from family_table import CASES as FAMILY_CASES
-from family_table import VOCABULARY, write_folder
+from family_table import VOCABULARY, pack_maker
 
 CASES = {**FAMILY_CASES, **mixer_table.CASES}
 # Keys and values of all positions, of a window, latents, a recurrence, a convolution.
@@ -41,17 +40,7 @@ SAMPLING: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "temperature":
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def pack(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("kind")
-            write_folder(folder / "hf", CASES[name])
-            convert(folder / "hf", folder / "model.emoe", 8)
-            made[name] = folder / "model.emoe"
-        return made[name]
-
-    return pack
+    return pack_maker(CASES, 8, tmp_path_factory)
 
 
 def prompts() -> list[list[int]]:

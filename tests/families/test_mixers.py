@@ -26,7 +26,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
-from family_table import VOCABULARY, Case, read_folder, write_folder, write_gguf
+from family_table import VOCABULARY, Case, pack_maker, read_folder, write_folder, write_gguf
 from mixer_table import CASES
 
 LATENT: dict[str, Any] = {
@@ -191,17 +191,7 @@ TOKENS = np.random.default_rng(3).integers(0, VOCABULARY, 130).astype(np.int32)
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The pack of a case at 32 bits; the folder it is made of lies beside it as "hf"."""
-    made: dict[str, Path] = {}
-
-    def pack(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("mixer")
-            write_folder(folder / "hf", CASES[name])
-            convert(folder / "hf", folder / "model.emoe", 32)
-            made[name] = folder / "model.emoe"
-        return made[name]
-
-    return pack
+    return pack_maker(CASES, 32, tmp_path_factory)
 
 
 def load(path: Path, chunk: int = 512, slots: int | None = None, **options: Any) -> edgemoe.Model:

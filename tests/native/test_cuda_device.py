@@ -20,7 +20,7 @@ from edgemoe import kernel_images
 from edgemoe._core import Device, kernels
 from edgemoe.convert import convert
 from edgemoe.engine import Engine
-from edgemoe.errors import DeviceError, DeviceMemoryError
+from edgemoe.errors import DeviceError, DeviceMemoryError, NoDeviceError
 from edgemoe.formats.pack import Pack
 from edgemoe.options import EngineOptions
 
@@ -258,7 +258,7 @@ def test_a_model_gives_the_processors_logits(fake: FakeCuda, tmp_path: Path) -> 
 
 
 def test_without_a_driver_it_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match=r"no NVIDIA driver: .*nowhere/libcuda\.so\.1 could not be opened: "):
+    with pytest.raises(NoDeviceError, match=r"no NVIDIA driver: .*nowhere/libcuda\.so\.1 could not be opened: "):
         Device("cuda", library=str(tmp_path / "nowhere" / "libcuda.so.1"))
 
 
@@ -278,15 +278,16 @@ def test_importing_opens_no_driver(fake: FakeCuda) -> None:
 @pytest.mark.parametrize(
     ("fact", "value", "message"),
     [
-        ("devices", 0, "cuInit: CUDA_ERROR_NO_DEVICE"),
+        ("devices", 0, "the NVIDIA driver sees no GPU"),
         ("version", 11080, "of CUDA 11.8, but the kernels need 12.0"),
         ("capability", 61, "compute capability is 6.1, but the kernels need 7.5"),
     ],
 )
 def test_what_the_kernels_cannot_run_on_is_refused(fake: FakeCuda, fact: str, value: int, message: str) -> None:
     fake.set(fact, value)
-    with pytest.raises(DeviceError, match=message):
+    with pytest.raises(DeviceError, match=message) as error:
         opened(fake)
+    assert isinstance(error.value, NoDeviceError) == (fact == "devices")
 
 
 def test_what_the_drivers_compiler_says_is_passed_on(fake: FakeCuda) -> None:

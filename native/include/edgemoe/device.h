@@ -1,4 +1,4 @@
-// A processor with kernels of its own, and the memory they see: a GPU, or an emulation of one.
+// What has kernels, and memory that they see, of its own beside the processor: a GPU, or an emulation of one.
 //
 // The kernels are one text (native/gpu), compiled for every kind of device. A device is small: it holds memory, copies,
 // launches kernels and says when they have finished. Which of them compute a step of a model is DeviceBackend's matter
@@ -23,6 +23,10 @@ namespace edgemoe {
 // The device has failed, or does not do what is asked of it.
 struct DeviceError : std::runtime_error {
     using std::runtime_error::runtime_error;
+};
+// There is none.
+struct NoDeviceError : DeviceError {
+    using DeviceError::DeviceError;
 };
 // It has no room for so much.
 struct DeviceMemoryError : DeviceError {

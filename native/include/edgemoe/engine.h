@@ -37,7 +37,7 @@ struct EngineOptions {
     StoreOptions store;
     KvType key_type = KvType::f16;
     KvType value_type = KvType::f16;
-    int device_layers = 0;  // the last so many are computed by a device, as far as it can; one more: the head, too
+    int device_layers = 0;  // the last so many are computed by a device; one more: the head, too
     int device_slots = 0;   // of the largest expert, in the device's memory
     std::string isa;        // empty: the best this processor has, or EDGEMOE_ISA
 };

@@ -23,7 +23,7 @@ using Address = unsigned long long;  // in the device's memory
 using Status = int;
 
 // Of cuda.h, as far as it is used.
-constexpr Status kSuccess = 0, kOutOfMemory = 2, kNotReady = 600;
+constexpr Status kSuccess = 0, kOutOfMemory = 2, kNoDevice = 100, kNotReady = 600;
 constexpr int kIntegrated = 18, kCapabilityMajor = 75, kCapabilityMinor = 76;
 constexpr unsigned kStreamNonBlocking = 1, kEventDisableTiming = 2, kHostPortable = 1;
 constexpr int kErrorLog = 5, kErrorLogBytes = 6;  // options of cuModuleLoadDataEx
@@ -78,14 +78,14 @@ struct Driver {
 #if __has_include(<dlfcn.h>)
         // Never closed: the driver has threads of its own.
         void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-        if (!library) throw DeviceError("no NVIDIA driver: " + path + " could not be opened: " + dlerror());
+        if (!library) throw NoDeviceError("no NVIDIA driver: " + path + " could not be opened: " + dlerror());
 #define EDGEMOE_LOAD(name, ...)                                            \
     if (!(name = reinterpret_cast<decltype(name)>(dlsym(library, #name)))) \
         throw DeviceError("the NVIDIA driver is too old, or no driver: " + path + " has no " #name);
         EDGEMOE_CUDA_FUNCTIONS(EDGEMOE_LOAD)
 #undef EDGEMOE_LOAD
 #else
-        throw DeviceError("no NVIDIA driver: " + path + " is not opened on this system");
+        throw NoDeviceError("no NVIDIA driver: " + path + " is not opened on this system");
 #endif
     }
 
@@ -167,14 +167,16 @@ std::string cuda_version(int number) {
 }
 
 int first_device(const Driver& driver) {
-    EDGEMOE_CALL(driver, cuInit, 0);
+    const Status status = driver.cuInit(0);
+    if (status == kNoDevice) throw NoDeviceError("the NVIDIA driver sees no GPU");
+    driver.check(status, "cuInit");
     int version = 0, count = 0, device = 0, major = 0, minor = 0;
     EDGEMOE_CALL(driver, cuDriverGetVersion, &version);
     if (version < kDriverVersion)
         throw DeviceError("the NVIDIA driver is of CUDA " + cuda_version(version) +
                           ", but the kernels need 12.0 or later");
     EDGEMOE_CALL(driver, cuDeviceGetCount, &count);
-    if (count < 1) throw DeviceError("the NVIDIA driver sees no GPU");
+    if (count < 1) throw NoDeviceError("the NVIDIA driver sees no GPU");
     EDGEMOE_CALL(driver, cuDeviceGet, &device, 0);
     EDGEMOE_CALL(driver, cuDeviceGetAttribute, &major, kCapabilityMajor, device);
     EDGEMOE_CALL(driver, cuDeviceGetAttribute, &minor, kCapabilityMinor, device);

@@ -137,8 +137,6 @@ Mixture::Mixture(const HalfSetting& setting, const ExpertLayer& experts, const P
     if (is_apart()) {
         Places host_places(memory.host);
         host_buffers_.place(host_places, model_, spec_, memory.rows);
-    } else {
-        host_shapes_ = shapes_;
     }
 }
 
@@ -215,13 +213,12 @@ Matrix Mixture::at_level(const Matrix& shape, const std::array<const std::byte*,
 }
 
 void Mixture::run(const HalfInput& input) {
-    Backend& backend = backend_;
     const Buffers& b = buffers_;
     const int count = input.count, hidden = model_.hidden_size;
     const size_t pairs = size_t(count) * spec_.top_k;
-    router_.route(backend, b.router, input.x, input.normed, count, b.picks, b.weights);
-    const std::span picks = backend.read(Buffer<const int32_t>(b.picks), pairs);
-    const std::span weights = backend.read(ConstFloats(b.weights), pairs);
+    router_.route(backend_, b.router, input.x, input.normed, count, b.picks, b.weights);
+    const std::span picks = backend_.read(Buffer<const int32_t>(b.picks), pairs);
+    const std::span weights = backend_.read(ConstFloats(b.weights), pairs);
     const Grouping demanded = demand(picks, weights, input);
     std::vector<ExpertWork> resident;  // the device has them
     std::vector<ExpertStream::Need> needs;
@@ -235,7 +232,8 @@ void Mixture::run(const HalfInput& input) {
     }
     for (const ExpertWork& work : resident) input.counters.device_hits += work.count;
     ExpertStream stream(store_, layer_, {count, input.steps}, needs);
-    // Also where something throws: the stream gives memory back that the backends may still be reading.
+    // Also where something throws: the stream gives memory back that the host may still be reading; a device has
+    // copies.
     struct Finish {
         Backend& host;
         ~Finish() {
@@ -249,34 +247,34 @@ void Mixture::run(const HalfInput& input) {
     if (input.next) input.next->expect(input);
 
     if (shared_) {  // while missing experts are read
-        shared_->run(backend, b.shared, input.normed, count, b.shared_out);
-        if (shared_gate_) backend.gate_rows(shared_gate_, input.normed, hidden, count, b.shared_out);
+        shared_->run(backend_, b.shared, input.normed, count, b.shared_out);
+        if (shared_gate_) backend_.gate_rows(shared_gate_, input.normed, hidden, count, b.shared_out);
     }
     ConstFloats experts_input = input.normed;
     if (expert_norm_) {
-        backend.normalize(expert_norm_, input.x, count, b.input);
+        backend_.normalize(expert_norm_, input.x, count, b.input);
         experts_input = b.input;
     }
-    backend.write(std::span<const int32_t>(demanded.pair_rows), b.pair_rows);
-    backend.write(std::span<const int32_t>(demanded.places), b.places);
+    backend_.write(std::span<const int32_t>(demanded.pair_rows), b.pair_rows);
+    backend_.write(std::span<const int32_t>(demanded.places), b.places);
     const ExpertBuffers here{b.pair_rows, b.hidden, b.up, b.outputs};
     if (is_apart()) {
         // First what the host waits for: the device computes its own experts meanwhile.
-        if (!needs.empty()) backend.take(experts_input, size_t(count) * hidden, host_, host_buffers_.input);
+        if (!needs.empty()) backend_.take(experts_input, size_t(count) * hidden, host_, host_buffers_.input);
         if (tier_) {
-            backend.begin_experts(shapes_, experts_input, count);
-            if (!resident.empty()) backend.experts(shapes_, resident, here);
+            backend_.begin_experts(shapes_, experts_input, count);
+            if (!resident.empty()) backend_.experts(shapes_, resident, here);
         }
         run_apart(input, demanded, stream, needs);
     } else {
-        backend.begin_experts(shapes_, experts_input, count);
+        backend_.begin_experts(shapes_, experts_input, count);
         std::vector<ExpertWork> work;
         for (auto ready = stream.next(); !ready.empty(); ready = stream.next()) {
             work.clear();
             for (const ExpertStream::Item& item : ready)
                 work.push_back(work_of(demanded, needs[item.position], item.weights.parts));
-            backend.experts(shapes_, work, here);
-            backend.wait();
+            backend_.experts(shapes_, work, here);
+            backend_.wait();
             // Now that they are computed. Holding them until the layer ends would leave less room for what comes: where
             // a prompt's experts do not all fit, others would leave memory, and fewer would be found there.
             stream.release();
@@ -345,21 +343,19 @@ void Mixture::run_apart(const HalfInput& input, const Grouping& demanded, Expert
 }
 
 void Mixture::observe(const HalfInput& input, const Grouping& demanded, ConstFloats experts_input) const {
-    Backend& backend = backend_;
     const size_t count = input.count, hidden = model_.hidden_size, pairs = count * spec_.top_k;
     input.observer->experts(layer_, {.top_k = spec_.top_k,
-                                     .picks = backend.read(Buffer<const int32_t>(buffers_.picks), pairs),
-                                     .weights = backend.read(ConstFloats(buffers_.weights), pairs),
+                                     .picks = backend_.read(Buffer<const int32_t>(buffers_.picks), pairs),
+                                     .weights = backend_.read(ConstFloats(buffers_.weights), pairs),
                                      .places = demanded.places,
-                                     .inputs = backend.read(experts_input, count * hidden),
-                                     .hidden = backend.read(ConstFloats(buffers_.hidden), pairs * spec_.ffn_dim),
-                                     .outputs = backend.read(ConstFloats(buffers_.outputs), pairs * hidden)});
+                                     .inputs = backend_.read(experts_input, count * hidden),
+                                     .hidden = backend_.read(ConstFloats(buffers_.hidden), pairs * spec_.ffn_dim),
+                                     .outputs = backend_.read(ConstFloats(buffers_.outputs), pairs * hidden)});
 }
 
 // Each row adds its experts' outputs in pick order, whenever they were computed: to the residual stream, or where norms
 // come between, to a sum of their own.
 void Mixture::add_up(const HalfInput& input) const {
-    Backend& backend = backend_;
     const Buffers& b = buffers_;
     const int count = input.count, hidden = model_.hidden_size;
     const bool direct = !expert_output_norm_ && !output_norm_;
@@ -373,21 +369,20 @@ void Mixture::add_up(const HalfInput& input) const {
                             .top_k = spec_.top_k,
                             .sum = direct ? input.x : b.sum};
     if (shared_ && !shared_output_norm_) combination.shared = b.shared_out;
-    backend.combine(combination, hidden, count);
+    backend_.combine(combination, hidden, count);
     if (direct) return;
-    if (expert_output_norm_) backend.normalize(expert_output_norm_, b.sum, count, b.sum);
+    if (expert_output_norm_) backend_.normalize(expert_output_norm_, b.sum, count, b.sum);
     if (shared_output_norm_) {
-        backend.normalize(shared_output_norm_, b.shared_out, count, b.shared_out);
-        backend.add(1.0f, b.shared_out, b.sum, hidden, count);
+        backend_.normalize(shared_output_norm_, b.shared_out, count, b.shared_out);
+        backend_.add(1.0f, b.shared_out, b.sum, hidden, count);
     }
-    if (output_norm_) backend.normalize(output_norm_, b.sum, count, b.sum);
-    backend.add(model_.residual_multiplier, b.sum, input.x, hidden, count);
+    if (output_norm_) backend_.normalize(output_norm_, b.sum, count, b.sum);
+    backend_.add(model_.residual_multiplier, b.sum, input.x, hidden, count);
 }
 
 // The choice of this layer's router on the stream as it is before the experts of an earlier layer have been added to
 // it: the choice of most rows first.
 void Mixture::expect(const HalfInput& input) {
-    Backend& backend = backend_;
     const bool hints = store_.wants_hints(), shows = input.observer && input.observer->wants_predictions();
     if (!hints && !shows) return;
     const AheadBuffers& b = ahead_;
@@ -395,24 +390,24 @@ void Mixture::expect(const HalfInput& input) {
     const int count = input.next_rows ? static_cast<int>(input.next_rows->size()) : input.count;
     if (count == 0) return store_.hint(layer_, {});
     ConstFloats x = input.x;
-    if (&input.backend != &backend) {  // the stream is in another memory
-        input.backend.take(x, size_t(input.count) * model_.hidden_size, backend, b.x);
+    if (&input.backend != &backend_) {  // the stream is in another memory
+        input.backend.take(x, size_t(input.count) * model_.hidden_size, backend_, b.x);
         x = b.x;
     }
     if (input.next_rows) {
-        backend.gather(x, *input.next_rows, model_.hidden_size, b.x);
+        backend_.gather(x, *input.next_rows, model_.hidden_size, b.x);
         x = b.x;
     }
-    if (!router_.reads_stream()) backend.normalize(layer_norm_, x, count, b.normed);
+    if (!router_.reads_stream()) backend_.normalize(layer_norm_, x, count, b.normed);
     // Without thresholds levels do not depend on the weights.
     const auto quality = [&](int i) -> const Quality& {
         return *input.qualities[input.next_rows ? (*input.next_rows)[i] : i];
     };
     bool weighted = false;
     for (int i = 0; i < count; ++i) weighted |= !quality(i).thresholds.empty();
-    router_.route(backend, b.router, x, b.normed, count, b.picks, weighted ? b.weights : Floats());
-    const std::span picks = backend.read(Buffer<const int32_t>(b.picks), count * top_k);
-    const std::span weights = backend.read(ConstFloats(b.weights), weighted ? count * top_k : 0);
+    router_.route(backend_, b.router, x, b.normed, count, b.picks, weighted ? b.weights : Floats());
+    const std::span picks = backend_.read(Buffer<const int32_t>(b.picks), count * top_k);
+    const std::span weights = backend_.read(ConstFloats(b.weights), weighted ? count * top_k : 0);
     if (hints) {
         std::vector<int32_t> uses(spec_.experts, 0), finest(spec_.experts, 0), levels(top_k);
         std::vector<ExpertStore::Hint> expected;

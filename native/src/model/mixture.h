@@ -86,7 +86,7 @@ class Mixture final : public FeedForwardHalf {
     ConstFloats shared_gate_;  // [hidden]
     Norm expert_norm_, expert_output_norm_, shared_output_norm_, output_norm_;
     ExpertShapes shapes_;
-    ExpertShapes host_shapes_;
+    ExpertShapes host_shapes_;     // with the host's copies of the biases
     std::vector<uint8_t> finest_;  // [experts] the finest level of each
     std::vector<int> bits_;        // [levels] stored width
     std::vector<size_t> bytes_;    // [levels] of an expert, up to that one

@@ -39,6 +39,8 @@ void translate(std::exception_ptr pointer) {
         raise("ThreadError", error);
     } catch (const edgemoe::DeviceMemoryError& error) {
         raise("DeviceMemoryError", error);
+    } catch (const edgemoe::NoDeviceError& error) {
+        raise("NoDeviceError", error);
     } catch (const edgemoe::DeviceError& error) {
         raise("DeviceError", error);
     }

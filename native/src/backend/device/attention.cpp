@@ -3,15 +3,7 @@
 #include "device_backend.h"
 
 namespace edgemoe {
-namespace {
-
 using gpu::i32;
-
-int groups_for(size_t elements, Kernel kernel) {
-    return static_cast<int>((elements + kernel_threads(kernel) - 1) / kernel_threads(kernel));
-}
-
-}  // namespace
 
 DeviceBackend::Rotation DeviceBackend::rotation(int rope) const {
     if (rope < 0) return {};
@@ -71,8 +63,7 @@ void DeviceBackend::store(const AttentionHeads& a, int layer, const AttentionBuf
     const i32 rows = count;
     if (a.output_gate) {
         const gpu::HeadsShape shape{a.heads, a.dim, 0, 0, 0};
-        device_->launch(Kernel::split_gates, groups_for(size_t(count) * query_size, Kernel::split_gates), b.projected,
-                        b.queries, shape, rows);
+        launch_each(Kernel::split_gates, size_t(count) * query_size, b.projected, b.queries, shape, rows);
     }
     if (a.q_bias) {
         add_vector(a.q_bias, b.queries, query_size, count);
@@ -90,7 +81,7 @@ void DeviceBackend::store(const AttentionHeads& a, int layer, const AttentionBuf
         for (const auto& [values, size] :
              {std::pair{b.queries, query_size}, {b.keys, key_size}, {b.values, key_size}}) {
             const gpu::VectorShape shape{size, count, a.clip};
-            device_->launch(Kernel::clip, groups_for(size_t(size) * count, Kernel::clip), values, shape);
+            launch_each(Kernel::clip, size_t(size) * count, values, shape);
         }
     const Rotation turned_by = rotation(a.rope);
     const auto turn = [&](Floats x, int heads, ConstFloats norm, int turned) {

@@ -16,12 +16,6 @@ using gpu::u64;
 constexpr size_t kPiece = size_t{4} << 20;  // of memory that small weights share
 constexpr size_t kAlignment = 256;
 
-int groups_for(size_t elements, Kernel kernel) {
-    const size_t threads = kernel_threads(kernel), groups = (elements + threads - 1) / threads;
-    if (groups > size_t{INT32_MAX}) throw DeviceError("a kernel of more groups than there can be");
-    return static_cast<int>(groups);
-}
-
 template <class T>
 u64 number(Buffer<T> buffer) {
     return reinterpret_cast<uintptr_t>(buffer.address());
@@ -171,6 +165,12 @@ DeviceBackend::~DeviceBackend() {
     }
 }
 
+int DeviceBackend::groups_for(Kernel kernel, size_t elements) {
+    const size_t threads = kernel_threads(kernel), groups = (elements + threads - 1) / threads;
+    if (groups > size_t{INT32_MAX}) throw DeviceError("a kernel of more groups than there can be");
+    return static_cast<int>(groups);
+}
+
 void DeviceBackend::begin(const Rows& rows) {
     rows_ = rows;
     const int count = rows.count();
@@ -274,17 +274,17 @@ void DeviceBackend::product(std::span<const Matrix> matrices, ConstFloats x, int
 
 void DeviceBackend::add_vector(ConstFloats vector, Floats x, int size, int count) {
     const gpu::VectorShape shape{size, count, 1.0f};
-    device_->launch(Kernel::add_vector, groups_for(size_t(size) * count, Kernel::add_vector), vector, x, shape);
+    launch_each(Kernel::add_vector, size_t(size) * count, vector, x, shape);
 }
 
 void DeviceBackend::add(float factor, ConstFloats values, Floats x, int size, int count) {
     const gpu::VectorShape shape{size, count, factor};
-    device_->launch(Kernel::add_scaled, groups_for(size_t(size) * count, Kernel::add_scaled), values, x, shape);
+    launch_each(Kernel::add_scaled, size_t(size) * count, values, x, shape);
 }
 
 void DeviceBackend::scale(ConstFloats factor, Floats x, int size, int count) {
     const gpu::VectorShape shape{size, count, 1.0f};
-    device_->launch(Kernel::scale_by, groups_for(size_t(size) * count, Kernel::scale_by), factor, x, shape);
+    launch_each(Kernel::scale_by, size_t(size) * count, factor, x, shape);
 }
 
 void DeviceBackend::gather(ConstFloats x, std::span<const int32_t> rows, int size, Floats out) {
@@ -293,8 +293,7 @@ void DeviceBackend::gather(ConstFloats x, std::span<const int32_t> rows, int siz
     const gpu::VectorShape shape{size, count, 1.0f};
     write(rows, work_.rows);
     // By way of a copy, for out may be x.
-    device_->launch(Kernel::gather_rows, groups_for(size_t(size) * count, Kernel::gather_rows), x, work_.rows,
-                    work_.gathered, shape);
+    launch_each(Kernel::gather_rows, size_t(size) * count, x, work_.rows, work_.gathered, shape);
     device_->copy(reinterpret_cast<std::byte*>(out.address()),
                   reinterpret_cast<const std::byte*>(work_.gathered.address()), sizeof(float) * size * count);
 }
@@ -303,7 +302,7 @@ void DeviceBackend::multiply(ConstFloats a, size_t a_stride, ConstFloats b, size
                              Floats out, size_t out_stride) {
     const gpu::MultiplyShape shape{size, count, static_cast<i32>(a_stride), static_cast<i32>(b_stride),
                                    static_cast<i32>(out_stride)};
-    device_->launch(Kernel::multiply, groups_for(size_t(size) * count, Kernel::multiply), a, b, out, shape);
+    launch_each(Kernel::multiply, size_t(size) * count, a, b, out, shape);
 }
 
 void DeviceBackend::copy_heads(ConstFloats x, size_t from_step, size_t from_stride, Floats out, size_t to_step,
@@ -315,7 +314,7 @@ void DeviceBackend::copy_heads(ConstFloats x, size_t from_step, size_t from_stri
                                static_cast<i32>(from_stride),
                                static_cast<i32>(to_step),
                                static_cast<i32>(to_stride)};
-    device_->launch(Kernel::copy_heads, groups_for(size_t(size) * heads * count, Kernel::copy_heads), x, out, shape);
+    launch_each(Kernel::copy_heads, size_t(size) * heads * count, x, out, shape);
 }
 
 void DeviceBackend::products_by_head(const HeadProducts& p, int count) {
@@ -349,9 +348,8 @@ void DeviceBackend::convolve(const Matrix& weights, int layer, ConstFloats in, b
     write_states([&](SequenceState& sequence) { return sequence.convolution(layer); },
                  [&](SequenceState& sequence) { return sequence.convolution_before(layer); });
     const gpu::ConvolveShape shape{weights.rows, weights.cols, rows_.count(), silu};
-    device_->launch(Kernel::convolve, groups_for(weights.rows, Kernel::convolve),
-                    ConstFloats(reinterpret_cast<const float*>(weights.data)), in, work_.states, work_.before,
-                    work_.positions, out, shape);
+    launch_each(Kernel::convolve, weights.rows, ConstFloats(reinterpret_cast<const float*>(weights.data)), in,
+                work_.states, work_.before, work_.positions, out, shape);
 }
 
 void DeviceBackend::gated_delta(const DeltaHeads& a, int layer, const DeltaBuffers& b) {
@@ -372,8 +370,7 @@ void DeviceBackend::activate(const GatedActivation& activation, int size, int fi
                              Buffer<const int32_t> experts) {
     const gpu::ActivateShape shape{
         size, count, static_cast<i32>(activation.kind), first, activation.alpha, activation.limit};
-    device_->launch(Kernel::activate, groups_for(size_t(size) * count, Kernel::activate), gate, up, gate_bias, up_bias,
-                    experts, shape);
+    launch_each(Kernel::activate, size_t(size) * count, gate, up, gate_bias, up_bias, experts, shape);
 }
 
 void DeviceBackend::feed_forward(const FeedForward& part, ConstFloats x, int count, Floats inner, Floats up,
@@ -456,8 +453,8 @@ void DeviceBackend::experts(const ExpertShapes& shapes, std::span<const ExpertWo
 void DeviceBackend::combine(const Combination& c, int size, int count) {
     const gpu::CombineShape shape{size, c.top_k, c.from_zero, c.scale};
     const i32 rows = count;
-    device_->launch(Kernel::combine, groups_for(size_t(size) * count, Kernel::combine), c.shared, c.weights, c.picks,
-                    c.places, c.outputs, c.down_bias, c.sum, shape, rows);
+    launch_each(Kernel::combine, size_t(size) * count, c.shared, c.weights, c.picks, c.places, c.outputs, c.down_bias,
+                c.sum, shape, rows);
 }
 
 void DeviceBackend::head(const Head& head, ConstFloats x, int count, float* logits) {
@@ -468,8 +465,7 @@ void DeviceBackend::head(const Head& head, ConstFloats x, int count, float* logi
         if (head.bias || head.divisor != 1.0f || head.softcap != 0) {
             const gpu::LogitsShape shape{size, head.divisor, head.softcap};
             const i32 all = rows;
-            device_->launch(Kernel::finish_logits, groups_for(size_t(size) * rows, Kernel::finish_logits), work_.logits,
-                            head.bias, shape, all);
+            launch_each(Kernel::finish_logits, size_t(size) * rows, work_.logits, head.bias, shape, all);
         }
         const std::span target(logits + size_t(first) * size, size_t(rows) * size);
         device_->read(std::as_writable_bytes(target), reinterpret_cast<const std::byte*>(work_.logits.address()));

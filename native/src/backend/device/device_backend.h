@@ -145,6 +145,12 @@ class DeviceBackend final : public Backend {
         int pairs = 0;
         bool interleaved = false;
     };
+    static int groups_for(Kernel kernel, size_t elements);
+    // A kernel with a thread for each element.
+    template <class... Arguments>
+    void launch_each(Kernel kernel, size_t elements, const Arguments&... arguments) {
+        device_->launch(kernel, groups_for(kernel, elements), arguments...);
+    }
     Rotation rotation(int rope) const;
     gpu::LatentShape latent_shape(const LatentHeads& heads, int layer);
     // Where the rows' constants of a layer lie, and what they go on from: into `states` and `before`.
